@@ -1,0 +1,50 @@
+"""Which tests run where: the four tiers, and what every test may ask for.
+
+tier 0 (no marker)   any CPU
+tier 1 (`tier1`)     any CPU, own process: ``TRITON_INTERPRET=1 pytest -m tier1``
+tier 2 (`tier2`)     any CPU: kernels compiled ahead of time
+tier 3 (`tier3`)     a CUDA GPU
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # The workers already fill the cores; threads on top of them only fight.
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # An out-of-range index kills the interpreter's process, and the variable changes what
+    # @triton.jit means, so tier 1 never shares a process with the other tiers.
+    kept, dropped = [], []
+    for item in items:
+        is_tier1 = item.get_closest_marker("tier1") is not None
+        (kept if is_tier1 == INTERPRETED else dropped).append(item)
+    if dropped:
+        items[:] = kept
+        config.hook.pytest_deselected(items=dropped)
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in kept:
+            if item.get_closest_marker("tier3") is not None:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The data shared beside a checkout (``../shared``); skips where it is absent."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs the shared data folder {path}")
+    return path
