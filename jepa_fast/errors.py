@@ -1,0 +1,11 @@
+"""Errors that are jepa_fast's own. Bad arguments raise the built-in TypeError and ValueError."""
+
+from __future__ import annotations
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the requested one, can serve a call. The message lists every backend's reasons."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint does not fit. The message lists what is missing, unexpected or of another shape."""

@@ -1,0 +1,74 @@
+"""Argument checks that operators share. Each error says argument, expected, got, and the fix.
+
+All but `check_index_range` look at metadata alone, so they run under `torch.compile` too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    """Raises TypeError if `value` is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}")
+
+
+def check_dim(
+    op: str, argument: str, tensor: Tensor, dims: int | Collection[int], shape: str
+) -> None:
+    """Raises if `tensor` has not one of the numbers of dimensions that the named `shape` has."""
+    check_tensor(op, argument, tensor)
+    allowed = (dims,) if isinstance(dims, int) else dims
+    if tensor.ndim not in allowed:
+        raise ValueError(f"{op}: {argument} must be {shape}, got shape {list(tensor.shape)}")
+
+
+def check_index(
+    op: str, argument: str, index: Tensor, dims: int | Collection[int], shape: str
+) -> None:
+    """Raises if `index` is not an int32 or int64 tensor of the named `shape`."""
+    check_dim(op, argument, index, dims, shape)
+    if index.dtype not in INDEX_DTYPES:
+        raise TypeError(
+            f"{op}: {argument} must be int32 or int64, got {index.dtype}; "
+            f"turn a boolean mask into indices with mask.nonzero()"
+        )
+
+
+def check_same_size(
+    op: str, first: str, a: Tensor, a_dim: int, second: str, b: Tensor, b_dim: int
+) -> None:
+    """Raises ValueError if two dimensions that must agree differ."""
+    if a.shape[a_dim] != b.shape[b_dim]:
+        raise ValueError(
+            f"{op}: {first}.shape[{a_dim}] and {second}.shape[{b_dim}] must be equal, "
+            f"got {first} {list(a.shape)} and {second} {list(b.shape)}"
+        )
+
+
+def check_choice(op: str, argument: str, value: str, choices: Collection[str]) -> None:
+    """Raises ValueError if `value` is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {argument} must be one of {tuple(choices)}, got {value!r}")
+
+
+def check_index_range(op: str, argument: str, index: Tensor, size: int) -> None:
+    """Raises ValueError if an index is outside [0, size). Reads the values: not for tracing.
+
+    On a GPU that would wait for the device, so there it runs with `JEPA_FAST_DEBUG=1` only.
+    """
+    if index.numel() == 0 or index.device.type == "meta":
+        return
+    if index.is_cuda and os.environ.get("JEPA_FAST_DEBUG") != "1":
+        return
+    low, high = (int(value) for value in torch.aminmax(index))
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{op}: {argument} must be in [0, {size}), got {wrong}")

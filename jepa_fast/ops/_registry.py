@@ -1,0 +1,181 @@
+"""What an operator is: a schema, a fake, and backends of which one runs a call.
+
+Plumbing that knows no operator. Every `contract.py` builds its `Operator`s here; they exist as soon
+as torch is imported, before anything is traced, and whether or not triton or the native library is
+present. See CONTRIBUTING.md for a walk through one of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.errors import BackendError
+from jepa_fast.ops import _machine
+
+NAMESPACE = "jepa_fast"
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Every backend's name, in the order in which `"auto"` tries them."""
+
+# The registrations live as long as this object.
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPERATORS: dict[str, Operator] = {}
+"""Every operator by the name in its schema: `OPERATORS["gather_patches"]`."""
+
+
+def _serves_everything(*args: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operator.
+
+    Args:
+        function: `"package.module:function"`, imported at the first call; it takes the arguments of
+            the schema without the trailing `backend`.
+        unsupported: takes the same arguments and says, from metadata alone (shapes, strides,
+            dtypes, devices), why this backend cannot serve them; an empty list if it can.
+    """
+
+    function: str
+    unsupported: Callable[..., list[str]] = _serves_everything
+
+
+@dataclass(eq=False)
+class Operator:
+    """A `torch.ops.jepa_fast` operator whose calls go to the first backend that can serve them.
+
+    Args:
+        schema: as `torch.library.Library.define` takes it. The last argument is `str backend`.
+        fake: shapes and dtypes of the outputs from those of the inputs, for tracing; takes the
+            arguments of the schema without `backend`.
+        backends: by name, of `BACKENDS`. `"reference"` is always there.
+        order: in which `"auto"` tries the backends, where benchmarks show another order than the
+            default.
+
+    `operator.call(...)` is the way in: the `torch.ops` overload, which eager code and
+    `torch.compile` both take.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+    backends: dict[str, Backend]
+    order: tuple[str, ...] = BACKENDS
+    name: str = field(init=False)
+    call: torch._ops.OpOverload = field(init=False)
+    _loaded: dict[str, Callable[..., Any]] = field(init=False, default_factory=dict)
+    _warned: set[str] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.name = self.schema.partition("(")[0]
+        unknown = set(self.backends) - set(BACKENDS)
+        if unknown or "reference" not in self.backends:
+            raise ValueError(
+                f"{self.name}: backends must be among {BACKENDS} and include 'reference', "
+                f"got {sorted(self.backends)}"
+            )
+        LIBRARY.define(self.schema)
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._run_fake, lib=LIBRARY)
+        self.call = getattr(torch.ops.jepa_fast, self.name).default
+        OPERATORS[self.name] = self
+
+    def why_not(self, backend: str, args: tuple[Any, ...]) -> list[str]:
+        """Why `backend` cannot serve a call with these arguments; empty if it can."""
+        if backend not in self.backends:
+            return [f"{self.name} has no {backend} kernel"]
+        missing = _machine.missing(backend)
+        if missing:
+            return missing
+        wrong_device = _machine.wrong_device(backend, _tensors(args))
+        return wrong_device or self.backends[backend].unsupported(*args)
+
+    def select(self, requested: str, args: tuple[Any, ...]) -> str:
+        """The backend that serves a call.
+
+        Raises:
+            ValueError: `requested` is not a backend's name.
+            BackendError: `requested` (or `JEPA_FAST_BACKEND`) cannot serve the call, or the call
+                would fall back to the reference under `JEPA_FAST_STRICT=1`.
+        """
+        source = "backend"
+        if requested == "auto":
+            requested = os.environ.get("JEPA_FAST_BACKEND", "auto")
+            source = "JEPA_FAST_BACKEND"
+        if requested != "auto":
+            if requested not in BACKENDS:
+                raise ValueError(
+                    f"{self.name}: {source} must be 'auto' or one of {BACKENDS}, got {requested!r}"
+                )
+            if reasons := self.why_not(requested, args):
+                raise BackendError(self._explain(f"{source}={requested!r} cannot run", args))
+            return requested
+        for backend in self.order:
+            if backend in self.backends and not self.why_not(backend, args):
+                if backend == "reference":
+                    self._note_fallback(args)
+                return backend
+        raise BackendError(self._explain("no backend can run", args))
+
+    def _note_fallback(self, args: tuple[Any, ...]) -> None:
+        """The reference serves everything, so landing there by accident must not go unseen."""
+        if len(self.backends) > 1 and os.environ.get("JEPA_FAST_STRICT") == "1":
+            raise BackendError(
+                self._explain("JEPA_FAST_STRICT=1 forbids the fall-back to the reference of", args)
+            )
+        if not any(tensor.is_cuda for tensor in _tensors(args)):
+            return
+        message = self._explain("the plain PyTorch reference runs on a CUDA tensor in", args)
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def _explain(self, what: str, args: tuple[Any, ...]) -> str:
+        lines = [f"{what} {self.name}:"]
+        for backend in self.order:
+            reasons = self.why_not(backend, args)
+            lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can'}")
+        lines.append("`jepa-fast info` shows what this machine can run and how to add the rest.")
+        return "\n".join(lines)
+
+    def _run(self, *args: Any) -> Any:
+        *inputs, requested = args
+        backend = self.select(requested, tuple(inputs))
+        with _without_autocast(args):
+            return self.function(backend)(*inputs)
+
+    def _run_fake(self, *args: Any) -> Any:
+        *inputs, _ = args
+        return self.fake(*inputs)
+
+    def function(self, backend: str) -> Callable[..., Any]:
+        """The function behind `backend`, imported at the first use."""
+        if backend not in self._loaded:
+            module, _, name = self.backends[backend].function.partition(":")
+            self._loaded[backend] = getattr(importlib.import_module(module), name)
+        return self._loaded[backend]
+
+
+def _without_autocast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Operators compute in the dtypes they are given, the same under autocast as without."""
+    tensor = next(_tensors(args), None)
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(tuple(arg))

@@ -1,0 +1,54 @@
+"""The public function `gather_patches`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops._checks import check_dim, check_index, check_same_size
+from jepa_fast.ops.gather_patches import contract
+
+
+class _GatherPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, backend: str) -> Tensor:
+        return contract.FORWARD.call(x, index, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, index, ctx.backend = inputs
+        ctx.save_for_backward(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_double_backward("gather_patches")
+        x, index = ctx.saved_tensors
+        return contract.BACKWARD.call(grad, x, index, ctx.backend), None, None
+
+
+def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
+    """Takes patches out of every image: `out[b, ..., k] = x[b, index[b, ..., k]]`.
+
+    Args:
+        x: [B, N, D] tokens, any floating dtype, any strides.
+        index: [B, K] or [B, M, K] patch indices in [0, N), int32 or int64. They may repeat.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        [B, K, D] or [B, M, K, D] in the dtype of `x`.
+
+    Raises:
+        TypeError: `index` is not int32 or int64.
+        ValueError: a shape does not fit; an index is out of range (checked on the CPU always, on a
+            GPU with `JEPA_FAST_DEBUG=1`).
+        BackendError: the requested backend cannot serve the call.
+
+    Source: the context and target gathers of I-JEPA, arXiv 2301.08243, section 3.
+    """
+    check_dim("gather_patches", "x", x, 3, "[B, N, D]")
+    check_index("gather_patches", "index", index, (2, 3), "[B, K] or [B, M, K]")
+    check_same_size("gather_patches", "x", x, 0, "index", index, 0)
+    return _GatherPatches.apply(x, index, backend)

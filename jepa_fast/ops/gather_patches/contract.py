@@ -1,0 +1,41 @@
+"""Schemas, fakes and backends of `gather_patches`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from jepa_fast.ops._autograd import recomputed_gradients
+from jepa_fast.ops._checks import check_index_range
+from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops.gather_patches import reference
+
+
+def _fake(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(*index.shape, x.shape[-1])
+
+
+def _reference(x: Tensor, index: Tensor) -> Tensor:
+    check_index_range("gather_patches", "index", index, x.shape[1])
+    return reference.gather_patches(x, index)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _reference_backward(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    return recomputed_gradients(lambda x: reference.gather_patches(x, index), [x], [True], [grad])[
+        0
+    ]
+
+
+FORWARD = Operator(
+    "gather_patches(Tensor x, Tensor index, str backend) -> Tensor",
+    fake=_fake,
+    backends={"reference": Backend(f"{__name__}:_reference")},
+)
+BACKWARD = Operator(
+    "gather_patches_backward(Tensor grad, Tensor x, Tensor index, str backend) -> Tensor",
+    fake=_fake_backward,
+    backends={"reference": Backend(f"{__name__}:_reference_backward")},
+)

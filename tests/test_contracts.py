@@ -1,0 +1,183 @@
+"""What holds for every operator, run over the `SAMPLES` of every `test_<op>.py`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import Sample
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jepa_fast import ops  # noqa: F401  (registers the operators)
+from jepa_fast.ops._registry import OPERATORS
+
+
+def _samples() -> list[Any]:
+    found = []
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if path != Path(__file__) and "\nSAMPLES" in path.read_text():
+            module = importlib.import_module(path.stem)
+            found += [pytest.param(s, id=f"{path.stem[5:]}-{s.name}") for s in module.SAMPLES]
+    return found
+
+
+SAMPLES = _samples()
+each_sample = pytest.mark.parametrize("sample", SAMPLES)
+each_differentiable_sample = pytest.mark.parametrize(
+    "sample", [s for s in SAMPLES if s.values[0].differentiable]
+)
+
+
+def _floating(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that take gradients, lists opened."""
+    flat = [x for a in arguments for x in (a if isinstance(a, (list, tuple)) else [a])]
+    return [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _gradients(outputs: tuple[Tensor, ...], upstream: list[Tensor], arguments: Any) -> list[Tensor]:
+    pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs], _floating(arguments), [u for _, u in pairs], allow_unused=True
+        )
+    )
+
+
+class _Calls(TorchDispatchMode):
+    """Records the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "jepa_fast":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_operator_has_a_sample() -> None:
+    reached = {name for parameter in SAMPLES for name in parameter.values[0].operators}
+    assert reached == set(OPERATORS)
+
+
+@each_differentiable_sample
+def test_gradcheck(sample: Sample) -> None:
+    arguments = sample.arguments()
+    wanted = _floating(arguments)
+
+    def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
+        given = iter(values)
+
+        def place(a: Any) -> Any:
+            if isinstance(a, (list, tuple)):
+                return type(a)(place(x) for x in a)
+            return next(given) if isinstance(a, Tensor) and a.requires_grad else a
+
+        return tuple(o for o in sample.call(*map(place, arguments)) if o.is_floating_point())
+
+    if any(x.numel() == 0 for x in of_wanted(*wanted)):
+        # gradcheck refuses empty outputs; their gradients are zeros of the inputs' shapes.
+        outputs = of_wanted(*wanted)
+        grads = _gradients(outputs, [torch.ones_like(o) for o in outputs], arguments)
+        for x, grad in zip(wanted, grads, strict=True):
+            assert grad is None or (grad.shape == x.shape and not grad.any())
+        return
+    # Nondeterminism tolerance 0: two runs are bit-identical.
+    assert torch.autograd.gradcheck(of_wanted, tuple(wanted), nondet_tol=0.0)
+
+
+@each_sample
+def test_opcheck(sample: Sample) -> None:
+    arguments = sample.arguments()
+    with _Calls() as recorded:
+        outputs = sample.call(*arguments)
+        if sample.differentiable:
+            _gradients(outputs, [torch.ones_like(o) for o in outputs], arguments)
+    assert {func.name().partition("::")[2] for func, _ in recorded.calls} >= set(sample.operators)
+
+    def detach(a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return type(a)(detach(x) for x in a)
+        return a.detach().clone() if isinstance(a, Tensor) else a
+
+    for func, args in recorded.calls:
+        torch.library.opcheck(func, tuple(map(detach, args)))
+
+
+@each_sample
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_a_break(sample: Sample, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(sample.call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    arguments, again = sample.arguments(), sample.arguments()
+    expected, outputs = sample.call(*arguments), compiled(*again)
+    upstream = [torch.ones_like(o) for o in expected]
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    if sample.differentiable:
+        want_grads = _gradients(expected, upstream, arguments)
+        for got, want in zip(_gradients(outputs, upstream, again), want_grads, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@each_differentiable_sample
+def test_any_strides(sample: Sample) -> None:
+    """Inputs transposed, upstream gradients sliced and of stride 0: the same results."""
+    arguments = sample.arguments()
+    outputs = sample.call(*arguments)
+
+    def restride(a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return type(a)(restride(x) for x in a)
+        if not isinstance(a, Tensor):
+            return a
+        # The same values behind every other element of a larger, transposed block.
+        block = a.new_zeros(*(2 * n for n in reversed(a.shape)))
+        view = block[tuple(slice(None, None, 2) for _ in a.shape)]
+        view = view.permute(*reversed(range(a.ndim)))
+        view.copy_(a.detach())
+        return view.requires_grad_(a.requires_grad)
+
+    strided = tuple(map(restride, arguments))
+    strided_outputs = sample.call(*strided)
+    for got, want in zip(strided_outputs, outputs, strict=True):
+        torch.testing.assert_close(got, want)
+
+    generator = torch.Generator().manual_seed(1)
+    sliced = [
+        torch.randn(*(2 * n for n in o.shape), generator=generator, dtype=torch.float64).to(
+            o.dtype
+        )[tuple(slice(None, None, 2) for _ in o.shape)]
+        for o in outputs
+    ]
+    stride_0 = [o.new_full((), 0.5).expand(o.shape) for o in outputs]
+    for upstream in (sliced, stride_0):
+        want_grads = _gradients(
+            sample.call(*arguments), [u.contiguous() for u in upstream], arguments
+        )
+        got_grads = _gradients(sample.call(*strided), upstream, strided)
+        for got, want in zip(got_grads, want_grads, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@each_differentiable_sample
+def test_double_backward_is_refused(sample: Sample) -> None:
+    arguments = sample.arguments()
+    total = sum(o.sum() for o in sample.call(*arguments) if o.requires_grad)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(total, _floating(arguments), create_graph=True, allow_unused=True)
+
+
+@each_sample
+def test_unknown_and_missing_backends(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = sample.arguments()
+    with pytest.raises(ValueError, match="must be 'auto' or one of"):
+        sample.function(*arguments, **sample.keywords, backend="fastest")
+    monkeypatch.setenv("JEPA_FAST_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="JEPA_FAST_BACKEND"):
+        sample.call(*arguments)
