@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the requested one, can serve a call. The message lists every backend's reasons."""
+    """No backend, or not the requested one, can serve a call; says why, backend by backend."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not fit. The message lists what is missing, unexpected or of another shape."""
+    """A checkpoint does not fit; lists what is missing, unexpected or of another shape."""

@@ -116,7 +116,7 @@ class Operator:
                 raise ValueError(
                     f"{self.name}: {source} must be 'auto' or one of {BACKENDS}, got {requested!r}"
                 )
-            if reasons := self.why_not(requested, args):
+            if self.why_not(requested, args):
                 raise BackendError(self._explain(f"{source}={requested!r} cannot run", args))
             return requested
         for backend in self.order:

@@ -1,0 +1,25 @@
+"""The exponential moving average of parameters, in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ema_update_(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: float | Tensor
+) -> None:
+    """`target = momentum * target + (1 - momentum) * source` in place, tensor by tensor.
+
+    Computed as `target + (1 - momentum) * (source - target)` in float32 (float64 where the target
+    is float64) and rounded once, to the target's dtype. A shadow gets the value before that
+    rounding, in its own dtype. `shadows` is empty, or as long as `targets`.
+    """
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        wide = torch.promote_types(target.dtype, torch.float32)
+        weight = 1 - torch.as_tensor(momentum, dtype=torch.float64, device=target.device)
+        old = target.to(wide)
+        new = old + weight.to(wide) * (source.to(wide) - old)
+        target.copy_(new)
+        if shadows:
+            shadows[i].copy_(new)
