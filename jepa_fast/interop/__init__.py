@@ -1,0 +1,1 @@
+"""Weights and models from elsewhere: public checkpoints, transformers, timm."""

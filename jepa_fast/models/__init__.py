@@ -1,0 +1,1 @@
+"""The models: each file reads like its paper."""

@@ -1,0 +1,161 @@
+"""I-JEPA: predict the teacher's tokens of target blocks from a context block (arXiv 2301.08243)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_fast.masks import BlockMasks
+from jepa_fast.models.collapse import collapse_metrics
+from jepa_fast.models.output import JepaOutput
+from jepa_fast.nn.predictor import VisionTransformerPredictor
+from jepa_fast.nn.vit import check_encoder, create_encoder
+
+Masks = BlockMasks | tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Masks of a batch, or the pair (contexts, targets) of lists that the mask collator gives."""
+
+
+class IJepa(nn.Module):
+    """Image encoder, its EMA teacher, and a predictor between them.
+
+    Args:
+        encoder: a name for :func:`~jepa_fast.nn.vit.create_encoder`, or a module that follows
+            :class:`~jepa_fast.nn.vit.Encoder`.
+        img_size: side of the images, or (height, width); only read where ``encoder`` is a name.
+        predictor_dim: width of the predictor.
+        predictor_depth: its blocks; None: 6 up to encoder width 768, 12 up to 1280, 16 above.
+        predictor_heads: its attention heads; None: as many as the encoder has.
+        loss: ``"smooth_l1"``, ``"l1"``, ``"l2"`` or ``"l2_norm"``, see
+            :func:`~jepa_fast.ops.latent_loss`.
+        normalize_target: LayerNorm (no affine, eps 1e-5) on the teacher's tokens.
+        init: ``"released"`` or ``"rescaled"``, of the predictor and of an encoder given by name;
+            see :func:`~jepa_fast.nn.initialisation.init_transformer`.
+
+    Raises:
+        TypeError: ``encoder`` is neither a name nor a module with the protocol's attributes.
+        ValueError: unknown names, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        encoder: str | nn.Module = "vit_base_patch16",
+        *,
+        img_size: int | tuple[int, int] = 224,
+        predictor_dim: int = 384,
+        predictor_depth: int | None = None,
+        predictor_heads: int | None = None,
+        loss: str = "smooth_l1",
+        normalize_target: bool = True,
+        init: str = "released",
+    ) -> None:
+        super().__init__()
+        module: Any = (
+            create_encoder(encoder, img_size, init=init) if isinstance(encoder, str) else encoder
+        )
+        check_encoder(module)
+        self.encoder = module
+        self.target_encoder = make_teacher(module)
+        self.predictor = VisionTransformerPredictor(
+            grid=module.grid,
+            embed_dim=module.embed_dim,
+            predictor_dim=predictor_dim,
+            depth=predictor_depth or default_predictor_depth(module.embed_dim),
+            num_heads=predictor_heads or module.num_heads,
+            init=init,
+        )
+        self.loss = loss
+        self.normalize_target = normalize_target
+
+    def forward(self, images: Tensor, masks: Masks) -> JepaOutput:
+        """One training step's loss.
+
+        Args:
+            images: ``[B, 3, H, W]``.
+            masks: context and target blocks of every image, on the images' device.
+
+        Returns:
+            Loss, collapse metrics, and prediction and target ``[M * B, Kt, D]``, block-major.
+
+        Raises:
+            ValueError: masks that do not fit the encoder's grid, or an unknown ``loss``.
+        """
+        from jepa_fast import ops
+
+        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        teacher = self.encode(images)
+        context = self.encoder(images, masks.context, masks.context_mask)
+        prediction = self.predictor(context, masks.context, masks.targets, masks.context_mask)
+        loss = ops.latent_loss(
+            prediction,
+            teacher,
+            masks.targets,
+            kind=self.loss,
+            normalize_target=self.normalize_target,
+        )
+        target = gather_targets(teacher, masks.targets, self.normalize_target)
+        return JepaOutput(loss, collapse_metrics(prediction, target), prediction.detach(), target)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The teacher's tokens of whole images, ``[B, N, D]``, without gradient."""
+        return self.target_encoder(images)
+
+    @torch.no_grad()
+    def update_target(self, momentum: float | Tensor) -> None:
+        """Teacher = ``momentum * teacher + (1 - momentum) * encoder``; buffers are copied."""
+        update_teacher(self.target_encoder, self.encoder, momentum)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer should see: encoder and predictor."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> IJepa:
+        """Set the training mode; the teacher always stays in evaluation mode (no dropout)."""
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
+
+
+def default_predictor_depth(embed_dim: int) -> int:
+    """I-JEPA's predictor depth by encoder width: 6 (up to B), 12 (L, H), 16 (g)."""
+    if embed_dim <= 768:
+        return 6
+    return 12 if embed_dim <= 1280 else 16
+
+
+def make_teacher(encoder: nn.Module) -> Any:
+    """A copy of ``encoder`` without gradients, in evaluation mode."""
+    return copy.deepcopy(encoder).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, encoder: nn.Module, momentum: float | Tensor) -> None:
+    """EMA of parameters in place; buffers (of normalisation, say) are copied."""
+    from jepa_fast import ops
+
+    ops.ema_update_(list(teacher.parameters()), list(encoder.parameters()), momentum)
+    for mine, theirs in zip(teacher.buffers(), encoder.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+@torch.no_grad()
+def gather_targets(teacher: Tensor, target_index: Tensor, normalize: bool = True) -> Tensor:
+    """What the predictor should have said, block-major.
+
+    Args:
+        teacher: ``[B, N, D]`` tokens of whole images.
+        target_index: ``[B, M, Kt]`` patch indices.
+        normalize: LayerNorm without affine over D, eps 1e-5.
+
+    Returns:
+        ``[M * B, Kt, D]`` in the teacher's dtype.
+    """
+    from jepa_fast import ops
+
+    target = ops.gather_patches(teacher, target_index).transpose(0, 1).flatten(0, 1)
+    return F.layer_norm(target, target.shape[-1:]) if normalize else target

@@ -1,0 +1,25 @@
+"""What every model returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class JepaOutput:
+    """Result of one forward pass of a model.
+
+    Attributes:
+        loss: scalar float32, to call ``backward`` on.
+        metrics: 0-dim tensors by name, detached, on the model's device; making them waits for
+            nothing, so read them (``.item()``) only when they are wanted.
+        prediction: what was predicted, ``[M * B, Kt, D]``, block-major.
+        target: what it is compared with, same shape, without gradient.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    prediction: Tensor
+    target: Tensor

@@ -1,0 +1,1 @@
+"""Network parts: ViT encoder, predictor, and what the models add to them."""

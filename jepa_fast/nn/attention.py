@@ -1,0 +1,82 @@
+"""Pre-LN transformer blocks; parameter names are those of the public I-JEPA state dict."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value projection.
+
+    Args:
+        dim: token width.
+        num_heads: heads; must divide ``dim``.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"num_heads: expected a positive divisor of the width {dim}, got {num_heads}; "
+                "change the head count or the width"
+            )
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[B, T, dim]``.
+            key_mask: ``[B, T]`` bool, False where a token must not be attended to.
+
+        Returns:
+            ``[B, T, dim]``.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, dim / heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Without padding no mask is passed: SDPA then keeps its fastest path.
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim]`` to ``[..., dim]``."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-LN residual block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``.
+
+    Args:
+        dim: token width.
+        num_heads: attention heads; must divide ``dim``.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        eps: epsilon of both LayerNorms.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """``[B, T, dim]`` to ``[B, T, dim]``; ``key_mask`` as in :class:`Attention`."""
+        x = x + self.attn(self.norm1(x), key_mask)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,53 @@
+"""Weight initialisation of the transformers: the released recipe, and the depth-rescaled option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from jepa_fast.nn.attention import Block
+
+InitScheme = Literal["released", "rescaled"]
+
+
+def init_mask_token(token: Tensor, std: float = 0.02) -> None:
+    """Fill a mask token in place from a truncated normal of standard deviation ``std``."""
+    nn.init.trunc_normal_(token, std=std)
+
+
+def init_transformer(
+    module: nn.Module, blocks: Iterable[nn.Module], scheme: str = "released", std: float = 0.02
+) -> None:
+    """Initialise every Linear, Conv2d and LayerNorm below ``module`` in place.
+
+    Weights are truncated normal with standard deviation ``std``, biases zero, LayerNorm is the
+    identity. ``"released"`` stops there: it is what the public I-JEPA runs used, since their
+    training script overwrites the rescaling that their constructors do. ``"rescaled"`` then
+    divides both output projections of block ``i`` (counted from 1) by ``sqrt(2 i)``.
+
+    Args:
+        module: the network; modules of other kinds are left as they are.
+        blocks: its residual blocks, from first to last.
+        scheme: ``"released"`` or ``"rescaled"``.
+        std: standard deviation of the weights.
+
+    Raises:
+        ValueError: ``scheme`` is unknown.
+    """
+    if scheme not in get_args(InitScheme):
+        raise ValueError(f"init: expected one of {get_args(InitScheme)}, got {scheme!r}")
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(child.weight, std=std)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm):
+            child.reset_parameters()
+    if scheme == "rescaled":
+        for depth, block in enumerate(blocks, start=1):
+            if isinstance(block, Block):
+                for projection in (block.attn.proj, block.mlp.fc2):
+                    projection.weight.data.div_(math.sqrt(2.0 * depth))

@@ -1,0 +1,132 @@
+"""I-JEPA's predictor: a narrow ViT over context tokens and mask tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jepa_fast.nn.attention import Block
+from jepa_fast.nn.initialisation import init_mask_token, init_transformer
+from jepa_fast.nn.position import sincos_position_embedding
+
+
+class VisionTransformerPredictor(nn.Module):
+    """Predicts the teacher's tokens of target blocks from the context's tokens.
+
+    An image with ``M`` target blocks becomes ``M`` sequences: all its context tokens, then one mask
+    token a patch of the block (a learned vector plus that patch's position). Sequences are
+    block-major: row ``m * B + b`` is block ``m`` of image ``b`` (arXiv 2301.08243, section 3).
+
+    Args:
+        grid: (H, W) patches of the image.
+        embed_dim: width of the encoder's tokens, in and out.
+        predictor_dim: width inside, a multiple of 4 and of ``num_heads``.
+        depth: number of blocks.
+        num_heads: attention heads; I-JEPA takes the encoder's.
+        mlp_ratio: hidden width of the MLPs over ``predictor_dim``.
+        init: ``"released"`` or ``"rescaled"``, see
+            :func:`~jepa_fast.nn.initialisation.init_transformer`.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown ``init``.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        embed_dim: int = 768,
+        predictor_dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        init: str = "released",
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embed_dim = embed_dim
+        self.predictor_dim = predictor_dim
+        self.num_heads = num_heads
+        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
+        self.predictor_pos_embed: Tensor
+        self.register_buffer(
+            "predictor_pos_embed", sincos_position_embedding(predictor_dim, grid)[None]
+        )
+        self.predictor_blocks = nn.ModuleList(
+            Block(predictor_dim, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
+        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        init_transformer(self, self.predictor_blocks, init)
+        init_mask_token(self.mask_token)
+
+    def forward(
+        self,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted tokens ``[M * B, Kt, embed_dim]``; arguments as in :meth:`features`."""
+        return self.predictor_proj(
+            self.features(context, context_index, target_index, context_mask, target_mask)
+        )
+
+    def features(
+        self,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        after_block: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """What the predictor knows of each target patch, before the projection to ``embed_dim``.
+
+        Args:
+            context: ``[B, Kc, embed_dim]`` the encoder's tokens of the context patches.
+            context_index: ``[B, Kc]`` int64 their patch indices.
+            target_index: ``[B, M, Kt]`` int64 patch indices of the target blocks.
+            context_mask: ``[B, Kc]`` bool, False at padding slots of the context.
+            target_mask: ``[B, M, Kt]`` bool, False at padding slots of the targets.
+            after_block: called as ``tokens = after_block(layer, tokens)`` after every block, on all
+                ``[M * B, Kc + Kt, predictor_dim]`` tokens; the place for conditioning.
+
+        Returns:
+            ``[M * B, Kt, predictor_dim]`` after the final LayerNorm, block-major.
+        """
+        from jepa_fast import ops
+
+        tokens = ops.assemble_predictor_tokens(
+            self.predictor_embed(context),
+            self.mask_token.flatten(),
+            self.predictor_pos_embed[0],
+            context_index,
+            target_index,
+        )
+        key_mask = _key_mask(context_index, target_index, context_mask, target_mask)
+        for layer, block in enumerate(self.predictor_blocks):
+            tokens = block(tokens, key_mask)
+            if after_block is not None:
+                tokens = after_block(layer, tokens)
+        return self.predictor_norm(tokens[:, context.shape[1] :])
+
+
+def _key_mask(
+    context_index: Tensor,
+    target_index: Tensor,
+    context_mask: Tensor | None,
+    target_mask: Tensor | None,
+) -> Tensor | None:
+    """Block-major ``[M * B, Kc + Kt]``, True where a token may be attended to; None: everywhere."""
+    if context_mask is None and target_mask is None:
+        return None
+    if context_mask is None:
+        context_mask = torch.ones_like(context_index, dtype=torch.bool)
+    if target_mask is None:
+        target_mask = torch.ones_like(target_index, dtype=torch.bool)
+    blocks = target_index.shape[1]
+    return torch.cat([context_mask.repeat(blocks, 1), target_mask.transpose(0, 1).flatten(0, 1)], 1)

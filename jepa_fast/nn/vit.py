@@ -1,0 +1,208 @@
+"""Vision Transformer encoder of I-JEPA, and the protocol every encoder here follows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from jepa_fast.nn.attention import Block
+from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.position import interpolate_position_embedding, sincos_position_embedding
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What the models ask of an image encoder; any ``nn.Module`` with these members will do.
+
+    A call ``encoder(images, keep=None, keep_mask=None)`` takes ``images [B, 3, H, W]`` and gives
+    tokens ``[B, N, embed_dim]``, one a patch in raster order of ``grid`` (no class token). With
+    ``keep [B, K]`` int64 it gives ``[B, K, embed_dim]``: the tokens of those patches only, computed
+    without looking at any other patch, each at its own position. ``keep_mask [B, K]`` bool is False
+    at padding slots: no other token may attend to them, and their own outputs are unspecified
+    but finite.
+    """
+
+    embed_dim: int
+    grid: tuple[int, int]
+    num_heads: int
+
+    def __call__(
+        self, images: Tensor, keep: Tensor | None = None, keep_mask: Tensor | None = None
+    ) -> Tensor: ...
+
+
+def check_encoder(encoder: nn.Module) -> None:
+    """Refuse a module that lacks an attribute of :class:`Encoder`.
+
+    Raises:
+        TypeError: an attribute is missing; names all that are.
+    """
+    missing = [name for name in ("embed_dim", "grid", "num_heads") if not hasattr(encoder, name)]
+    if missing:
+        raise TypeError(
+            f"encoder: expected a module with the attributes embed_dim, grid and num_heads, got "
+            f"{type(encoder).__name__} without {', '.join(missing)}; set them, or wrap the model "
+            "with jepa_fast.interop.timm or jepa_fast.interop.transformers"
+        )
+
+
+def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """``value`` as (height, width); an int stands for both.
+
+    Raises:
+        ValueError: not one or two positive integers.
+    """
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+        raise ValueError(f"{name}: expected one or two positive integers, got {value!r}")
+    return sides
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches of the image, each projected to a token."""
+
+    def __init__(self, patch_size: tuple[int, int], embed_dim: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, N, embed_dim]`` in raster order."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """I-JEPA's image encoder (arXiv 2301.08243): a ViT without class token.
+
+    Fixed sine-cosine positions are added to all patches before any is dropped; then pre-LN blocks
+    with exact GELU and a final LayerNorm, every epsilon 1e-6. It follows :class:`Encoder`.
+
+    Args:
+        img_size: side of the square image, or (height, width); a multiple of ``patch_size``.
+        patch_size: side of a patch, or (height, width).
+        embed_dim: token width, a multiple of 4 and of ``num_heads``.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs over ``embed_dim``.
+        init: ``"released"`` or ``"rescaled"``, see
+            :func:`~jepa_fast.nn.initialisation.init_transformer`.
+        interpolate_positions: accept images of other sizes (multiples of ``patch_size``) by
+            resampling the position embedding to their grid; otherwise they are refused.
+        in_channels: channels of the image.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown ``init``.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        init: str = "released",
+        interpolate_positions: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.img_size = pair(img_size, "img_size")
+        self.patch_size = pair(patch_size, "patch_size")
+        self.grid = self._grid_of(self.img_size)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.interpolate_positions = interpolate_positions
+        self.patch_embed = PatchEmbed(self.patch_size, embed_dim, in_channels)
+        # A buffer, since it is never trained; the state dict names it as the public code does.
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_position_embedding(embed_dim, self.grid)[None])
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        init_transformer(self, self.blocks, init)
+
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, keep_mask: Tensor | None = None
+    ) -> Tensor:
+        """Encode images, wholly or only some of their patches.
+
+        Args:
+            images: ``[B, C, H, W]``.
+            keep: ``[B, K]`` int64, the patches to encode; None for all.
+            keep_mask: ``[B, K]`` bool, False at padding slots of ``keep``.
+
+        Returns:
+            Tokens ``[B, K, embed_dim]``, or ``[B, N, embed_dim]`` without ``keep``.
+
+        Raises:
+            ValueError: an image size that does not fit, or ``keep_mask`` without ``keep``.
+        """
+        from jepa_fast import ops
+
+        if keep is None and keep_mask is not None:
+            raise ValueError("keep_mask: expected None without keep, got a mask; pass keep as well")
+        x = self.patch_embed(images) + self._positions(images)
+        if keep is not None:
+            x = ops.gather_patches(x, keep)
+        for block in self.blocks:
+            x = block(x, keep_mask)
+        return self.norm(x)
+
+    def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = size
+        patch_height, patch_width = self.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"image size: expected a multiple of the patch size {self.patch_size}, got {size}; "
+                "resize or crop the images, or choose another patch size"
+            )
+        return height // patch_height, width // patch_width
+
+    def _positions(self, images: Tensor) -> Tensor:
+        if images.ndim != 4:
+            raise ValueError(f"images: expected [B, C, H, W], got shape {tuple(images.shape)}")
+        size = (images.shape[2], images.shape[3])
+        if size == self.img_size:
+            return self.pos_embed
+        if not self.interpolate_positions:
+            raise ValueError(
+                f"images: expected {self.img_size} pixels (height, width), got {size}; resize "
+                "them, or build the encoder with interpolate_positions=True"
+            )
+        return interpolate_position_embedding(self.pos_embed, self.grid, self._grid_of(size))
+
+
+VIT_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+}
+"""Widths, depths and heads of the ViTs of arXiv 2301.08243."""
+
+
+def create_encoder(
+    name: str, img_size: int | tuple[int, int] = 224, **overrides: Any
+) -> VisionTransformer:
+    """Build a :class:`VisionTransformer` by name.
+
+    Args:
+        name: ``vit_{tiny,small,base,large,huge,giant}_patch<side>``, for instance
+            ``vit_base_patch16``.
+        img_size: side of the square image, or (height, width).
+        **overrides: any other argument of :class:`VisionTransformer`, over the named size's own.
+
+    Raises:
+        ValueError: the name is not of that form, or the sizes do not fit.
+    """
+    match = re.fullmatch(r"vit_([a-z]+)_patch([1-9]\d*)", name)
+    if match is None or match[1] not in VIT_SIZES:
+        raise ValueError(
+            f"encoder name: expected vit_<size>_patch<side> with a size of {', '.join(VIT_SIZES)}, "
+            f"got {name!r}; for instance 'vit_base_patch16'"
+        )
+    options = {"patch_size": int(match[2]), **VIT_SIZES[match[1]], **overrides}
+    return VisionTransformer(img_size, **options)
