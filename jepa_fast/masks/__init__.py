@@ -1,0 +1,9 @@
+"""Masks of image patches: what the encoder sees and what the predictor has to predict."""
+
+from __future__ import annotations
+
+from jepa_fast.masks.block_masks import BlockMasks
+from jepa_fast.masks.collator import MaskCollator
+from jepa_fast.masks.sampler import BlockMaskSampler
+
+__all__ = ["BlockMaskSampler", "BlockMasks", "MaskCollator"]
