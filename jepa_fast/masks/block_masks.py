@@ -17,7 +17,7 @@ class BlockMasks:
         context: ``[B, Kc]`` int64, the patches that the context encoder sees, ascending in the
             valid part. Padding slots hold index 0.
         targets: ``[B, M, Kt]`` int64, the patches of the ``M`` target blocks; blocks may overlap.
-        context_mask: ``[B, Kc]`` bool, True where a slot holds a real patch; ``None``: in all slots.
+        context_mask: ``[B, Kc]`` bool, True where a slot holds a real patch; ``None``: in all.
         grid: ``(H, W)``, the patches of an image along each side.
 
     Raises:

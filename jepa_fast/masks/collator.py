@@ -93,8 +93,9 @@ class MaskCollator:
             ``[B, K]`` of ascending patch indices.
 
         Raises:
-            ValueError: an empty batch; or the block size of this step cannot hold more than ``min_keep`` patches
-                (the public code never returns from such a step). The text says what to change.
+            ValueError: an empty batch; or a block size drawn for this step that cannot hold more
+                than ``min_keep`` patches (the public code never returns from such a step). The
+                text says what to change.
         """
         if not batch:
             raise ValueError("batch: expected at least one sample, got none")
