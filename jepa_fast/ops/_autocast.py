@@ -1,0 +1,31 @@
+"""Dtypes of the operators that contain a linear layer: what `torch.nn.functional.linear` does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_inputs(
+    op: str, argument: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in one dtype: autocast's where it is on (float64 stays), else the one they have.
+
+    Called before an operator is entered, so that forward, backward, fake and every backend see the
+    same dtypes, and the gradient arrives at the parameter in the parameter's dtype.
+
+    Raises:
+        TypeError: the dtypes differ and autocast does not settle it.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of {argument}, {x.dtype}, got {tensor.dtype}; "
+                f"convert one of them or run under torch.autocast"
+            )
+    return x, weight, bias

@@ -1,0 +1,18 @@
+"""Mixture densities: the negative log-likelihood, samples and moments."""
+
+from jepa_fast.ops.mixture_nll.api import (
+    mixture_mean,
+    mixture_nll,
+    mixture_sample,
+    mixture_variance,
+)
+from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count, split_mixture_parameters
+
+__all__ = [
+    "mixture_mean",
+    "mixture_nll",
+    "mixture_parameter_count",
+    "mixture_sample",
+    "mixture_variance",
+    "split_mixture_parameters",
+]

@@ -1,0 +1,243 @@
+"""mixture_nll, mixture_sample, mixture_mean, mixture_variance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from samples import Sample, normal
+from torch import Tensor
+from torch import distributions as D
+
+from jepa_fast import ops
+
+OPERATORS = ("mixture_nll", "mixture_nll_backward")
+FAMILIES = ("gaussian", "logistic")
+EVENTS = ("joint", "coordinate")
+each_family = pytest.mark.parametrize("family", FAMILIES)
+each_event = pytest.mark.parametrize("event", EVENTS)
+
+
+def parameters(
+    tokens: int, components: int, width: int, event: str, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(target, logits, loc, log_scale)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (tokens, components, width)
+    return (
+        normal(tokens, width, dtype=dtype, generator=generator),
+        normal(*(shape if event == "coordinate" else shape[:2]), dtype=dtype, generator=generator),
+        normal(*shape, dtype=dtype, generator=generator),
+        normal(*shape, dtype=dtype, generator=generator),
+    )
+
+
+def _sample(
+    name: str, tokens: int, components: int, width: int, target_grad: bool = True, **keywords: str
+) -> Sample:
+    def make(dtype: torch.dtype, generator: torch.Generator):
+        event = keywords.get("event", "joint")
+        target, *rest = parameters(tokens, components, width, event, dtype)
+        return (target.detach().requires_grad_(target_grad), *rest)
+
+    return Sample(name, ops.mixture_nll, OPERATORS, make, keywords)
+
+
+SAMPLES = [
+    _sample("gaussian joint", 3, 2, 5),
+    _sample("gaussian coordinate", 3, 2, 5, event="coordinate"),
+    _sample("logistic joint softplus", 3, 4, 1, family="logistic", scale_map="softplus"),
+    _sample("logistic coordinate", 2, 3, 3, family="logistic", event="coordinate"),
+    _sample("one component, fixed target", 2, 1, 3, target_grad=False),
+    _sample("batch 0", 0, 2, 3, event="coordinate"),
+]
+
+
+def oracle(logits: Tensor, loc: Tensor, scale: Tensor, family: str, event: str) -> D.Distribution:
+    """The same mixture from torch.distributions."""
+    if event == "coordinate":
+        logits, loc, scale = (x.transpose(1, 2) for x in (logits, loc, scale))
+    if family == "gaussian":
+        component = D.Normal(loc, scale)
+    else:
+        base = D.Uniform(torch.zeros_like(loc), torch.ones_like(loc))
+        transforms = [D.SigmoidTransform().inv, D.AffineTransform(loc, scale)]
+        component = D.TransformedDistribution(base, transforms)
+    if event == "joint":
+        component = D.Independent(component, 1)
+    mixture = D.MixtureSameFamily(D.Categorical(logits=logits), component)
+    return mixture if event == "joint" else D.Independent(mixture, 1)
+
+
+@each_family
+@each_event
+@pytest.mark.parametrize("scale_map", ["exp", "softplus"])
+def test_equals_mixture_same_family(family: str, event: str, scale_map: str) -> None:
+    target, logits, loc, log_scale = parameters(4, 5, 7, event)
+    raw = log_scale.exp() if scale_map == "exp" else torch.nn.functional.softplus(log_scale)
+    expected = -oracle(logits, loc, raw + 0.01, family, event).log_prob(target)
+    got = ops.mixture_nll(
+        target, logits, loc, log_scale, family, event, scale_floor=0.01, scale_map=scale_map
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_moments_equal_mixture_same_family() -> None:
+    for event in EVENTS:
+        _, logits, loc, log_scale = parameters(4, 5, 7, event)
+        mixture = oracle(logits, loc, log_scale.exp() + 1e-3, "gaussian", event)
+        torch.testing.assert_close(ops.mixture_mean(logits, loc), mixture.mean)
+        torch.testing.assert_close(ops.mixture_variance(logits, loc, log_scale), mixture.variance)
+
+
+@each_family
+@each_event
+@pytest.mark.parametrize("width", [1, 2])
+def test_density_integrates_to_one(family: str, event: str, width: int) -> None:
+    """Rectangle rule on a grid that holds all but a negligible part of the mass."""
+    _, logits, loc, log_scale = (x.detach() for x in parameters(1, 3, width, event))
+    axis = torch.linspace(-40, 40, 2001 if width == 1 else 801, dtype=torch.float64)
+    points = torch.cartesian_prod(*[axis] * width).view(-1, width)
+    many = [x.expand(len(points), *x.shape[1:]) for x in (logits, loc, 0.3 * log_scale)]
+    density = torch.exp(-ops.mixture_nll(points, *many, family, event))
+    total = density.sum() * (axis[1] - axis[0]) ** width
+    assert total == pytest.approx(1.0, abs=1e-6)
+
+
+@each_family
+@each_event
+def test_tails_in_float32(family: str, event: str) -> None:
+    """|z| up to 100 sigma, log-scales -10..10, logits +-100: as float64, gradients too."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, components, width = 64, 5, 3
+    shape = (tokens, components, width)
+    log_scale = torch.empty(shape).uniform_(-10, 10, generator=generator)
+    loc = torch.randn(shape, generator=generator)
+    z = torch.empty(tokens, width).uniform_(-100, 100, generator=generator)
+    target = loc[:, 0] + z * (log_scale[:, 0].exp() + 1e-3)
+    logits = torch.where(
+        torch.rand(shape if event == "coordinate" else shape[:2], generator=generator) < 0.5,
+        -100.0,
+        100.0,
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (target, logits, loc, log_scale)]
+        nll = ops.mixture_nll(*leaves, family, event)
+        results.append((nll.detach(), *torch.autograd.grad(nll.sum(), leaves)))
+    (nll, *grads), (wanted_nll, *wanted_grads) = results
+    torch.testing.assert_close(nll.double(), wanted_nll, rtol=1e-6, atol=0)
+    for grad, wanted in zip(grads, wanted_grads, strict=True):
+        # Responsibilities come from differences of log-densities of up to 1e4, which float32 holds
+        # to 1e-3 at worst; per row, against the row's largest value.
+        error = (grad.double() - wanted).flatten(1).abs().amax(1)
+        assert (error <= 1e-3 * wanted.flatten(1).abs().amax(1)).all()
+        assert error.median() <= 1e-6 * wanted.abs().amax()
+
+
+def test_one_and_identical_components() -> None:
+    target, _, loc, log_scale = parameters(3, 1, 4, "joint")
+    one = ops.mixture_nll(target, torch.full((3, 1), -50.0, dtype=torch.float64), loc, log_scale)
+    normals = D.Normal(loc[:, 0], log_scale[:, 0].exp() + 1e-3)
+    torch.testing.assert_close(one, -normals.log_prob(target).sum(1))
+    logits = torch.randn(3, 6, dtype=torch.float64)
+    six = ops.mixture_nll(target, logits, loc.expand(3, 6, 4), log_scale.expand(3, 6, 4))
+    torch.testing.assert_close(six, one)
+
+
+def test_low_precision_parameters_are_computed_in_float32() -> None:
+    target, *rest = (x.detach().bfloat16() for x in parameters(4, 3, 5, "joint"))
+    got = ops.mixture_nll(target.float(), *rest)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(
+        got, ops.mixture_nll(target.float(), *(x.float() for x in rest)), rtol=0, atol=0
+    )
+    loc = rest[1].requires_grad_()
+    ops.mixture_nll(target, rest[0], loc, rest[2]).sum().backward()
+    assert loc.grad is not None
+    assert loc.grad.dtype == torch.bfloat16
+
+
+def test_floor_bounds_the_density_and_keeps_a_gradient() -> None:
+    """A component that sits on its target and has shrunk to nothing still feels its scale."""
+    zero = torch.zeros(1, 1, 1)
+    log_scale = torch.full((1, 1, 1), -10.0, requires_grad=True)
+    nll = ops.mixture_nll(zero[0], zero[0], zero, log_scale)
+    assert nll.item() >= math.log(1e-3) + 0.5 * math.log(2 * math.pi)
+    nll.sum().backward()
+    assert log_scale.grad is not None
+    assert log_scale.grad.item() > 0
+
+
+@each_family
+@each_event
+def test_samples_have_the_mixtures_moments(family: str, event: str) -> None:
+    _, logits, loc, log_scale = (x.detach() for x in parameters(2, 3, 2, event))
+    options = {"family": family, "scale_map": "softplus"}
+    draws = ops.mixture_sample(
+        logits, loc, log_scale, event=event, n=100_000,
+        generator=torch.Generator().manual_seed(0), **options,
+    )  # fmt: skip
+    assert draws.shape == (100_000, 2, 2)
+    mean = ops.mixture_mean(logits, loc)
+    variance = ops.mixture_variance(logits, loc, log_scale, **options)
+    assert (draws.mean(0) - mean).abs().max() < 5 * (variance / 100_000).sqrt().max()
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.05, atol=0)
+
+
+def test_joint_draws_share_a_component_and_coordinate_draws_do_not() -> None:
+    loc = torch.tensor([[[-9.0, -9.0], [9.0, 9.0]]])
+    log_scale = torch.zeros_like(loc)
+    joint = ops.mixture_sample(torch.zeros(1, 2), loc, log_scale, n=2000)[:, 0]
+    assert (joint[:, 0].sign() == joint[:, 1].sign()).all()
+    alone = ops.mixture_sample(torch.zeros(1, 2, 2), loc, log_scale, event="coordinate", n=2000)
+    same = (alone[:, 0, 0].sign() == alone[:, 0, 1].sign()).double().mean()
+    assert 0.4 < same < 0.6
+
+
+def test_sampling_is_reproducible() -> None:
+    _, *mixture = parameters(2, 3, 2, "joint")
+    first, second = (
+        ops.mixture_sample(*mixture, n=4, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    nobody = [x[:0] for x in mixture]
+    assert ops.mixture_sample(*nobody, n=4).shape == (4, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "cauchy"}, "family must be one of"),
+        ({"event": "row"}, "event must be one of"),
+        ({"scale_map": "relu"}, "scale_map must be one of"),
+        ({"scale_floor": 0.0}, "scale_floor must be positive"),
+        ({"scale_floor": float("nan")}, "scale_floor must be positive"),
+        ({"event": "coordinate"}, r"logits must be \[T, K, D\] for event='coordinate'"),
+        ({"logits": torch.zeros(2, 4)}, r"logits must be .* of loc \[2, 3, 5\], got \[2, 4\]"),
+        ({"loc": torch.zeros(2, 3)}, r"loc must be \[T, K, D\]"),
+        ({"loc": torch.zeros(2, 0, 5)}, "at least one component"),
+        ({"log_scale": torch.zeros(2, 3, 4)}, "log_scale must have the shape of loc"),
+        ({"target": torch.zeros(2, 6)}, r"target.shape\[1\] and loc.shape\[2\]"),
+        ({"target": torch.zeros(3, 5)}, r"target.shape\[0\] and loc.shape\[0\]"),
+    ],
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    arguments = {
+        "target": torch.zeros(2, 5),
+        "logits": torch.zeros(2, 3),
+        "loc": torch.zeros(2, 3, 5),
+        "log_scale": torch.zeros(2, 3, 5),
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.mixture_nll(**{**arguments, **change})
+
+
+def test_bad_sampling_arguments() -> None:
+    mixture = (torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        ops.mixture_sample(*mixture, n=0)
+    with pytest.raises(TypeError, match="logits must be a tensor, got list"):
+        ops.mixture_mean([1.0], mixture[1])
