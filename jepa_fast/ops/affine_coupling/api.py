@@ -1,0 +1,95 @@
+"""The public function `affine_coupling`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._checks import check_dim, check_same_size
+from jepa_fast.ops.affine_coupling import contract
+
+
+class _AffineCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        return contract.FORWARD.call(x, raw_scale, shift, mask, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale_bound, ctx.inverse, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("affine_coupling")
+        needs = ctx.needs_input_grad[:3]
+        grads = contract.BACKWARD.call(
+            grad_y,
+            grad_logdet,
+            *ctx.saved_tensors,
+            ctx.scale_bound,
+            ctx.inverse,
+            needs,
+            ctx.backend,
+        )
+        return *spread(grads, needs), None, None, None, None
+
+
+def affine_coupling(
+    x: Tensor,
+    raw_scale: Tensor,
+    shift: Tensor,
+    mask: Tensor,
+    scale_bound: float = 2.0,
+    inverse: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scales and shifts the coordinates outside `mask`; those inside pass unchanged.
+
+    With `s = scale_bound * tanh(raw_scale)`: forward `y = x * exp(s) + shift`, inverse
+    `y = (x - shift) * exp(-s)`, and `logdet = log |det dy/dx|` of the direction taken. Both are
+    bijections as long as raw_scale and shift are computed from the coordinates in `mask` alone.
+
+    Args:
+        x: [T, D].
+        raw_scale: [T, D]; read outside `mask` only.
+        shift: [T, D]; read outside `mask` only.
+        mask: [D] bool, True where a coordinate passes unchanged.
+        scale_bound: positive; the largest |log-scale|.
+        inverse: the direction.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        y [T, D] in the dtype of `x`, and logdet [T] in float32 (float64 if `x` is).
+
+    Raises:
+        TypeError: `mask` is not bool.
+        ValueError: a shape does not fit, or `scale_bound` is not positive.
+        BackendError: the requested backend cannot serve the call.
+
+    Source: RealNVP, arXiv 1605.08803, section 3.2.
+    """
+    check_dim("affine_coupling", "x", x, 2, "[T, D]")
+    for name, tensor in (("raw_scale", raw_scale), ("shift", shift)):
+        check_dim("affine_coupling", name, tensor, 2, "[T, D]")
+        check_same_size("affine_coupling", name, tensor, 0, "x", x, 0)
+        check_same_size("affine_coupling", name, tensor, 1, "x", x, 1)
+    check_dim("affine_coupling", "mask", mask, 1, "[D]")
+    check_same_size("affine_coupling", "mask", mask, 0, "x", x, 1)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"affine_coupling: mask must be bool, got {mask.dtype}; use mask.bool() "
+            f"(True: the coordinate passes unchanged)"
+        )
+    if not 0 < scale_bound < math.inf:
+        raise ValueError(
+            f"affine_coupling: scale_bound must be positive and finite, got {scale_bound}"
+        )
+    return _AffineCoupling.apply(x, raw_scale, shift, mask, scale_bound, inverse, backend)

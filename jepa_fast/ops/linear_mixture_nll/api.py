@@ -1,0 +1,119 @@
+"""The public function `linear_mixture_nll`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autocast import linear_inputs
+from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._checks import check_choice, check_dim, check_same_size
+from jepa_fast.ops.linear_mixture_nll import contract
+from jepa_fast.ops.mixture_nll.api import check_mixture_options
+from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count
+
+
+class _LinearMixtureNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+    ) -> Tensor:
+        return contract.FORWARD.call(hidden, weight, bias, target, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *ctx.options, ctx.backend = inputs[4:]
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_mixture_nll")
+        needs = ctx.needs_input_grad[:4]
+        tensors = ctx.saved_tensors
+        present = [need for need, t in zip(needs, tensors, strict=True) if t is not None]
+        grads = contract.BACKWARD.call(grad, *tensors, *ctx.options, present, ctx.backend)
+        return *spread(grads, needs), *[None] * 7
+
+
+def linear_mixture_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    num_components: int,
+    family: str = "gaussian",
+    event: str = "joint",
+    scale_floor: float = 1e-3,
+    scale_map: str = "exp",
+    reduction: str = "mean",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`mixture_nll` of the mixtures that a linear layer predicts, reduced over the tokens.
+
+    The P outputs of the layer are laid out as logits, then loc, then log_scale; loc and log_scale
+    are K rows of D numbers (component by component, the coordinate running fastest), and so are the
+    logits with `event="coordinate"`; with `"joint"` they are K numbers. So P = K (2 D + 1) for
+    `"joint"` and 3 K D for `"coordinate"`.
+
+    The parameters, [T, P], exist in full during the forward pass and again during the backward
+    pass; between the two only the inputs are kept.
+
+    Args:
+        hidden: [T, H].
+        weight: [P, H].
+        bias: [P] or None.
+        target: [T, D].
+        num_components: K.
+        family, event, scale_floor, scale_map: as in `mixture_nll`.
+        reduction: `"mean"` or `"sum"` over the T tokens. The mean over no token is 0.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        A scalar, float32 (float64 if `hidden` or `target` is). Under autocast the linear layer runs
+        in autocast's dtype, the likelihood in float32.
+
+    Raises:
+        TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast.
+        ValueError: a shape does not fit, an unknown name, a floor that is not positive.
+        BackendError: the requested backend cannot serve the call.
+
+    Source: mixture density networks, Bishop 1994.
+    """
+    op = "linear_mixture_nll"
+    check_mixture_options(op, family, event, scale_floor, scale_map)
+    check_choice(op, "reduction", reduction, ("mean", "sum"))
+    check_dim(op, "hidden", hidden, 2, "[T, H]")
+    check_dim(op, "weight", weight, 2, "[P, H]")
+    check_dim(op, "target", target, 2, "[T, D]")
+    check_same_size(op, "hidden", hidden, 1, "weight", weight, 1)
+    check_same_size(op, "hidden", hidden, 0, "target", target, 0)
+    if num_components < 1:
+        raise ValueError(f"{op}: num_components must be at least 1, got {num_components}")
+    outputs = mixture_parameter_count(num_components, target.shape[1], event)
+    if weight.shape[0] != outputs:
+        formula = "K (2 D + 1)" if event == "joint" else "3 K D"
+        raise ValueError(
+            f"{op}: weight must have {formula} = {outputs} rows for num_components K = "
+            f"{num_components}, target width D = {target.shape[1]} and event={event!r}, "
+            f"got {list(weight.shape)}"
+        )
+    if bias is not None:
+        check_dim(op, "bias", bias, 1, "[P]")
+        check_same_size(op, "bias", bias, 0, "weight", weight, 0)
+    hidden, weight, bias = linear_inputs(op, "hidden", hidden, weight, bias)
+    return _LinearMixtureNll.apply(
+        hidden,
+        weight,
+        bias,
+        target,
+        num_components,
+        family,
+        event,
+        scale_floor,
+        scale_map,
+        reduction,
+        backend,
+    )

@@ -1,0 +1,131 @@
+"""linear_mixture_nll."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import Sample, normal
+from torch.nn import functional as F
+
+from jepa_fast import ops
+from jepa_fast.ops.mixture_nll import mixture_parameter_count, split_mixture_parameters
+
+OPERATORS = ("linear_mixture_nll", "linear_mixture_nll_backward")
+
+
+def _sample(
+    name: str, tokens: int, hidden: int, width: int, components: int, bias: bool = True, **keywords
+) -> Sample:
+    def make(dtype: torch.dtype, generator: torch.Generator):
+        outputs = mixture_parameter_count(components, width, keywords.get("event", "joint"))
+        return (
+            normal(tokens, hidden, dtype=dtype, generator=generator),
+            normal(outputs, hidden, dtype=dtype, generator=generator),
+            normal(outputs, dtype=dtype, generator=generator) if bias else None,
+            normal(tokens, width, dtype=dtype, generator=generator, grad=bias),
+        )
+
+    keywords = {"num_components": components, **keywords}
+    return Sample(name, ops.linear_mixture_nll, OPERATORS, make, keywords)
+
+
+SAMPLES = [
+    _sample("joint", 3, 4, 3, 2),
+    _sample("coordinate logistic, no bias", 2, 3, 5, 2, False, event="coordinate", reduction="sum",
+            family="logistic"),
+    _sample("batch 0", 0, 4, 3, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", ["joint", "coordinate"])
+@pytest.mark.parametrize("family", ["gaussian", "logistic"])
+@pytest.mark.parametrize("scale_map", ["exp", "softplus"])
+def test_is_a_linear_layer_and_mixture_nll(event: str, family: str, scale_map: str) -> None:
+    """The documented layout: logits, then loc, then log_scale, K rows of D."""
+    tokens, hidden, width, components = 4, 3, 5, 2
+    logit_count = components if event == "joint" else components * width
+    torch.manual_seed(0)
+    x, target = torch.randn(tokens, hidden), torch.randn(tokens, width)
+    sizes = (logit_count, components * width, components * width)
+    weights = [torch.randn(size, hidden) for size in sizes]
+    biases = [torch.randn(size) for size in sizes]
+    logits, loc, log_scale = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    options = {"family": family, "event": event, "scale_map": scale_map, "scale_floor": 0.1}
+    rows = (tokens, components, width)
+    expected = ops.mixture_nll(
+        target,
+        logits if event == "joint" else logits.view(rows),
+        loc.view(rows),
+        log_scale.view(rows),
+        **options,
+    )
+    arguments = (x, torch.cat(weights), torch.cat(biases), target, components)
+    mean = ops.linear_mixture_nll(*arguments, **options)
+    torch.testing.assert_close(mean, expected.mean())
+    total = ops.linear_mixture_nll(*arguments, **options, reduction="sum")
+    torch.testing.assert_close(total, expected.sum())
+
+
+def test_split_is_the_inverse_of_the_layout() -> None:
+    parameters = torch.arange(2 * 15.0).view(2, 15)
+    logits, loc, log_scale = split_mixture_parameters(parameters, 3, 2, "joint")
+    assert torch.equal(logits, parameters[:, :3])
+    assert torch.equal(loc[:, 1], parameters[:, 5:7])
+    assert torch.equal(log_scale[:, 2], parameters[:, 13:])
+
+
+def test_mean_over_no_token_is_zero() -> None:
+    nothing = ops.linear_mixture_nll(
+        torch.zeros(0, 4), torch.zeros(14, 4), None, torch.zeros(0, 3), 2
+    )
+    assert nothing.item() == 0.0
+
+
+def test_under_autocast() -> None:
+    """The layer runs in bfloat16, the likelihood in float32; gradients fit their parameters."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(6, 8), torch.randn(14, 8), torch.randn(14)
+    target = torch.randn(6, 3)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_mixture_nll(*leaves, target, 2)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    by_hand = [x.bfloat16().requires_grad_() for x in (hidden, weight, bias)]
+    parameters = split_mixture_parameters(F.linear(*by_hand), 2, 3, "joint")
+    expected = ops.mixture_nll(target, *parameters).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(leaves, by_hand, strict=True):
+        assert got.grad is not None
+        assert got.grad.dtype == torch.float32
+        torch.testing.assert_close(got.grad, want.grad.float())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_components": 3}, ValueError, r"K \(2 D \+ 1\) = 21 rows .* got \[14, 4\]"),
+        ({"num_components": 0}, ValueError, "num_components must be at least 1, got 0"),
+        ({"event": "coordinate"}, ValueError, "3 K D = 18 rows"),
+        ({"target": torch.zeros(2, 4)}, ValueError, "= 18 rows .* target width D = 4"),
+        ({"target": torch.zeros(3, 3)}, ValueError, r"hidden.shape\[0\] and target.shape\[0\]"),
+        ({"hidden": torch.zeros(2, 5)}, ValueError, r"hidden.shape\[1\] and weight.shape\[1\]"),
+        ({"bias": torch.zeros(13)}, ValueError, r"bias.shape\[0\] and weight.shape\[0\]"),
+        ({"bias": torch.zeros(14).double()}, TypeError, "bias must have the dtype of hidden"),
+        ({"weight": torch.zeros(14, 4).half()}, TypeError, "weight must have the dtype of hidden"),
+        ({"reduction": "none"}, ValueError, "reduction must be one of"),
+        ({"family": "cauchy"}, ValueError, "family must be one of"),
+        ({"scale_floor": -1.0}, ValueError, "scale_floor must be positive"),
+    ],
+)
+def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {
+        "hidden": torch.zeros(2, 4),
+        "weight": torch.zeros(14, 4),
+        "bias": torch.zeros(14),
+        "target": torch.zeros(2, 3),
+        "num_components": 2,
+    }
+    with pytest.raises(error, match=message):
+        ops.linear_mixture_nll(**{**arguments, **change})
