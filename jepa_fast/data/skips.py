@@ -1,0 +1,53 @@
+"""Samples that cannot be read: skipped, counted and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+_log = logging.getLogger("jepa_fast.data")
+_TOLD_ONE_BY_ONE = 20
+
+
+class CorruptSample(Exception):
+    """A sample that cannot be read. `key` says which, `reason` why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+class SkipLog:
+    """Which samples were skipped and why; each is counted once and logged as a warning."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, found: Mapping[str, str]) -> None:
+        """Takes in `{key: reason}`; what is known already is not counted again."""
+        for key, reason in found.items():
+            if key in self.reasons:
+                continue
+            self.reasons[key] = reason
+            if len(self) <= _TOLD_ONE_BY_ONE:
+                _log.warning("skipped %s: %s", key, reason)
+            if len(self) == _TOLD_ONE_BY_ONE:
+                _log.warning("further skipped samples appear in the summary only")
+
+    def summary(self) -> str:
+        """How many were skipped, by reason, with one example each."""
+        if not self.reasons:
+            return "no sample skipped"
+        examples = {reason: key for key, reason in reversed(self.reasons.items())}
+        parts = [
+            f"{count} x {reason} (such as {examples[reason]})"
+            for reason, count in Counter(self.reasons.values()).most_common(10)
+        ]
+        return f"{len(self)} samples skipped: " + "; ".join(parts)
