@@ -137,7 +137,7 @@ def test_any_strides(sample: Sample) -> None:
         if not isinstance(a, Tensor):
             return a
         # The same values behind every other element of a larger, transposed block.
-        block = a.new_zeros(*(2 * n for n in reversed(a.shape)))
+        block = a.new_zeros([2 * n for n in reversed(a.shape)])
         view = block[tuple(slice(None, None, 2) for _ in a.shape)]
         view = view.permute(*reversed(range(a.ndim)))
         view.copy_(a.detach())
@@ -150,7 +150,7 @@ def test_any_strides(sample: Sample) -> None:
 
     generator = torch.Generator().manual_seed(1)
     sliced = [
-        torch.randn(*(2 * n for n in o.shape), generator=generator, dtype=torch.float64).to(
+        torch.randn([2 * n for n in o.shape], generator=generator, dtype=torch.float64).to(
             o.dtype
         )[tuple(slice(None, None, 2) for _ in o.shape)]
         for o in outputs
