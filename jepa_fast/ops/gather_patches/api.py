@@ -1,4 +1,4 @@
-"""The public function `gather_patches`."""
+"""The public functions `gather_patches` and `gather_packed`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class _GatherPatches(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, index, ctx.backend = inputs
-        ctx.save_for_backward(x, index)
+        ctx.patches = x.shape[1]
+        ctx.save_for_backward(index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         refuse_double_backward("gather_patches")
-        x, index = ctx.saved_tensors
-        return contract.BACKWARD.call(grad, x, index, ctx.backend), None, None
+        (index,) = ctx.saved_tensors
+        return contract.BACKWARD.call(grad, index, ctx.patches, ctx.backend), None, None
 
 
 def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
@@ -34,7 +35,8 @@ def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor
 
     Args:
         x: [B, N, D] tokens, any floating dtype, any strides.
-        index: [B, K] or [B, M, K] patch indices in [0, N), int32 or int64. They may repeat.
+        index: [B, K] or [B, M, K] patch indices in [0, N), int32 or int64. They may repeat; the
+            gradients of a patch taken repeatedly are summed in float32, in a fixed order.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Returns:
@@ -52,3 +54,23 @@ def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor
     check_index("gather_patches", "index", index, (2, 3), "[B, K] or [B, M, K]")
     check_same_size("gather_patches", "x", x, 0, "index", index, 0)
     return _GatherPatches.apply(x, index, backend)
+
+
+def gather_packed(rows: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
+    """Takes rows out of packed tokens, those of all images in one list: `out[k] = rows[index[k]]`.
+
+    Args:
+        rows: [T, D] tokens, any floating dtype, any strides.
+        index: [K] row indices in [0, T), int32 or int64. They may repeat.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        [K, D] in the dtype of `rows`.
+
+    Raises:
+        TypeError, ValueError, BackendError: as :func:`gather_patches`.
+    """
+    check_dim("gather_packed", "rows", rows, 2, "[T, D]")
+    check_index("gather_packed", "index", index, 1, "[K]")
+    # Packed rows are the patches of a single, long image.
+    return _GatherPatches.apply(rows[None], index[None], backend)[0]

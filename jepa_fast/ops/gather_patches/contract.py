@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from jepa_fast.ops._autograd import recomputed_gradients
 from jepa_fast.ops._checks import check_index_range
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.gather_patches import reference
@@ -19,14 +18,8 @@ def _reference(x: Tensor, index: Tensor) -> Tensor:
     return reference.gather_patches(x, index)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _reference_backward(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    return recomputed_gradients(lambda x: reference.gather_patches(x, index), [x], [True], [grad])[
-        0
-    ]
+def _fake_backward(grad: Tensor, index: Tensor, patches: int) -> Tensor:
+    return grad.new_empty(index.shape[0], patches, grad.shape[-1])
 
 
 FORWARD = Operator(
@@ -34,8 +27,9 @@ FORWARD = Operator(
     fake=_fake,
     backends={"reference": Backend(f"{__name__}:_reference")},
 )
+# The gradient needs no more of x than its number of patches, so x is not kept for it.
 BACKWARD = Operator(
-    "gather_patches_backward(Tensor grad, Tensor x, Tensor index, str backend) -> Tensor",
+    "gather_patches_backward(Tensor grad, Tensor index, SymInt patches, str backend) -> Tensor",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:_reference_backward")},
+    backends={"reference": Backend(f"{reference.__name__}:gather_patches_backward")},
 )

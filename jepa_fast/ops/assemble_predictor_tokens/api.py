@@ -1,0 +1,93 @@
+"""The public function `assemble_predictor_tokens`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._checks import check_dim, check_index, check_same_size
+from jepa_fast.ops.assemble_predictor_tokens import contract
+
+
+class _AssemblePredictorTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Tensor,
+        mask_token: Tensor,
+        pos_embed: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        backend: str,
+    ) -> Tensor:
+        return contract.FORWARD.call(
+            context, mask_token, pos_embed, context_index, target_index, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *floating, context_index, target_index, ctx.backend = inputs
+        ctx.dtypes = [tensor.dtype for tensor in floating]
+        ctx.patches = floating[2].shape[0]
+        ctx.save_for_backward(context_index, target_index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("assemble_predictor_tokens")
+        needs = ctx.needs_input_grad[:3]
+        grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, ctx.patches, needs, ctx.backend)
+        dtypes = [dtype for dtype, need in zip(ctx.dtypes, needs, strict=True) if need]
+        cast = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+        return *spread(cast, needs), None, None, None
+
+
+def assemble_predictor_tokens(
+    context: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    context_index: Tensor,
+    target_index: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The predictor's input: one sequence a target block, context tokens first.
+
+    Row `m * B + b` (block-major) holds `context[b] + pos_embed[context_index[b]]` and then
+    `mask_token + pos_embed[target_index[b, m]]`.
+
+    Args:
+        context: [B, Kc, d] context tokens in the predictor's width.
+        mask_token: [d] the learned vector that stands for a hidden patch.
+        pos_embed: [N, d] position embedding, fixed or learned.
+        context_index: [B, Kc] patch indices in [0, N), int32 or int64.
+        target_index: [B, M, Kt] patch indices in [0, N), int32 or int64.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        [M * B, Kc + Kt, d] in the dtype that the three floating inputs promote to, so that a
+        float32 position embedding keeps the residual stream in float32 under autocast.
+
+    Raises:
+        TypeError: an index is not int32 or int64.
+        ValueError: a shape does not fit; an index is out of range (checked on the CPU always, on a
+            GPU with `JEPA_FAST_DEBUG=1`).
+        BackendError: the requested backend cannot serve the call.
+
+    Source: the predictor of I-JEPA, arXiv 2301.08243, section 3.
+    """
+    op = "assemble_predictor_tokens"
+    check_dim(op, "context", context, 3, "[B, Kc, d]")
+    check_dim(op, "mask_token", mask_token, 1, "[d]")
+    check_dim(op, "pos_embed", pos_embed, 2, "[N, d]")
+    check_index(op, "context_index", context_index, 2, "[B, Kc]")
+    check_index(op, "target_index", target_index, 3, "[B, M, Kt]")
+    check_same_size(op, "mask_token", mask_token, 0, "context", context, 2)
+    check_same_size(op, "pos_embed", pos_embed, 1, "context", context, 2)
+    check_same_size(op, "context_index", context_index, 0, "context", context, 0)
+    check_same_size(op, "context_index", context_index, 1, "context", context, 1)
+    check_same_size(op, "target_index", target_index, 0, "context", context, 0)
+    return _AssemblePredictorTokens.apply(
+        context, mask_token, pos_embed, context_index, target_index, backend
+    )

@@ -1,0 +1,62 @@
+"""Schemas, fakes and backends of `assemble_predictor_tokens`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._checks import check_index_range
+from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops.assemble_predictor_tokens import reference
+
+
+def _fake(
+    context: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    context_index: Tensor,
+    target_index: Tensor,
+) -> Tensor:
+    (batch, blocks, hidden), (_, seen, width) = target_index.shape, context.shape
+    dtype = torch.promote_types(context.dtype, mask_token.dtype)
+    dtype = torch.promote_types(dtype, pos_embed.dtype)
+    return context.new_empty(blocks * batch, seen + hidden, width, dtype=dtype)
+
+
+def _reference(
+    context: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    context_index: Tensor,
+    target_index: Tensor,
+) -> Tensor:
+    patches = pos_embed.shape[0]
+    check_index_range("assemble_predictor_tokens", "context_index", context_index, patches)
+    check_index_range("assemble_predictor_tokens", "target_index", target_index, patches)
+    return reference.assemble_predictor_tokens(
+        context, mask_token, pos_embed, context_index, target_index
+    )
+
+
+def _fake_backward(
+    grad: Tensor, context_index: Tensor, target_index: Tensor, patches: int, needs: Sequence[bool]
+) -> list[Tensor]:
+    width = grad.shape[-1]
+    shapes = ((*context_index.shape, width), (width,), (patches, width))
+    return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+FORWARD = Operator(
+    "assemble_predictor_tokens(Tensor context, Tensor mask_token, Tensor pos_embed, "
+    "Tensor context_index, Tensor target_index, str backend) -> Tensor",
+    fake=_fake,
+    backends={"reference": Backend(f"{__name__}:_reference")},
+)
+BACKWARD = Operator(
+    "assemble_predictor_tokens_backward(Tensor grad, Tensor context_index, Tensor target_index, "
+    "SymInt patches, bool[] needs, str backend) -> Tensor[]",
+    fake=_fake_backward,
+    backends={"reference": Backend(f"{reference.__name__}:assemble_predictor_tokens_backward")},
+)

@@ -1,0 +1,91 @@
+"""assemble_predictor_tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import Sample, indices, normal
+
+from jepa_fast import ops
+
+OPERATORS = ("assemble_predictor_tokens", "assemble_predictor_tokens_backward")
+PATCHES, WIDTH = 6, 3
+
+
+def _sample(
+    name: str,
+    batch: int = 2,
+    seen: int = 3,
+    blocks: int = 2,
+    hidden: int = 2,
+    grads: str = "cmp",
+    index_dtype: torch.dtype = torch.int64,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator):
+        return (
+            normal(batch, seen, WIDTH, dtype=dtype, generator=g, grad="c" in grads),
+            normal(WIDTH, dtype=dtype, generator=g, grad="m" in grads),
+            normal(PATCHES, WIDTH, dtype=dtype, generator=g, grad="p" in grads),
+            indices(PATCHES, batch, seen, generator=g, dtype=index_dtype),
+            indices(PATCHES, batch, blocks, hidden, generator=g, dtype=index_dtype),
+        )
+
+    return Sample(name, ops.assemble_predictor_tokens, OPERATORS, make)
+
+
+SAMPLES = [
+    _sample("learned positions"),
+    _sample("fixed positions", grads="cm"),
+    _sample("only the mask token learns", grads="m", index_dtype=torch.int32),
+    _sample("overlapping blocks", blocks=4, hidden=5),
+    _sample("batch 0", batch=0),
+    _sample("no context", seen=0),
+    _sample("no targets", hidden=0),
+    _sample("every patch", seen=PATCHES, blocks=1, hidden=PATCHES),
+]
+
+
+def test_values() -> None:
+    context, mask_token, pos, context_index, target_index = _sample("").arguments()
+    out = ops.assemble_predictor_tokens(context, mask_token, pos, context_index, target_index)
+    assert out.shape == (4, 5, WIDTH)
+    for m in range(2):
+        for b in range(2):
+            row = [context[b, k] + pos[context_index[b, k]] for k in range(3)]
+            row += [mask_token + pos[target_index[b, m, k]] for k in range(2)]
+            assert torch.equal(out[m * 2 + b], torch.stack(row))
+
+
+def test_dtypes_promote_and_gradients_return_in_their_own() -> None:
+    context, mask_token, pos, *index = _sample("").arguments(torch.float32)
+    context = context.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.assemble_predictor_tokens(context, mask_token, pos, *index)
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert context.grad is not None
+    assert context.grad.dtype == torch.bfloat16
+    assert mask_token.grad.dtype == pos.grad.dtype == torch.float32
+    lower = ops.assemble_predictor_tokens(context, mask_token.bfloat16(), pos.bfloat16(), *index)
+    assert lower.dtype == torch.bfloat16
+
+
+def test_bad_arguments() -> None:
+    context, mask_token, pos, context_index, target_index = _sample("").arguments()
+    call = ops.assemble_predictor_tokens
+    with pytest.raises(ValueError, match=r"mask_token must be \[d\], got shape \[1, 1, 3\]"):
+        call(context, mask_token[None, None], pos, context_index, target_index)
+    with pytest.raises(ValueError, match=r"pos_embed must be \[N, d\]"):
+        call(context, mask_token, pos[None], context_index, target_index)
+    with pytest.raises(ValueError, match=r"pos_embed.shape\[1\] and context.shape\[2\]"):
+        call(context, mask_token, pos[:, 1:], context_index, target_index)
+    with pytest.raises(ValueError, match=r"context_index.shape\[1\] and context.shape\[1\]"):
+        call(context, mask_token, pos, context_index[:, 1:], target_index)
+    with pytest.raises(ValueError, match=r"target_index.shape\[0\] and context.shape\[0\]"):
+        call(context, mask_token, pos, context_index, target_index[1:])
+    with pytest.raises(TypeError, match="target_index must be int32 or int64"):
+        call(context, mask_token, pos, context_index, target_index.float())
+    with pytest.raises(ValueError, match=r"context_index must be in \[0, 6\), got 6"):
+        call(context, mask_token, pos, torch.full_like(context_index, 6), target_index)
+    with pytest.raises(ValueError, match=r"target_index must be in \[0, 6\), got -1"):
+        call(context, mask_token, pos, context_index, torch.full_like(target_index, -1))
