@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from jepa_fast.data.batch import Batch, Sample
 from jepa_fast.data.digits import DigitScenes
+from jepa_fast.data.images import CocoCaptions, ImageFolder
 from jepa_fast.data.loader import Loader
+from jepa_fast.data.shards import ShardSource
 from jepa_fast.data.skips import CorruptSample
 from jepa_fast.data.sources import MemorySource, load_in_memory
 from jepa_fast.data.text import HashedWords, TextBatch, sample_captions
@@ -17,12 +19,15 @@ from jepa_fast.data.transforms import Transform
 
 __all__ = [
     "Batch",
+    "CocoCaptions",
     "CorruptSample",
     "DigitScenes",
     "HashedWords",
+    "ImageFolder",
     "Loader",
     "MemorySource",
     "Sample",
+    "ShardSource",
     "TextBatch",
     "Transform",
     "load_in_memory",

@@ -244,8 +244,8 @@ class _Reader(Dataset[tuple[Batch | None, dict[str, str]]]):
             if self.transform is not None:
                 if batch.patch_labels is not None and not self.transform.keeps_layout(batch.images):
                     raise ValueError(
-                        "transform must not crop or flip images that have patch labels, which would "
-                        "be wrong then; make it plain, or the source without patch labels"
+                        "transform must not crop or flip images that have patch labels, which "
+                        "would be wrong then; make it plain, or the source without patch labels"
                     )
                 batch = replace(batch, images=self.transform(batch.images, batch.ids, self.epoch))
             return batch, skipped

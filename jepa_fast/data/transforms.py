@@ -84,11 +84,15 @@ class Transform:
     def crop(self, images: Tensor | Sequence[Tensor], ids: Tensor, epoch: int = 0) -> Tensor:
         """Everything but the normalisation, [B, 3, height, width] uint8."""
         keys = ids.numpy()
-        shapes = np.array([image.shape[1:] for image in images]).reshape(-1, 2)
-        boxes = self._boxes(shapes, keys, epoch)
-        result = torch.empty(len(boxes), 3, self.height, self.width, dtype=torch.uint8)
-        for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
-            result[i] = self._resize(image, box)
+        whole = self.crop_scale is None and self.centre == 1
+        if isinstance(images, Tensor) and whole and images.shape[2:] == (self.height, self.width):
+            result = images
+        else:
+            result = torch.empty(len(images), 3, self.height, self.width, dtype=torch.uint8)
+            shapes = np.array([image.shape[1:] for image in images]).reshape(-1, 2)
+            boxes = self._boxes(shapes, keys, epoch)
+            for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
+                result[i] = self._resize(image, box)
         if self.flip > 0:
             flipped = counter.uniform(self.seed, epoch, keys, _FLIP) < self.flip
             result = torch.where(
