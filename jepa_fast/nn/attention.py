@@ -74,7 +74,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        # Rounded down, as the public code does, but not because a ratio like 48 / 11 is inexact.
+        self.mlp = Mlp(dim, int(round(dim * mlp_ratio, 6)))
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """``[B, T, dim]`` to ``[B, T, dim]``; ``key_mask`` as in :class:`Attention`."""

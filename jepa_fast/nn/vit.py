@@ -48,6 +48,16 @@ def check_encoder(encoder: nn.Module) -> None:
         )
 
 
+def check_keep(keep: Tensor | None, keep_mask: Tensor | None) -> None:
+    """Refuse a padding mask that belongs to no kept patches.
+
+    Raises:
+        ValueError: ``keep_mask`` without ``keep``.
+    """
+    if keep is None and keep_mask is not None:
+        raise ValueError("keep_mask: expected None without keep, got a mask; pass keep as well")
+
+
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     """``value`` as (height, width); an int stands for both.
 
@@ -76,7 +86,7 @@ class VisionTransformer(nn.Module):
     """I-JEPA's image encoder (arXiv 2301.08243): a ViT without class token.
 
     Fixed sine-cosine positions are added to all patches before any is dropped; then pre-LN blocks
-    with exact GELU and a final LayerNorm, every epsilon 1e-6. It follows :class:`Encoder`.
+    with exact GELU and a final LayerNorm. It follows :class:`Encoder`.
 
     Args:
         img_size: side of the square image, or (height, width); a multiple of ``patch_size``.
@@ -85,6 +95,7 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs over ``embed_dim``.
+        eps: epsilon of every LayerNorm.
         init: ``"released"`` or ``"rescaled"``, see
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
         interpolate_positions: accept images of other sizes (multiples of ``patch_size``) by
@@ -103,6 +114,7 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
         init: str = "released",
         interpolate_positions: bool = False,
         in_channels: int = 3,
@@ -118,8 +130,10 @@ class VisionTransformer(nn.Module):
         # A buffer, since it is never trained; the state dict names it as the public code does.
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_position_embedding(embed_dim, self.grid)[None])
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=eps)
         init_transformer(self, self.blocks, init)
 
     def forward(
@@ -140,8 +154,7 @@ class VisionTransformer(nn.Module):
         """
         from jepa_fast import ops
 
-        if keep is None and keep_mask is not None:
-            raise ValueError("keep_mask: expected None without keep, got a mask; pass keep as well")
+        check_keep(keep, keep_mask)
         x = self.patch_embed(images) + self._positions(images)
         if keep is not None:
             x = ops.gather_patches(x, keep)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from jepa_fast.models.collapse import collapse_metrics, effective_rank
+
+
+def rank_from_singular_values(tokens: Tensor) -> float:
+    share = torch.linalg.svdvals(tokens.double())
+    share = share / share.sum()
+    return math.exp(-sum(p * math.log(p) for p in share.tolist() if p > 0))
+
+
+def spectra(rows: int, width: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(rows, width, generator=generator)
+    basis = torch.randn(5, width, generator=generator)
+    return {
+        "isotropic": noise,
+        "decaying": noise * torch.exp(-torch.arange(width) / 8.0),
+        "five directions": noise[:, :5] @ basis,
+        "mean": noise + 3,
+        "nearly one direction": 1 + 1e-3 * noise,
+        "one direction": torch.ones(rows, width),
+    }
+
+
+@pytest.mark.parametrize("shape", [(200, 32), (128, 128), (100, 150)], ids=str)
+def test_effective_rank_is_the_entropy_of_the_singular_values(shape: tuple[int, int]) -> None:
+    for name, tokens in spectra(*shape).items():
+        for scale in (1.0, 1e-6, 1e6):
+            got = effective_rank(tokens * scale).item()
+            assert got == pytest.approx(rank_from_singular_values(tokens), rel=0.02), (name, scale)
+
+
+def test_effective_rank_of_many_wide_tokens_looks_at_128_of_them() -> None:
+    tokens = torch.randn(1000, 200)
+    expected = rank_from_singular_values(tokens[::8])
+    assert effective_rank(tokens).item() == pytest.approx(expected, rel=0.02)
+
+
+def test_effective_rank_of_nothing_but_zeros_is_near_zero() -> None:
+    assert 0 <= effective_rank(torch.zeros(20, 8)).item() < 0.01
+
+
+def test_metrics_are_spread_and_rank_of_both_sides() -> None:
+    prediction, target = torch.randn(6, 5, 8, dtype=torch.bfloat16), torch.randn(6, 5, 8)
+    prediction[..., 3] = 2
+    metrics = collapse_metrics(prediction.requires_grad_(), target)
+    assert sorted(metrics) == [
+        f"{side}_{kind}"
+        for side in ("prediction", "target")
+        for kind in ("rank", "std_mean", "std_min")
+    ]
+    for value in metrics.values():
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+        assert not value.requires_grad
+    assert metrics["prediction_std_min"] == 0
+    spread = target.flatten(0, 1).numpy().std(axis=0)
+    assert metrics["target_std_mean"].item() == pytest.approx(spread.mean())
+    assert metrics["target_std_min"].item() == pytest.approx(spread.min())
+    assert metrics["target_rank"].item() == pytest.approx(
+        rank_from_singular_values(target.flatten(0, 1)), rel=0.02
+    )
+
+
+def test_metrics_never_read_a_value_on_the_host() -> None:
+    # Tensors on the meta device hold no values: whatever waits for one fails there.
+    metrics = collapse_metrics(*torch.empty(2, 4, 3, 200, device="meta"))
+    assert all(value.is_meta for value in metrics.values())
