@@ -1,0 +1,190 @@
+"""Checkpoints of the public implementations: read, refuse or load, and write back.
+
+A checkpoint is a dictionary of *parts*, each a state dict: ``encoder``, ``predictor`` and
+``target_encoder`` for I-JEPA. Our networks carry the public parameter names, so nothing is renamed;
+wrappers' prefixes (``module.`` of DistributedDataParallel, ``_orig_mod.`` of torch.compile) are
+taken off.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_fast.errors import CheckpointError
+from jepa_fast.models.ijepa import IJepa
+
+Source = str | Path | Mapping[str, Any]
+"""A checkpoint file, or what it holds."""
+
+IJEPA_PARTS = ("encoder", "predictor", "target_encoder")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_ijepa(model: IJepa, source: Source) -> None:
+    """Load a public I-JEPA checkpoint into ``model``, whole or not at all.
+
+    Args:
+        model: built with the checkpoint's sizes.
+        source: file (see :func:`read_checkpoint`) or dictionary with ``encoder``, ``predictor`` and
+            ``target_encoder``. Other entries (optimizer, epoch) are left alone. To take one network
+            only, call :func:`load_parts`, for instance with ``{"target_encoder": my_encoder}``.
+
+    Raises:
+        CheckpointError: anything missing, unexpected or of another shape; lists all of it.
+    """
+    load_parts({name: getattr(model, name) for name in IJEPA_PARTS}, source)
+
+
+def export_ijepa(model: IJepa, prefix: str = "") -> dict[str, dict[str, Tensor]]:
+    """The public I-JEPA form of a model's weights.
+
+    Args:
+        model: its tensors are shared, not copied.
+        prefix: before every parameter name; ``"module."`` is what the public training script wants.
+
+    Returns:
+        ``{"encoder": .., "predictor": .., "target_encoder": ..}``, for :func:`save_checkpoint`.
+    """
+    return {
+        part: {prefix + name: value for name, value in getattr(model, part).state_dict().items()}
+        for part in IJEPA_PARTS
+    }
+
+
+def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
+    """Load each named part of a checkpoint into a module; change nothing unless all of it fits.
+
+    Args:
+        parts: module by part name. Parts of the checkpoint that are not named here are left alone.
+        source: checkpoint file, or dictionary of state dicts by part name.
+
+    Raises:
+        CheckpointError: a part or an entry is missing, unexpected or of another shape; lists all.
+    """
+    checkpoint = read_checkpoint(source) if isinstance(source, (str, Path)) else source
+    states: dict[str, dict[str, Any]] = {}
+    missing, unexpected, reshaped = [], [], []
+    for part, module in parts.items():
+        state = checkpoint.get(part)
+        if not isinstance(state, Mapping):
+            missing.append(f"{part} (the whole part)")
+            continue
+        states[part] = state = _without_wrapper_prefix(state)
+        wanted = module.state_dict()
+        missing += [f"{part}.{name}" for name in wanted if name not in state]
+        unexpected += [f"{part}.{name}" for name in state if name not in wanted]
+        reshaped += [
+            f"{part}.{name}: expected {_shape(wanted[name])}, got {_shape(value)}"
+            for name, value in state.items()
+            if name in wanted and _shape(value) != _shape(wanted[name])
+        ]
+    report = [
+        f"{title} ({len(entries)}):\n" + "\n".join(f"  {entry}" for entry in entries)
+        for title, entries in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if entries
+    ]
+    if report:
+        raise CheckpointError(
+            f"the checkpoint does not fit; expected the parts {', '.join(parts)}, got "
+            f"{', '.join(map(str, checkpoint)) or 'nothing'}; nothing was loaded. Build the model "
+            "with the checkpoint's sizes, or name only the parts to load.\n" + "\n".join(report)
+        )
+    for part, module in parts.items():
+        # A module on the meta device has no storage to copy into: it takes the tensors themselves.
+        on_meta = any(p.is_meta for p in module.parameters())
+        module.load_state_dict(states[part], assign=on_meta)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file without running any code of it.
+
+    Args:
+        path: ``.safetensors`` with names ``<part>.<parameter>``, or a ``torch.save`` file, which is
+            read with ``weights_only=True``.
+
+    Returns:
+        Dictionary of parts, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: it holds other objects than tensors and plain values, or is no dictionary.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _split_parts(_safetensors().load_file(path))
+    try:
+        # Mapped where the format allows: public checkpoints carry optimizer states of many GB.
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: expected tensors and plain values only, got a file that needs arbitrary "
+            "objects to load, which could run code; save its state dicts alone and try again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a dictionary of parts, got {type(content).__name__}; "
+            "save {'encoder': encoder.state_dict(), ...}"
+        )
+    return content
+
+
+def save_checkpoint(parts: Mapping[str, Mapping[str, Tensor]], path: str | Path) -> None:
+    """Write parts for :func:`read_checkpoint`: safetensors by that suffix, else ``torch.save``."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        flat = {
+            f"{part}.{name}": value.contiguous()
+            for part, state in parts.items()
+            for name, value in state.items()
+        }
+        _safetensors().save_file(flat, path)
+    else:
+        torch.save({part: dict(state) for part, state in parts.items()}, path)
+
+
+def _split_parts(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name, value in flat.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return parts
+
+
+def _without_wrapper_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without the wrappers' prefixes, where every name carries them."""
+    stripped = dict(state)
+    while stripped:
+        prefix = next(
+            (p for p in _WRAPPER_PREFIXES if all(n.startswith(p) for n in stripped)), None
+        )
+        if prefix is None:
+            break
+        stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+    return stripped
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            'safetensors files need safetensors: pip install "jepa-fast[train]"'
+        ) from error
+    return safetensors.torch

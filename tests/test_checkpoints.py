@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from vit_oracle import predictor_oracle, vit_oracle
+
+from jepa_fast import CheckpointError, IJepa
+from jepa_fast.interop.checkpoints import (
+    export_ijepa,
+    load_ijepa,
+    load_parts,
+    read_checkpoint,
+    save_checkpoint,
+)
+from jepa_fast.nn.vit import VisionTransformer
+
+WIDTH, INSIDE, HEADS, PATCHES, SIDE = 32, 24, 2, 16, 4
+
+
+def linear_shapes(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+
+def block_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.norm1.weight": (width,),
+        f"{name}.norm1.bias": (width,),
+        **linear_shapes(f"{name}.attn.qkv", 3 * width, width),
+        **linear_shapes(f"{name}.attn.proj", width, width),
+        f"{name}.norm2.weight": (width,),
+        f"{name}.norm2.bias": (width,),
+        **linear_shapes(f"{name}.mlp.fc1", 4 * width, width),
+        **linear_shapes(f"{name}.mlp.fc2", width, 4 * width),
+    }
+
+
+ENCODER = {
+    "pos_embed": (1, PATCHES, WIDTH),
+    "patch_embed.proj.weight": (WIDTH, 3, SIDE, SIDE),
+    "patch_embed.proj.bias": (WIDTH,),
+    **block_shapes("blocks.0", WIDTH),
+    **block_shapes("blocks.1", WIDTH),
+    "norm.weight": (WIDTH,),
+    "norm.bias": (WIDTH,),
+}
+PREDICTOR = {
+    "mask_token": (1, 1, INSIDE),
+    "predictor_pos_embed": (1, PATCHES, INSIDE),
+    **linear_shapes("predictor_embed", INSIDE, WIDTH),
+    **block_shapes("predictor_blocks.0", INSIDE),
+    "predictor_norm.weight": (INSIDE,),
+    "predictor_norm.bias": (INSIDE,),
+    **linear_shapes("predictor_proj", WIDTH, INSIDE),
+}
+
+
+def random_state(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def public_checkpoint(prefix: str = "module.") -> dict[str, object]:
+    """What the public training script writes: three networks under DDP, and the run's state."""
+    torch.manual_seed(3)
+    return {
+        "encoder": random_state(ENCODER, prefix),
+        "predictor": random_state(PREDICTOR, prefix),
+        "target_encoder": random_state(ENCODER, prefix),
+        "opt": {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-3}]},
+        "scaler": None,
+        "epoch": 300,
+        "loss": 0.1,
+        "batch_size": 128,
+        "world_size": 16,
+        "lr": 1e-3,
+    }
+
+
+def build() -> IJepa:
+    encoder = VisionTransformer(16, SIDE, WIDTH, depth=2, num_heads=HEADS)
+    return IJepa(encoder, predictor_dim=INSIDE, predictor_depth=1)
+
+
+def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_public_checkpoints_load_and_give_the_same_outputs(prefix: str, tmp_path: Path) -> None:
+    checkpoint = public_checkpoint(prefix)
+    torch.save(checkpoint, tmp_path / "jepa-latest.pth.tar")
+    model = build()
+    load_ijepa(model, tmp_path / "jepa-latest.pth.tar")
+
+    images = torch.randn(2, 3, 16, 16)
+    keep, targets = [0, 3, 5, 6], [[8, 9, 12], [10, 11, 15]]
+    index = torch.tensor([keep, keep])
+    context = model.encoder(images, index)
+    prediction = model.predictor(context, index, torch.tensor([targets, targets]))
+    teacher = model.encode(images)
+    for b in range(2):
+        encoder = without_prefix(checkpoint["encoder"])
+        expected = vit_oracle(images[b], encoder, HEADS, keep)
+        torch.testing.assert_close(context[b], expected, rtol=1e-5, atol=1e-5)
+        predictor = without_prefix(checkpoint["predictor"])
+        for m in range(2):
+            tokens = predictor_oracle(expected, predictor, HEADS, keep, targets[m])
+            torch.testing.assert_close(prediction[2 * m + b], tokens, rtol=1e-5, atol=1e-5)
+        whole = vit_oracle(
+            images[b], without_prefix(checkpoint["target_encoder"]), HEADS, list(range(PATCHES))
+        )
+        torch.testing.assert_close(teacher[b], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_partial_checkpoint_is_refused_with_the_whole_list_and_changes_nothing() -> None:
+    checkpoint = public_checkpoint()
+    del checkpoint["predictor"]
+    del checkpoint["encoder"]["module.blocks.1.norm2.bias"]
+    checkpoint["encoder"]["module.cls_token"] = torch.zeros(1, 1, WIDTH)
+    checkpoint["target_encoder"]["module.pos_embed"] = torch.zeros(1, 4, WIDTH)
+    checkpoint["target_encoder"]["module.norm.bias"] = "not a tensor"
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_ijepa(model, checkpoint)
+    message = str(caught.value)
+    for line in (
+        "missing (2):",
+        "  encoder.blocks.1.norm2.bias",
+        "  predictor (the whole part)",
+        "unexpected (1):",
+        "  encoder.cls_token",
+        "of another shape (2):",
+        "  target_encoder.pos_embed: expected (1, 16, 32), got (1, 4, 32)",
+        "  target_encoder.norm.bias: expected (32,), got str",
+    ):
+        assert line in message.splitlines()
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
+
+
+def test_single_parts_load_into_any_module() -> None:
+    checkpoint = public_checkpoint()
+    encoder = VisionTransformer(16, SIDE, WIDTH, depth=2, num_heads=HEADS)
+    load_parts({"target_encoder": encoder}, checkpoint)
+    state = without_prefix(checkpoint["target_encoder"])
+    assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_compiled_and_wrapped_names_are_unwrapped() -> None:
+    state = random_state(ENCODER, "module._orig_mod.")
+    encoder = VisionTransformer(16, SIDE, WIDTH, depth=2, num_heads=HEADS)
+    load_parts({"encoder": encoder}, {"encoder": state})
+    assert torch.equal(encoder.norm.bias, state["module._orig_mod.norm.bias"])
+
+
+def test_a_module_on_the_meta_device_takes_the_tensors() -> None:
+    with torch.device("meta"):
+        model = build()
+    load_ijepa(model, public_checkpoint())
+    assert model.encode(torch.randn(1, 3, 16, 16)).isfinite().all()
+
+
+def test_low_precision_checkpoints_load_in_the_models_dtype() -> None:
+    checkpoint = public_checkpoint()
+    for part in ("encoder", "predictor", "target_encoder"):
+        checkpoint[part] = {name: v.bfloat16() for name, v in checkpoint[part].items()}
+    model = build()
+    load_ijepa(model, checkpoint)
+    assert model.encoder.norm.bias.dtype == torch.float32
+    expected = checkpoint["encoder"]["module.norm.bias"].float()
+    assert torch.equal(model.encoder.norm.bias, expected)
+
+
+@pytest.mark.parametrize("name", ["model.pth.tar", "model.safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_export_and_back(name: str, prefix: str, tmp_path: Path) -> None:
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors")
+    model, other = build(), build()
+    load_ijepa(model, public_checkpoint())
+    exported = export_ijepa(model, prefix)
+    assert set(exported["encoder"]) == {prefix + parameter for parameter in ENCODER}
+    assert set(exported["predictor"]) == {prefix + parameter for parameter in PREDICTOR}
+    save_checkpoint(exported, tmp_path / name)
+    load_ijepa(other, tmp_path / name)
+    for parameter, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[parameter], value)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_files_that_would_run_code_are_refused(tmp_path: Path, capsys) -> None:
+    torch.save({"encoder": Exploit()}, tmp_path / "zip.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"encoder": Exploit()}, protocol=2))
+    for name in ("zip.pth", "bare.pth"):
+        with pytest.raises(CheckpointError, match="expected tensors and plain values only"):
+            read_checkpoint(tmp_path / name)
+    assert capsys.readouterr().out == ""
+
+
+def test_files_of_another_form(tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(CheckpointError, match="expected a dictionary of parts, got Tensor"):
+        read_checkpoint(tmp_path / "tensor.pth")
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="got nothing"):
+        load_ijepa(build(), {})
+
+
+def test_old_torch_files_load(tmp_path: Path) -> None:
+    torch.save(public_checkpoint(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    load_ijepa(build(), tmp_path / "old.pth")
