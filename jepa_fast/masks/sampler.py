@@ -174,26 +174,24 @@ class BlockMaskSampler:
 
     def _check_feasible(self) -> None:
         """Every size that can be drawn has a layout: all targets opposite to the context."""
-        height, width = self.grid
-        for context in set(self._context_sizes):
-            patches = context[0] * context[1]
-            if patches < self.min_context:
-                raise ValueError(
-                    f"min_context: expected at most {patches}, the size of the smallest context "
-                    f"block {context[0]}x{context[1]} on the {height}x{width} grid, got "
-                    f"{self.min_context}; lower min_context or raise context_scale"
-                )
-            for target in set() if self.allow_overlap else set(self._target_sizes):
-                overlap = max(0, context[0] + target[0] - height)
-                overlap *= max(0, context[1] + target[1] - width)
-                if patches - overlap < self.min_context:
-                    raise ValueError(
-                        f"min_context: expected at most {patches - overlap}, what a target block "
-                        f"{target[0]}x{target[1]} leaves of a context block "
-                        f"{context[0]}x{context[1]} on the {height}x{width} grid, got "
-                        f"{self.min_context}; lower min_context or target_scale, or set "
-                        "allow_overlap=True"
-                    )
+        context = torch.tensor(self._context_sizes).unique(dim=0)[:, None]
+        target = torch.tensor(self._target_sizes).unique(dim=0) * (not self.allow_overlap)
+        overlap = (context + target - torch.tensor(self.grid)).clamp(min=0).prod(dim=2)
+        left = context.prod(dim=2) - overlap
+        worst = int(left.min())
+        if worst >= self.min_context:
+            return
+        row, column = (left == worst).nonzero()[0].tolist()
+        (h, w), (target_h, target_w) = context[row, 0].tolist(), target[column].tolist()
+        beside = "" if self.allow_overlap else f" beside a target block of {target_h}x{target_w}"
+        blocks = f"a context block of {h}x{w} on the {self.grid[0]}x{self.grid[1]} grid{beside}"
+        if not worst:
+            raise ValueError(f"target_scale: nothing is left of {blocks}; lower target_scale")
+        fixes = "" if self.allow_overlap else ", lower target_scale, or set allow_overlap=True"
+        raise ValueError(
+            f"min_context: expected at most {worst}, the patches of {blocks}, got "
+            f"{self.min_context}; lower min_context, raise context_scale{fixes}"
+        )
 
 
 def _block_sizes(
