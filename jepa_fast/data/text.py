@@ -115,7 +115,8 @@ class HashedWords:
 
     def vector(self, word: str) -> Tensor:
         """The vector of one word, [Dt] float32."""
-        return self._table[self._row(word)]
+        row = self._row(word)
+        return self._table[row]
 
     def __call__(
         self,

@@ -1,0 +1,214 @@
+"""Shards, image folders and COCO captions on disk, whole and broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from jepa_fast.data import (
+    CocoCaptions,
+    CorruptSample,
+    ImageFolder,
+    Loader,
+    ShardSource,
+    Transform,
+    load_in_memory,
+)
+
+
+def picture(value: int, size: tuple[int, int] = (6, 4), kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 2 * value, 100)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as shard:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+
+
+def sample(number: int) -> dict[str, bytes]:
+    about = {"label": number % 3, "captions": [f"number {number}", "a picture"]}
+    return {f"s{number}.png": picture(number), f"s{number}.json": json.dumps(about).encode()}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for shard in range(3):
+        members = [sample(number) for number in range(4 * shard, 4 * shard + 4)]
+        write_shard(tmp_path / f"part-{shard}.tar", {k: v for m in members for k, v in m.items()})
+    return tmp_path
+
+
+def values(loader: Loader) -> list[int]:
+    return [int(image[0, 0, 0]) for batch in loader for image in batch.images]
+
+
+def test_shards(shards: Path) -> None:
+    source = ShardSource(str(shards / "part-*.tar"))
+    assert len(source) == 12
+    assert source.shards == ShardSource(str(shards / "part-{0..2}.tar")).shards
+    loader = Loader(source, 5, train=False)
+    batches = list(loader)
+    assert values(loader) == list(range(12))
+    assert batches[0].images.shape == (5, 3, 4, 6)
+    assert batches[0].labels.tolist() == [0, 1, 2, 0, 1]
+    assert batches[0].captions[1] == ["number 1", "a picture"]
+    assert len({i for batch in batches for i in batch.ids.tolist()}) == 12
+    again = load_in_memory(source)
+    assert torch.equal(again.ids[:5], batches[0].ids)
+
+    training = Loader(source, 4, train=True, shuffle_buffer=5)
+    first, second = values(training), values(training)
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    # Whole shards to each part, or every n-th sample where there are too few shards.
+    for parts in (2, 5):
+        seen = [
+            record["__key__"]
+            for part in range(parts)
+            for record in source.records(part, parts, (1,))
+        ]
+        assert sorted(seen) == sorted(f"s{i}" for i in range(12))
+
+
+def test_shards_of_text_and_class_files(tmp_path: Path) -> None:
+    members = {"a.jpg": picture(9, kind="JPEG"), "a.txt": b"nine", "a.cls": b"4"}
+    members |= {"b.png": picture(8), "b.json": b'{"caption": "eight"}'}
+    write_shard(tmp_path / "x.tar", members)
+    batch = next(iter(Loader(ShardSource(str(tmp_path / "x.tar")), 2, train=False)))
+    assert batch.labels.tolist() == [4, -1]
+    assert batch.captions == [["nine"], ["eight"]]
+
+
+def test_broken_samples_in_shards_are_named(tmp_path: Path) -> None:
+    good = sample(1)
+    members = {
+        **good,
+        "cut.png": picture(5)[:30],
+        "cut.json": b"{}",
+        "lone.png": picture(5),
+        "blind.json": b"{}",
+        "odd.png": picture(5),
+        "odd.json": b"{not json",
+        "list.png": picture(5),
+        "list.json": b"[1]",
+    }
+    write_shard(tmp_path / "x.tar", members)
+    loader = Loader(ShardSource(str(tmp_path / "x.tar")), 2, train=False)
+    assert values(loader) == [1]
+    reasons = loader.skips.reasons
+    assert set(reasons) == {"cut", "lone", "blind", "odd", "list"}
+    assert "image cannot be decoded" in reasons["cut"]
+    assert reasons["lone"] == "no json, txt or cls beside the image"
+    assert reasons["blind"] == "no image"
+    assert "JSONDecodeError" in reasons["odd"]
+
+
+@pytest.mark.parametrize("cut", ["header", "content", "between", "empty", "noise"])
+def test_a_truncated_shard_gives_what_it_holds_and_is_reported(shards: Path, cut: str) -> None:
+    path = shards / "part-1.tar"
+    data = path.read_bytes()
+    with tarfile.open(path) as shard:
+        third = shard.getmembers()[4]
+    ends = {
+        "header": third.offset + 100,
+        "content": third.offset_data + 20,
+        "between": third.offset,
+        "empty": 0,
+    }
+    path.write_bytes(b"\x7fnoise" * 300 if cut == "noise" else data[: ends[cut]])
+    source = ShardSource(str(shards / "part-*.tar"))
+    loader = Loader(source, 5, train=False)
+    held = [] if cut in ("empty", "noise") else [4, 5]
+    assert values(loader) == [0, 1, 2, 3, *held, 8, 9, 10, 11]
+    assert loader.skipped == 1
+    assert "shard cannot be read to its end" in loader.skips.reasons[str(path)]
+    training = Loader(ShardSource(str(shards / "part-*.tar"), length=12), 5, train=True)
+    assert len(values(training)) == 10
+    assert training.skipped == 1
+
+
+def test_no_shards_and_remote_shards(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="urls must match at least one shard"):
+        ShardSource(str(tmp_path / "none-*.tar"))
+    with pytest.raises(ValueError, match="length must say how many samples remote shards hold"):
+        ShardSource("pipe:cat x.tar")
+
+
+def test_shards_through_a_pipe(shards: Path) -> None:
+    source = ShardSource(f"pipe:cat {shards / 'part-0.tar'}", length=4)
+    assert values(Loader(source, 2, train=False)) == [0, 1, 2, 3]
+
+
+def test_shared_cifar(shared_dir: Path) -> None:
+    shards = str(shared_dir / "data/cifar10/val-*.tar")
+    source = ShardSource(shards)
+    batch = next(iter(Loader(source, 8, train=False, transform=Transform(32))))
+    assert len(source) == 2000
+    assert batch.images.shape == (8, 3, 32, 32)
+    assert all(len(captions) > 1 for captions in batch.captions)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for name, value in (("cat/1.png", 1), ("cat/x/2.png", 2), ("big_dog/3.jpg", 3), ("4.png", 4)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(value))
+    (tmp_path / "cat/5.png").write_bytes(picture(5)[:40])
+    (tmp_path / "cat/notes.txt").write_text("no image")
+    source = ImageFolder(tmp_path, captions="a photo of a {}")
+    assert source.classes == ["big_dog", "cat"]
+    loader = Loader(source, 9, train=False)
+    (batch,) = loader
+    assert sorted(zip(values(loader), batch.labels.tolist(), strict=True)) == [
+        (1, 1),
+        (2, 1),
+        (3, 0),
+        (4, -1),
+    ]
+    assert ["a photo of a big dog"] in batch.captions
+    assert list(loader.skips.reasons) == ["cat/5.png"]
+    with pytest.raises(FileNotFoundError, match="root must be a folder"):
+        ImageFolder(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="root must hold images"):
+        ImageFolder(tmp_path / "empty")
+
+
+def test_coco_captions(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name, value in (("a.png", 1), ("b.png", 2)):
+        (tmp_path / "images" / name).write_bytes(picture(value))
+    content = {
+        "images": [{"id": 7 + i, "file_name": f"{name}.png"} for i, name in enumerate("abc")],
+        "annotations": [
+            {"image_id": 7, "caption": "one "},
+            {"image_id": 7, "caption": "uno"},
+            {"image_id": 9, "caption": "lost"},
+        ],
+    }
+    annotations = tmp_path / "captions.json"
+    annotations.write_text(json.dumps(content))
+    source = CocoCaptions(annotations, tmp_path / "images")
+    assert len(source) == 3
+    loader = Loader(source, 3, train=False)
+    (batch,) = loader
+    assert batch.ids.tolist() == [7, 8]
+    assert batch.captions == [["one", "uno"], []]
+    assert "FileNotFoundError" in loader.skips.reasons["c.png"]
+    with pytest.raises(CorruptSample, match="image cannot be read"):
+        source[2]
+    annotations.write_text('{"images": [{"id": 1}]}')
+    with pytest.raises(ValueError, match="annotations must be COCO captions"):
+        CocoCaptions(annotations, tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match="annotations must be a JSON file"):
+        CocoCaptions(tmp_path / "none.json", tmp_path / "images")

@@ -1,0 +1,283 @@
+"""The loader: order, resumption, ranks, workers, and samples that cannot be read."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from jepa_fast.data import (
+    Batch,
+    CorruptSample,
+    DigitScenes,
+    Loader,
+    MemorySource,
+    Sample,
+    Transform,
+    load_in_memory,
+)
+
+PLAIN = {"captions": ("corner",), "grid": (2, 2)}
+
+
+class Numbers:
+    """An indexed source of 1 x 1 images; those in `corrupt` cannot be read."""
+
+    def __init__(self, n: int, corrupt: tuple[int, ...] = ()) -> None:
+        self.n, self.corrupt = n, corrupt
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.corrupt:
+            raise CorruptSample(f"n{index}", "broken")
+        image = torch.full((3, 1, 1), index, dtype=torch.uint8)
+        return {"image": image, "label": index % 3, "captions": [str(index)], "id": index}
+
+
+class Streams(Numbers):
+    """The same as a streamed source, part p giving p, p + parts, ..."""
+
+    __getitem__ = None  # type: ignore[assignment]
+
+    def records(self, part: int, parts: int, order: tuple[int, ...] | None):
+        for index in range(part, self.n, parts):
+            yield {"index": index}
+
+    def decode(self, record: dict) -> Sample:
+        return Numbers(self.n, self.corrupt)[record["index"]]
+
+
+def ids(loader: Loader) -> list[list[int]]:
+    return [batch.ids.tolist() for batch in loader]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        torch.equal(a.images, b.images) and torch.equal(a.ids, b.ids) and a.captions == b.captions
+    )
+
+
+def test_a_training_epoch_is_a_shuffle_in_full_batches() -> None:
+    loader = Loader(Numbers(23), 5, train=True)
+    first, second = ids(loader), ids(loader)
+    assert len(loader) == len(first) == 4
+    assert all(len(batch) == 5 for batch in first)
+    assert len(set(flat(first))) == 20
+    assert first != second
+    assert ids(Loader(Numbers(23), 5, train=True)) == first
+    assert ids(Loader(Numbers(23), 5, train=True, seed=1)) != first
+
+
+def test_evaluation_sees_everything_once_in_order() -> None:
+    for source in (Numbers(23), Streams(23)):
+        loader = Loader(source, 5, train=False)
+        assert flat(ids(loader)) == list(range(23))
+        assert len(loader) == 5
+        assert flat(ids(loader)) == list(range(23))
+
+
+MAKERS: dict[str, Callable[[], Loader]] = {
+    "batch": lambda: Loader(
+        DigitScenes(40, patch=None, **PLAIN), 6, train=True, transform=Transform(16, flip=0.5)
+    ),
+    "indexed": lambda: Loader(
+        Numbers(40, corrupt=(3, 9)), 6, train=True, transform=Transform(2, crop_scale=(0.5, 1))
+    ),
+    "streamed": lambda: Loader(Streams(40, corrupt=(3, 9)), 6, train=True, shuffle_buffer=8),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("stop", [2, 6, 8])
+def test_a_resumed_loader_goes_on_bit_for_bit(kind: str, stop: int) -> None:
+    def stream(loader: Loader):
+        while True:
+            yield from loader
+
+    straight = stream(MAKERS[kind]())
+    expected = [next(straight) for _ in range(15)]
+
+    loader = MAKERS[kind]()
+    interrupted = stream(loader)
+    for _ in range(stop):
+        next(interrupted)
+    state = loader.state_dict()
+    resumed = MAKERS[kind]()
+    resumed.load_state_dict(state)
+    assert resumed.skipped == loader.skipped
+    rest = stream(resumed)
+    assert all(same(batch, next(rest)) for batch in expected[stop:])
+
+
+def test_state_is_plain_and_refuses_other_settings(tmp_path) -> None:
+    loader = Loader(Numbers(20), 5, train=True)
+    next(iter(loader))
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["position"] == 1
+    with pytest.raises(ValueError, match="batch_size: saved 5, here 4"):
+        Loader(Numbers(20), 4, train=True).load_state_dict(state)
+
+
+def test_breaking_off_an_epoch_and_coming_back() -> None:
+    whole = ids(Loader(Numbers(20), 5, train=True))
+    loader = Loader(Numbers(20), 5, train=True)
+    for batch in loader:
+        assert batch.ids.tolist() == whole[0]
+        break
+    assert ids(loader) == whole[1:]
+
+
+def test_ranks_share_what_one_process_would_see() -> None:
+    alone = ids(Loader(Numbers(50), 6, train=True))
+    ranks = [ids(Loader(Numbers(50), 3, train=True, rank=r, world_size=2)) for r in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == alone
+    parts = [
+        ids(Loader(source(50), 3, train=False, rank=r, world_size=2))
+        for source in (Numbers, Streams)
+        for r in range(2)
+    ]
+    for pair in (parts[:2], parts[2:]):
+        assert sorted(flat(pair[0] + pair[1])) == list(range(50))
+    lengths = [
+        len(ids(Loader(Streams(50), 3, train=True, rank=r, world_size=2, shuffle_buffer=4)))
+        for r in range(2)
+    ]
+    assert lengths == [8, 8]
+
+
+def test_workers_change_nothing_for_indexed_sources() -> None:
+    transform = Transform(2, crop_scale=(0.3, 1), flip=0.5)
+    loaders = [
+        Loader(Numbers(20, corrupt=(4,)), 5, train=True, transform=transform, num_workers=workers)
+        for workers in (0, 2)
+    ]
+    for a, b in zip(*loaders, strict=True):
+        assert same(a, b)
+    assert [loader.skipped for loader in loaders] == [1, 1]
+
+
+def test_streaming_with_workers_resumes_at_the_right_worker() -> None:
+    def make() -> Loader:
+        source = Streams(24, corrupt=(1, 3, 5))
+        return Loader(source, 2, train=True, num_workers=2, shuffle_buffer=3)
+
+    loader = make()
+    expected, state = [], {}
+    for batch in loader:
+        expected.append(batch.ids.tolist())
+        if len(expected) == 3:
+            state = loader.state_dict()
+    assert set(flat(expected)) <= set(range(24)) - {1, 3, 5}
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert ids(resumed) == expected[3:]
+
+
+def test_loading_leaves_the_global_random_state_alone() -> None:
+    state = torch.random.get_rng_state()
+    for make in MAKERS.values():
+        next(iter(make()))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("source", [Numbers, Streams])
+def test_corrupt_samples_are_skipped_counted_and_reported(
+    source: type[Numbers], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "jepa_fast.data"):
+        loader = Loader(source(20, corrupt=(2, 11)), 5, train=False)
+        assert flat(ids(loader)) == [i for i in range(20) if i not in (2, 11)]
+        ids(loader)
+    assert loader.skipped == 2
+    messages = [record.message for record in caplog.records]
+    assert messages == [
+        "skipped n2: broken",
+        "skipped n11: broken",
+        "epoch 0: 2 samples skipped: 2 x broken (such as n2)",
+    ]
+
+
+@pytest.mark.parametrize("source", [Numbers, Streams])
+def test_training_fills_the_place_of_a_corrupt_sample(source: type[Numbers]) -> None:
+    loader = Loader(source(20, corrupt=(2, 11)), 5, train=True, shuffle_buffer=4)
+    batches = ids(loader)
+    assert [len(batch) for batch in batches] == [5] * 4
+    assert not {2, 11} & set(flat(batches))
+    assert loader.skipped == 2
+
+
+@pytest.mark.parametrize("source", [Numbers, Streams])
+@pytest.mark.parametrize("train", [True, False])
+def test_an_unreadable_source_is_an_error(source: type[Numbers], train: bool) -> None:
+    loader = Loader(source(6, corrupt=tuple(range(6))), 2, train=train)
+    with pytest.raises(ValueError, match="no readable sample"):
+        list(loader)
+
+
+def test_a_worker_whose_part_is_unreadable_does_not_stop_the_others() -> None:
+    source = Streams(12, corrupt=tuple(range(1, 12, 2)))
+    loader = Loader(source, 2, train=True, num_workers=2, shuffle_buffer=2)
+    batches = ids(loader)
+    assert [len(batch) for batch in batches] == [2] * 6
+    assert all(i % 2 == 0 for i in flat(batches))
+    assert loader.skipped == 6
+
+
+def test_in_memory_images_are_those_of_the_source() -> None:
+    for source in (Numbers(6, corrupt=(1,)), Streams(6, corrupt=(1,))):
+        memory = load_in_memory(source, size=2)
+        assert memory.images.shape == (5, 3, 2, 2)
+        loader = Loader(memory, 2, train=False)
+        assert flat(ids(loader)) == [0, 2, 3, 4, 5]
+        assert [c for batch in loader for c in batch.captions] == [
+            ["0"],
+            ["2"],
+            ["3"],
+            ["4"],
+            ["5"],
+        ]
+        assert loader.skipped == 1
+    with pytest.raises(ValueError, match="no readable sample"):
+        load_in_memory(Numbers(2, corrupt=(0, 1)))
+
+
+def test_patch_labels_survive_and_forbid_crops() -> None:
+    source = DigitScenes(20, **PLAIN)
+    batch = next(iter(Loader(source, 4, train=False, transform=Transform(32))))
+    assert batch.images.shape == (4, 3, 32, 32)
+    assert batch.patch_labels is not None
+    assert batch.patch_labels.shape == (4, 16)
+    moved = batch.to("cpu")
+    assert torch.equal(moved.patch_labels, batch.patch_labels)
+    for transform in (
+        Transform(16, flip=0.5),
+        Transform(16, crop_scale=(0.3, 1)),
+        Transform((8, 16)),
+    ):
+        with pytest.raises(ValueError, match="transform must not crop or flip"):
+            next(iter(Loader(source, 4, train=False, transform=transform)))
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match="batch_size and shuffle_buffer must be at least 1"):
+        Loader(Numbers(4), 0, train=True)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        Loader(Numbers(4), 1, train=True, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="at most the 4 samples of the source, got 3 x 2"):
+        Loader(Numbers(4), 3, train=True, world_size=2)
+    with pytest.raises(ValueError, match="source must have at least one sample"):
+        Loader(Numbers(0), 3, train=False)
+    with pytest.raises(ValueError, match="images must be uint8"):
+        MemorySource(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="labels must have one entry for each of 2 images, got 1"):
+        MemorySource(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), labels=torch.zeros(1))
