@@ -1,0 +1,143 @@
+"""The public functions `patch_word_consistency` and `patch_word_similarity`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops.patch_word_consistency import contract, reference
+from jepa_fast.ops.text_cross_attention.api import check_similarity, check_words
+
+
+class _PatchWordConsistency(torch.autograd.Function):
+    # Autograd sees tensors among the arguments, not lists of them: queries, then keys, come last.
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        *options, backend = inputs[:7]
+        layers = inputs[7:]
+        count = len(layers) // 2
+        return contract.FORWARD.call(layers[:count], layers[count:], *options, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options = inputs[3:7]
+        ctx.save_for_backward(*inputs[:3], *inputs[7:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("patch_word_consistency")
+        masks, layers = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        count = len(layers) // 2
+        grads = contract.BACKWARD.call(grad, layers[:count], layers[count:], *masks, *ctx.options)
+        return *[None] * 7, *grads
+
+
+def patch_word_consistency(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None = None,
+    caption_mask: Tensor | None = None,
+    num_heads: int = 1,
+    token_mask: Tensor | None = None,
+    similarity: str = "relu",
+    tau: float = 0.1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """How far each layer's patch-word similarities are from their mean over layers.
+
+    The mean over layers and over pairs of token and caption of `sum_w |O^l[w] - mean_l O^l[w]|`,
+    where `O^l[w] = relu(cos(q^l, k^l[w]))`, averaged over heads. Rows, masks, and what the masks
+    leave out, are those of `text_cross_attention`.
+
+    Args:
+        q_layers: L tensors [R, T, d], the queries of each layer, R a multiple of B (block-major).
+        k_layers: L tensors [B, C, S, d], the keys of each layer.
+        word_mask: [B, C, S] bool, False at padding; None: every word is there.
+        caption_mask: [B, C] bool, False at padding; None: every caption is there.
+        num_heads: a divisor of d.
+        token_mask: [R, T] bool, False at tokens that do not count; None: all do.
+        similarity: `"relu"`, or `"softplus"` for `O = softplus(cos / tau)`.
+        tau: positive.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        A scalar in float32 (float64 for float64 queries); 0 where no image has a caption.
+
+    Raises:
+        TypeError: a mask is not bool; the layers differ in dtype.
+        ValueError: no layers, not as many queries as keys, a shape does not fit, an unknown name.
+        BackendError: the requested backend cannot serve the call.
+
+    Source: TC-JEPA, arXiv 2605.03245, the consistency regulariser.
+    """
+    op = "patch_word_consistency"
+    _check_layers(op, q_layers, k_layers, word_mask, caption_mask, token_mask, num_heads)
+    check_similarity(op, similarity, tau)
+    return _PatchWordConsistency.apply(
+        word_mask, caption_mask, token_mask, num_heads, similarity, tau, backend,
+        *q_layers, *k_layers,
+    )  # fmt: skip
+
+
+def patch_word_similarity(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None = None,
+    caption_mask: Tensor | None = None,
+    num_heads: int = 1,
+    similarity: str = "relu",
+    tau: float = 0.1,
+) -> Tensor:
+    """The similarities themselves, averaged over layers and heads: for pictures and grounding.
+
+    Plain PyTorch that does hold [R, C, T, S] values; use it on a few images.
+
+    Args: as for `patch_word_consistency`.
+
+    Returns:
+        [R, C, T, S] in float32 or wider, zero where there is no word.
+
+    Raises:
+        TypeError, ValueError: as `patch_word_consistency`.
+    """
+    op = "patch_word_similarity"
+    _check_layers(op, q_layers, k_layers, word_mask, caption_mask, None, num_heads)
+    check_similarity(op, similarity, tau)
+    return reference.patch_word_similarity(
+        q_layers, k_layers, word_mask, caption_mask, num_heads, similarity, tau
+    )
+
+
+def _check_layers(
+    op: str,
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+) -> None:
+    if not q_layers or len(q_layers) != len(k_layers):
+        raise ValueError(
+            f"{op}: q_layers and k_layers must hold one tensor a layer, at least one, "
+            f"got {len(q_layers)} and {len(k_layers)}"
+        )
+    masks = (word_mask, caption_mask, token_mask)
+    check_words(op, "q_layers[0]", q_layers[0], "k_layers[0]", k_layers[0], *masks, num_heads)
+    for name, layers in (("q_layers", q_layers), ("k_layers", k_layers)):
+        for i, layer in enumerate(layers):
+            if layer.shape != layers[0].shape:
+                raise ValueError(
+                    f"{op}: {name}[{i}] must have the shape of {name}[0], "
+                    f"{list(layers[0].shape)}, got {list(layer.shape)}"
+                )
+            if layer.dtype != q_layers[0].dtype:
+                raise TypeError(
+                    f"{op}: {name}[{i}] must have the dtype of q_layers[0], "
+                    f"{q_layers[0].dtype}, got {layer.dtype}"
+                )

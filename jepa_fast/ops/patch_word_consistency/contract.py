@@ -1,0 +1,59 @@
+"""Schemas, fakes and backends of `patch_word_consistency`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autograd import recomputed_gradients
+from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops.patch_word_consistency import reference
+
+
+def _fake(q_layers: Sequence[Tensor], k_layers: Sequence[Tensor], *options: Any) -> Tensor:
+    dtype = torch.promote_types(q_layers[0].dtype, torch.float32)
+    return q_layers[0].new_empty((), dtype=dtype)
+
+
+def _fake_backward(
+    grad: Tensor, q_layers: Sequence[Tensor], k_layers: Sequence[Tensor], *options: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (*q_layers, *k_layers)]
+
+
+def reference_backward(
+    grad: Tensor, q_layers: Sequence[Tensor], k_layers: Sequence[Tensor], *options: Any
+) -> list[Tensor]:
+    """Gradients of all queries, then of all keys."""
+
+    def function(*layers: Tensor) -> Tensor:
+        count = len(layers) // 2
+        return reference.patch_word_consistency(layers[:count], layers[count:], *options)
+
+    layers = (*q_layers, *k_layers)
+    grads = recomputed_gradients(function, layers, [True] * len(layers), [grad])
+    return [x.contiguous() for x in grads]
+
+
+_OPTIONS = (
+    "Tensor[] q_layers, Tensor[] k_layers, Tensor? word_mask, Tensor? caption_mask, "
+    "Tensor? token_mask, int num_heads, str similarity, float tau, str backend"
+)
+
+FORWARD = Operator(
+    f"patch_word_consistency({_OPTIONS}) -> Tensor",
+    fake=_fake,
+    backends={
+        "reference": Backend(
+            "jepa_fast.ops.patch_word_consistency.reference:patch_word_consistency"
+        )
+    },
+)
+BACKWARD = Operator(
+    f"patch_word_consistency_backward(Tensor grad, {_OPTIONS}) -> Tensor[]",
+    fake=_fake_backward,
+    backends={"reference": Backend(f"{__name__}:reference_backward")},
+)

@@ -1,0 +1,72 @@
+"""Consistency of patch-word similarities over layers, in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops.text_cross_attention.reference import (
+    by_head,
+    by_image,
+    by_row,
+    dot_products,
+    pair_weights,
+    similarities,
+    unit_length,
+    valid_words,
+)
+
+
+def patch_word_consistency(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    similarity: str,
+    tau: float,
+) -> Tensor:
+    """Mean over layers, captions and tokens of `sum_w |O^l[w] - mean_l O^l[w]|`."""
+    batch = k_layers[0].shape[0]
+    valid = valid_words(k_layers[0], word_mask, caption_mask)
+    layers = _similarities(q_layers, k_layers, valid, num_heads, similarity, tau)
+    deviation = (layers - layers.mean(0)).abs().mean(0).sum(2)  # [B, C, P]
+    weight = pair_weights(valid.any(3, keepdim=True), token_mask, batch, deviation.shape[-1])
+    return (deviation * weight[:, 0]).sum()
+
+
+def patch_word_similarity(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    num_heads: int,
+    similarity: str,
+    tau: float,
+) -> Tensor:
+    """`mean_l O^l`, [R, C, T, S], zero where there is no word."""
+    rows, tokens, _ = q_layers[0].shape
+    valid = valid_words(k_layers[0], word_mask, caption_mask)
+    layers = _similarities(q_layers, k_layers, valid, num_heads, similarity, tau)
+    return by_row(layers.mean(0).transpose(2, 3)[:, None], rows, tokens)
+
+
+def _similarities(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    valid: Tensor,
+    num_heads: int,
+    similarity: str,
+    tau: float,
+) -> Tensor:
+    """O of every layer, averaged over its heads: [L, B, C, S, P]."""
+    found = []
+    for q, k in zip(q_layers, k_layers, strict=True):
+        q = unit_length(by_image(q, k.shape[0], num_heads))
+        k = unit_length(by_head(k, num_heads, valid))
+        cosine = dot_products(q, k)
+        found.append(similarities(cosine, valid, similarity, tau).mean(1))
+    return torch.stack(found)

@@ -1,0 +1,214 @@
+"""The public function `text_cross_attention`, and statistics of its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops._checks import check_choice, check_dim, check_same_size, check_tensor
+from jepa_fast.ops.text_cross_attention import contract, reference
+
+POOLS = ("max", "mean", "none")
+SIMILARITIES = ("relu", "softplus")
+_MOST_CAPTIONS = 256  # the winning caption of "max" is kept in one byte
+
+
+class _TextCrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return contract.FORWARD.call(q, k, v, residual, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, _, word_mask, caption_mask, token_mask, *ctx.options = inputs
+        winner = output[2]
+        ctx.mark_non_differentiable(winner)
+        ctx.save_for_backward(winner, q, k, v, word_mask, caption_mask, token_mask)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_features: Tensor, grad_sparsity: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("text_cross_attention")
+        grads = contract.BACKWARD.call(
+            grad_features, grad_sparsity, *ctx.saved_tensors, *ctx.options
+        )
+        every_caption = grad_features.ndim == 4
+        grad_residual = grad_features.sum(1) if every_caption else grad_features
+        return *grads, grad_residual, *[None] * 9
+
+
+def text_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor | None = None,
+    caption_mask: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float | None = None,
+    pool: str = "max",
+    token_mask: Tensor | None = None,
+    similarity: str = "relu",
+    tau: float = 0.1,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attends from every token to the words of each caption on its own, then pools the captions.
+
+    `y_n = residual + softmax(scale * q k_n^T) v_n` for caption n; the features are the elementwise
+    maximum or the mean over n, or all of them. The sparsity term is the mean, over heads and over
+    pairs of token and caption, of `sum_w O[w]` with `O = relu(cos(q, k_n[w]))`.
+
+    Row r of `q` and `residual` belongs to image `r % B` (block-major), so that all M sequences of
+    an image share its keys and values. Words that are masked, and captions that are masked or have
+    no words, enter nothing. An image without captions passes `residual` through and does not count
+    in the sparsity.
+
+    Args:
+        q: [R, T, d] queries, R a multiple of B; any strides, as for all tensors here.
+        k: [B, C, S, d] keys, at least one caption and one word.
+        v: [B, C, S, d] values. `q`, `k` and `v` share a floating dtype.
+        residual: [R, T, d], of any floating dtype.
+        word_mask: [B, C, S] bool, False at padding; None: every word is there.
+        caption_mask: [B, C] bool, False at padding; None: every caption is there.
+        num_heads: h, a divisor of d; a head has width e = d / h.
+        scale: positive; the default is `1 / sqrt(e)`.
+        pool: `"max"` (ties: the lowest caption), `"mean"`, or `"none"`.
+        token_mask: [R, T] bool, False at tokens that do not count in the sparsity; None: all do.
+        similarity: `"relu"`, or `"softplus"` for `O = softplus(cos / tau)`, which has a gradient
+            where every cosine is negative.
+        tau: positive.
+        backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
+
+    Returns:
+        Features [R, T, d], or [R, C, T, d] for `pool="none"` (`residual` where there is no
+        caption), in the dtype of `residual`; and the sparsity term, a scalar in float32 (float64
+        for float64 queries). Everything is computed in float32 or wider.
+
+    Raises:
+        TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype.
+        ValueError: a shape does not fit, an unknown name, a scale or `tau` that is not positive,
+            more than 256 captions for `"max"`.
+        BackendError: the requested backend cannot serve the call.
+
+    Source: TC-JEPA, arXiv 2605.03245, the text conditioner and its sparsity regulariser.
+    """
+    op = "text_cross_attention"
+    check_words(op, "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads)
+    for argument, tensor, like, other in (("residual", residual, "q", q), ("v", v, "k", k)):
+        if tensor.shape != other.shape:
+            raise ValueError(
+                f"{op}: {argument} must have the shape of {like}, {list(other.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
+            "convert them first"
+        )
+    check_choice(op, "pool", pool, POOLS)
+    check_similarity(op, similarity, tau)
+    if scale is None:
+        scale = (q.shape[2] // num_heads) ** -0.5
+    if not scale > 0:
+        raise ValueError(f"{op}: scale must be positive, got {scale}")
+    if pool == "max" and k.shape[1] > _MOST_CAPTIONS:
+        raise ValueError(
+            f"{op}: pool='max' takes at most {_MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
+            "fewer"
+        )
+    features, sparsity, _ = _TextCrossAttention.apply(
+        q, k, v, residual, word_mask, caption_mask, token_mask,
+        num_heads, scale, pool, similarity, tau, backend,
+    )  # fmt: skip
+    return features, sparsity
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    word_mask: Tensor | None = None,
+    caption_mask: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How alive a text attention is. Plain PyTorch without gradient, waits for no device.
+
+    Args: as for `text_cross_attention`.
+
+    Returns:
+        The share of patch-word cosines that are positive (near 0: `relu` similarities are dead),
+        and the mean entropy of the attention as a share of its maximum, the logarithm of the
+        caption's number of words (near 1: attention is uniform; captions of one word count as 1).
+        Two scalars, 0 where no image has a caption.
+
+    Raises:
+        TypeError, ValueError: as `text_cross_attention`.
+    """
+    check_words(
+        "attention_statistics", "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads
+    )
+    scale = (q.shape[2] // num_heads) ** -0.5 if scale is None else scale
+    return reference.attention_statistics(
+        q.detach(), k.detach(), word_mask, caption_mask, token_mask, num_heads, scale
+    )
+
+
+def check_words(
+    op: str,
+    query: str,
+    q: Tensor,
+    key: str,
+    k: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+) -> None:
+    """Raises unless queries [R, T, d], keys [B, C, S, d] and their masks fit each other."""
+    check_dim(op, query, q, 3, "[R, T, d]")
+    check_dim(op, key, k, 4, "[B, C, S, d]")
+    check_same_size(op, query, q, 2, key, k, 3)
+    batch, captions, words, width = k.shape
+    if captions < 1 or words < 1:
+        raise ValueError(
+            f"{op}: {key} must hold at least one caption and one word, got shape {list(k.shape)}; "
+            "pad with masked ones"
+        )
+    if q.shape[0] % max(batch, 1) or (batch == 0 and q.shape[0] > 0):
+        raise ValueError(
+            f"{op}: {query}.shape[0] must be a multiple of the {batch} images of {key} "
+            f"(block-major rows), got {q.shape[0]}"
+        )
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"{op}: num_heads must be a positive divisor of the width {width}, got {num_heads}"
+        )
+    for argument, mask, shape in (
+        ("word_mask", word_mask, k.shape[:3]),
+        ("caption_mask", caption_mask, k.shape[:2]),
+        ("token_mask", token_mask, q.shape[:2]),
+    ):
+        if mask is None:
+            continue
+        check_tensor(op, argument, mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: {argument} must be bool, got {mask.dtype}; use .bool()")
+        if mask.shape != shape:
+            raise ValueError(
+                f"{op}: {argument} must have shape {list(shape)}, got {list(mask.shape)}"
+            )
+
+
+def check_similarity(op: str, similarity: str, tau: float) -> None:
+    """Raises ValueError for an unknown similarity or a `tau` that is not positive."""
+    check_choice(op, "similarity", similarity, SIMILARITIES)
+    if not tau > 0:
+        raise ValueError(f"{op}: tau must be positive, got {tau}")

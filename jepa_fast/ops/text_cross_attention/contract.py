@@ -1,0 +1,64 @@
+"""Schemas, fakes and backends of `text_cross_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops._registry import Backend, Operator
+
+_REFERENCE = "jepa_fast.ops.text_cross_attention.reference"
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    scale: float,
+    pool: str,
+    similarity: str,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, tokens, width = q.shape
+    shape = (rows, k.shape[1], tokens, width) if pool == "none" else (rows, tokens, width)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    winner = q.new_empty(q.shape if pool == "max" else 0, dtype=torch.uint8)
+    return residual.new_empty(shape), q.new_empty((), dtype=dtype), winner
+
+
+def _fake_backward(
+    grad_features: Tensor,
+    grad_sparsity: Tensor,
+    winner: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_OPTIONS = (
+    "Tensor? word_mask, Tensor? caption_mask, Tensor? token_mask, int num_heads, float scale, "
+    "str pool, str similarity, float tau, str backend"
+)
+
+FORWARD = Operator(
+    f"text_cross_attention(Tensor q, Tensor k, Tensor v, Tensor residual, {_OPTIONS}) "
+    "-> (Tensor features, Tensor sparsity, Tensor winner)",
+    fake=_fake,
+    backends={"reference": Backend(f"{_REFERENCE}:text_cross_attention")},
+)
+BACKWARD = Operator(
+    "text_cross_attention_backward(Tensor grad_features, Tensor grad_sparsity, Tensor winner, "
+    f"Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    backends={"reference": Backend(f"{_REFERENCE}:text_cross_attention_backward")},
+)

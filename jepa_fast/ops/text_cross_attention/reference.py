@@ -1,0 +1,253 @@
+"""Text cross-attention and its sparsity term, in plain PyTorch: the specification.
+
+Sizes: B images, M sequences an image, R = M * B rows, T tokens a sequence, C captions of S words,
+h heads of width e = d / h. The M sequences of an image lie side by side as P = M * T tokens, so
+that its keys and values are read once and never replicated. Scores are kept as [B, h, C, S, P]: one
+GEMM over all captions of an image makes them, and sums over words run along rows of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_EPSILON = 1e-8  # vectors shorter than this count as this long in a cosine
+
+
+def text_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    scale: float,
+    pool: str,
+    similarity: str,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, sparsity, and which caption won each feature (for the backward pass of `"max"`).
+
+    `y_n = softmax(scale * q k_n^T) v_n`, a caption n at a time. The features are
+    `residual + max_n y_n`, `residual + mean_n y_n`, or for `"none"` every `residual + y_n`.
+    """
+    rows, tokens, _ = q.shape
+    batch = k.shape[0]
+    valid = valid_words(k, word_mask, caption_mask)
+    has_words = valid.any(3, keepdim=True)  # [B, 1, C, 1, 1]
+    # Cosines do not see the scale, so one product serves the attention and the similarity.
+    q = by_image(q, batch, num_heads) * scale
+    k = by_head(k, num_heads, valid)
+    v = by_head(v, num_heads, valid)
+
+    scores = dot_products(q, k)
+    attention = _attention(scores, valid)
+    winner = scores.new_empty(0, dtype=torch.uint8)
+    if pool == "max":
+        y, winner = _highest(attention, v, has_words)
+        winner = by_row(winner, rows, tokens)
+    elif pool == "mean":
+        # The sum over captions of their sums over words; a missing caption's values are zero.
+        y = attention.flatten(2, 3).transpose(2, 3) @ v.flatten(2, 3)
+        y = y / has_words.sum(2).clamp_min(1)
+    else:
+        y = attention.transpose(3, 4) @ v
+        residual = residual[:, None]
+    features = (residual + by_row(y, rows, tokens)).to(residual.dtype)
+
+    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1])
+    cosine = cosines(scores, q, k)
+    sparsity = (similarities(cosine, valid, similarity, tau).sum(3) * weight).sum() / num_heads
+    return features, sparsity, winner
+
+
+def text_cross_attention_backward(
+    grad_features: Tensor,
+    grad_sparsity: Tensor,
+    winner: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    scale: float,
+    pool: str,
+    similarity: str,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, by hand: autograd would run the whole forward pass again."""
+    rows, tokens, _ = q.shape
+    batch, captions = k.shape[:2]
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    valid = valid_words(k, word_mask, caption_mask)
+    has_words = valid.any(3, keepdim=True)
+    q = by_image(q, batch, num_heads) * scale
+    k = by_head(k, num_heads, valid)
+    v = by_head(v, num_heads, valid)
+    scores = dot_products(q, k)
+    attention = _attention(scores, valid)
+
+    dy = by_image(grad_features, batch, num_heads)
+    if pool == "max":
+        index = by_image(winner, batch, num_heads)[:, :, None].long()
+        every = dy.new_zeros(*scores.shape[:3], *dy.shape[2:])  # [B, h, C, P, e]
+        dy = every.scatter_(2, index, dy[:, :, None])
+    if pool == "mean":
+        dy = dy / has_words.sum(2).clamp_min(1)
+        dv = (attention.flatten(2, 3) @ dy).unflatten(2, (captions, -1))
+        da = dot_products(dy, v)
+    else:
+        dv = attention @ dy
+        da = v @ dy.transpose(3, 4)
+    dv = dv * valid
+    dscores = attention * (da - (attention * da).sum(3, keepdim=True))
+
+    # cosine = score / (|q| |k|): once through the score, once through the lengths.
+    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1]) / num_heads
+    cosine = cosines(scores, q, k)
+    dcosine = _similarity_slopes(cosine, valid, similarity, tau)
+    dcosine = dcosine * (grad_sparsity * weight)[:, :, :, None]
+    shared = dcosine * cosine
+    dscores = dscores + cosines(dcosine, q, k)
+    flat = dscores.flatten(2, 3)  # [B, h, C * S, P]
+    dq = flat.transpose(2, 3) @ k.flatten(2, 3)
+    dq = dq - q * (shared.sum((2, 3)) * _inverse_length(q).square())[..., None]
+    dk = (flat @ q).unflatten(2, (captions, -1))
+    dk = dk - k * (shared.sum(4) * _inverse_length(k).square())[..., None]
+
+    dq = by_row(dq * scale, rows, tokens)
+    dk, dv = (x.movedim(1, 3).flatten(3) for x in (dk, dv))
+    dq, dk, dv = (x.to(t).contiguous() for x, t in zip((dq, dk, dv), dtypes, strict=True))
+    return dq, dk, dv
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Share of positive cosines; mean entropy of the attention over its maximum, `log(words)`."""
+    batch = k.shape[0]
+    valid = valid_words(k, word_mask, caption_mask)
+    q, k = by_image(q, batch, num_heads), by_head(k, num_heads, valid)
+    scores = dot_products(q, k)
+    weight = pair_weights(valid.any(3, keepdim=True), token_mask, batch, scores.shape[-1])
+    weight = weight / num_heads
+    # A missing word's score is zero, never positive.
+    words = valid.sum(3)  # [B, 1, C, 1]
+    counted = (weight * words).sum() * num_heads
+    positive = ((scores > 0).sum(3) * weight).sum() / counted.clamp_min(_EPSILON)
+    attention = _attention(scores * scale, valid)
+    entropy = torch.special.entr(attention).sum(3)
+    relative = torch.where(words > 1, entropy / words.clamp_min(2).log(), 1.0)
+    return positive, (relative * weight).sum()
+
+
+def valid_words(k: Tensor, word_mask: Tensor | None, caption_mask: Tensor | None) -> Tensor:
+    """[B, 1, C, S, 1] bool: the words that exist, of captions that exist."""
+    if word_mask is None:
+        word_mask = k.new_ones(k.shape[:3], dtype=torch.bool)
+    if caption_mask is not None:
+        word_mask = word_mask & caption_mask[..., None]
+    return word_mask[:, None, :, :, None]
+
+
+def by_image(x: Tensor, batch: int, num_heads: int) -> Tensor:
+    """Block-major rows [M * B, ..., T, d] to [B, h, ..., M * T, e], in float32 or wider."""
+    rows, *middle, tokens, width = x.shape
+    blocks = rows // max(batch, 1)
+    x = x.reshape(blocks, batch, *middle, tokens, num_heads, width // num_heads)
+    x = x.movedim((1, -2, 0), (0, 1, -3))
+    return _widened(x.reshape(*x.shape[:-3], blocks * tokens, width // num_heads))
+
+
+def by_row(x: Tensor, rows: int, tokens: int) -> Tensor:
+    """[B, h, ..., M * T, e] back to block-major rows [M * B, ..., T, d]."""
+    batch, heads, *middle, _, head_dim = x.shape
+    blocks = rows // max(batch, 1)
+    x = x.reshape(batch, heads, *middle, blocks, tokens, head_dim)
+    return x.movedim((0, 1, -3), (1, -2, 0)).reshape(rows, *middle, tokens, heads * head_dim)
+
+
+def by_head(x: Tensor, num_heads: int, valid: Tensor) -> Tensor:
+    """Words [B, C, S, d] to [B, h, C, S, e] in float32 or wider, zero where there is no word."""
+    x = x.unflatten(3, (num_heads, x.shape[3] // num_heads)).movedim(3, 1)
+    return _widened(x.masked_fill(~valid, 0))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
+    """[B, h, C, S, P] products of q [B, h, P, e] and k [B, h, C, S, e]."""
+    return (k.flatten(2, 3) @ q.transpose(2, 3)).unflatten(2, k.shape[2:4])
+
+
+def _attention(scores: Tensor, valid: Tensor) -> Tensor:
+    """Softmax over the words of each caption; uniform in a caption without words."""
+    absent = scores.new_zeros(valid.shape).masked_fill(~valid, _lowest(scores))
+    return (scores + absent).softmax(3)
+
+
+def _highest(attention: Tensor, v: Tensor, has_words: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over captions of `attention v` [B, h, P, e], and the (lowest) caption it is from."""
+    # A caption without words has uniform attention, over values so low that it cannot win.
+    v = v.masked_fill(~has_words, _lowest(v))
+    every = (attention.transpose(3, 4) @ v).unbind(2)
+    highest = every[0]
+    winner = torch.zeros_like(highest, dtype=torch.uint8)
+    # On a CPU max(dim) with indices takes several times as long as these elementwise passes.
+    for n, y in enumerate(every[1:], start=1):
+        wins = y > highest
+        winner = torch.maximum(winner, wins.to(torch.uint8) * n)
+        highest = torch.maximum(highest, y)
+    return highest * has_words.any(2), winner
+
+
+def _lowest(x: Tensor) -> float:
+    return torch.finfo(x.dtype).min / 2  # half, so that sums do not overflow
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).clamp_min(_EPSILON).reciprocal()
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """`x / |x|` over the last dimension; a zero vector stays zero."""
+    return F.normalize(x, dim=-1, eps=_EPSILON)
+
+
+def cosines(scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """`scores / (|q| |k|)`, [B, h, C, S, P]."""
+    return scores * _inverse_length(q)[:, :, None, None] * _inverse_length(k)[..., None]
+
+
+def similarities(cosine: Tensor, valid: Tensor, similarity: str, tau: float) -> Tensor:
+    """The O of the regularisers: `relu(cos)` or `softplus(cos / tau)`, zero where no word is."""
+    if similarity == "relu":
+        return cosine.relu()  # a missing word's k is zero, and so is its cosine
+    return F.softplus(cosine / tau) * valid
+
+
+def _similarity_slopes(cosine: Tensor, valid: Tensor, similarity: str, tau: float) -> Tensor:
+    if similarity == "relu":
+        return (cosine > 0).to(cosine.dtype)
+    return torch.sigmoid(cosine / tau) * valid / tau
+
+
+def pair_weights(has_words: Tensor, token_mask: Tensor | None, batch: int, tokens: int) -> Tensor:
+    """[B, 1, C, P]: one over their number for pairs of an existing caption and token, else 0."""
+    pairs = has_words[:, :, :, :, 0].expand(-1, -1, -1, tokens)
+    if token_mask is not None:
+        pairs = pairs & by_image(token_mask[..., None], batch, 1)[:, :, None, :, 0]
+    return pairs / pairs.sum().clamp_min(1)

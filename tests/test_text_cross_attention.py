@@ -1,0 +1,362 @@
+"""text_cross_attention and attention_statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from samples import Sample, normal
+from torch import Tensor
+
+from jepa_fast import ops
+from jepa_fast.ops.text_cross_attention import reference
+
+OPERATORS = ("text_cross_attention", "text_cross_attention_backward")
+
+
+def _masks(batch: int, captions: int, words: int, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Image 0 has every caption, the last image none; caption 1 lost its words; ragged words."""
+    word_mask = torch.ones(batch, captions, words, dtype=torch.bool)
+    caption_mask = torch.ones(batch, captions, dtype=torch.bool)
+    word_mask[:, 0, words - 1 :] = words == 1
+    word_mask[1:, 1:2] = False
+    caption_mask[batch - 1 :] = False
+    token_mask = torch.arange(rows * tokens).view(rows, tokens) % 5 != 4
+    return {"word_mask": word_mask, "caption_mask": caption_mask, "token_mask": token_mask}
+
+
+def _sample(
+    name: str,
+    batch: int = 2,
+    blocks: int = 2,
+    tokens: int = 3,
+    captions: int = 2,
+    words: int = 3,
+    width: int = 4,
+    masked: bool = False,
+    **keywords: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+        floating: Any = {"dtype": dtype, "generator": generator}
+        rows = blocks * batch
+        tensors = (
+            normal(rows, tokens, width, **floating),
+            normal(batch, captions, words, width, **floating),
+            normal(batch, captions, words, width, **floating),
+            normal(rows, tokens, width, **floating),
+        )
+        masks = _masks(batch, captions, words, rows, tokens) if masked else {}
+        return *tensors, *masks.values()
+
+    def function(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
+        masks = dict(zip(("word_mask", "caption_mask", "token_mask"), tensors[4:], strict=False))
+        return ops.text_cross_attention(*tensors[:4], **masks, **keywords)
+
+    return Sample(name, function, OPERATORS, make, keywords)
+
+
+SAMPLES = [
+    _sample("max"),
+    _sample("masks", batch=3, captions=3, masked=True),
+    _sample("mean, heads", masked=True, pool="mean", num_heads=2, scale=1.0),
+    _sample("every caption", masked=True, pool="none", captions=3, width=3),
+    _sample("softplus", masked=True, similarity="softplus", tau=0.3, num_heads=2),
+    _sample("one of everything", blocks=1, tokens=1, captions=1, words=1, width=1),
+    _sample("batch 0", batch=0),
+]
+
+
+def _naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor,
+    caption_mask: Tensor,
+    token_mask: Tensor,
+    num_heads: int = 1,
+    scale: float | None = None,
+    pool: str = "max",
+    similarity: str = "relu",
+    tau: float = 0.1,
+) -> dict[str, Any]:
+    """One token, caption, head and word at a time, in float64."""
+    q, k, v, residual = (x.detach().double() for x in (q, k, v, residual))
+    rows, tokens, width = q.shape
+    batch, captions, words, _ = k.shape
+    head_dim = width // num_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    features, sparsities, positives, entropies = [], [], [], []
+    for r in range(rows):
+        b = r % batch
+        for t in range(tokens):
+            of_captions = []
+            for n in range(captions):
+                there = [w for w in range(words) if word_mask[b, n, w] and caption_mask[b, n]]
+                if not there:
+                    of_captions.append(None)
+                    continue
+                y = residual[r, t].clone()
+                for h in range(num_heads):
+                    e = slice(h * head_dim, (h + 1) * head_dim)
+                    scores = [float(q[r, t, e] @ k[b, n, w, e]) for w in there]
+                    largest = max(scores)
+                    odds = [math.exp(scale * (s - largest)) for s in scores]
+                    shares = [x / sum(odds) for x in odds]
+                    for share, w in zip(shares, there, strict=True):
+                        y[e] += share * v[b, n, w, e]
+                    cosines = [
+                        s / float(q[r, t, e].norm() * k[b, n, w, e].norm())
+                        for s, w in zip(scores, there, strict=True)
+                    ]
+                    if not token_mask[r, t]:
+                        continue
+                    if similarity == "relu":
+                        sparsities.append(sum(max(c, 0.0) for c in cosines))
+                    else:
+                        sparsities.append(sum(math.log1p(math.exp(c / tau)) for c in cosines))
+                    positives += [c > 0 for c in cosines]
+                    entropy = -sum(p * math.log(p) for p in shares)
+                    entropies.append(entropy / math.log(len(there)) if len(there) > 1 else 1.0)
+                of_captions.append(y)
+            present = [y for y in of_captions if y is not None]
+            if pool == "none":
+                features.append(
+                    torch.stack([residual[r, t] if y is None else y for y in of_captions])
+                )
+            elif not present:
+                features.append(residual[r, t])
+            elif pool == "max":
+                features.append(torch.stack(present).amax(0))
+            else:
+                features.append(torch.stack(present).mean(0))
+    shape = (rows, tokens, captions, width) if pool == "none" else (rows, tokens, width)
+    stacked = torch.stack(features).view(shape)
+    mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
+    return {
+        "features": stacked.transpose(1, 2) if pool == "none" else stacked,
+        "sparsity": mean(sparsities),
+        "positive": mean(positives),
+        "entropy": mean(entropies),
+    }
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    batch, blocks, tokens, captions, words, width = 3, 2, 5, 3, 4, 12
+    floating: Any = {"dtype": dtype, "generator": generator, "grad": False}
+    rows = blocks * batch
+    return {
+        "q": normal(rows, tokens, width, **floating),
+        "k": normal(batch, captions, words, width, **floating),
+        "v": normal(batch, captions, words, width, **floating),
+        "residual": normal(rows, tokens, width, **floating),
+        **_masks(batch, captions, words, rows, tokens),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": "mean", "scale": 1.0},
+        {"pool": "none", "num_heads": 3},
+        {"num_heads": 4, "similarity": "softplus", "tau": 0.5},
+    ],
+    ids=str,
+)
+def test_values(options: dict[str, Any]) -> None:
+    inputs = _inputs()
+    expected = _naive(**inputs, **options)
+    features, sparsity = ops.text_cross_attention(**inputs, **options)
+    torch.testing.assert_close(features.double(), expected["features"], rtol=0, atol=2e-6)
+    assert float(sparsity) == pytest.approx(expected["sparsity"], rel=1e-6)
+    assert sparsity.dtype == torch.float32
+
+
+def test_statistics() -> None:
+    inputs = _inputs()
+    expected = _naive(**inputs, num_heads=2, scale=1.0)
+    del inputs["v"], inputs["residual"]
+    positive, entropy = ops.attention_statistics(**inputs, num_heads=2, scale=1.0)
+    assert float(positive) == pytest.approx(expected["positive"], rel=1e-6)
+    assert float(entropy) == pytest.approx(expected["entropy"], rel=1e-6)
+
+
+def test_statistics_tell_dead_and_uniform_attention() -> None:
+    q = torch.ones(2, 3, 4)
+    positive, entropy = ops.attention_statistics(q, -torch.ones(2, 2, 5, 4))
+    assert positive == 0
+    assert float(entropy) == pytest.approx(1.0)
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    positive, entropy = ops.attention_statistics(q, torch.ones(2, 2, 5, 4), caption_mask=none)
+    assert positive == 0
+    assert entropy == 0
+
+
+@pytest.mark.parametrize("pool", ["max", "mean", "none"])
+def test_padding_is_not_read(pool: str) -> None:
+    """Whatever stands at masked words and captions, even NaN: the same results and gradients."""
+    results = []
+    for filler in (0.0, 1e4, float("nan")):
+        inputs = _inputs()
+        missing = ~(inputs["word_mask"] & inputs["caption_mask"][..., None])
+        for name in ("k", "v"):
+            inputs[name][missing] = filler
+        leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
+        features, sparsity = ops.text_cross_attention(**inputs, pool=pool)
+        (features.square().sum() + sparsity).backward()
+        assert not leaves[1].grad[missing].any()
+        assert not leaves[2].grad[missing].any()
+        results.append((features, sparsity, *(x.grad for x in leaves)))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_image_without_captions_passes_the_residual() -> None:
+    inputs = _inputs()
+    batch = inputs["k"].shape[0]
+    features, sparsity = ops.text_cross_attention(**inputs)
+    assert torch.equal(features[batch - 1 :: batch], inputs["residual"][batch - 1 :: batch])
+    assert not torch.equal(features[0], inputs["residual"][0])
+    # Nor does it count in the sparsity: that of the other images alone is the same.
+    kept = [r for r in range(features.shape[0]) if r % batch != batch - 1]
+    rows = {name: inputs[name][kept] for name in ("q", "residual", "token_mask")}
+    images = {name: inputs[name][:-1] for name in ("k", "v", "word_mask", "caption_mask")}
+    torch.testing.assert_close(ops.text_cross_attention(**rows, **images)[1], sparsity)
+
+
+def test_no_captions_at_all() -> None:
+    inputs = _inputs()
+    inputs["caption_mask"][:] = False
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
+    features, sparsity = ops.text_cross_attention(**inputs)
+    assert torch.equal(features, inputs["residual"])
+    assert sparsity == 0
+    (features.sum() + sparsity).backward()
+    assert not any(x.grad.any() for x in leaves[:3])
+    assert bool((leaves[3].grad == 1).all())
+
+
+def test_masked_captions_never_win() -> None:
+    """Every value of the real caption is far below zero, and it still wins over masked ones."""
+    inputs = _inputs()
+    inputs["v"] = inputs["v"] - 1e6
+    inputs["caption_mask"][:] = torch.tensor([False, False, True])
+    inputs["word_mask"][:] = True
+    features, _ = ops.text_cross_attention(**inputs)
+    assert bool((features < -9e5).all())
+
+
+def test_caption_order_does_not_matter() -> None:
+    inputs = _inputs()
+    order = torch.tensor([2, 0, 1])
+    permuted = {
+        name: x[:, order] if name in ("k", "v", "word_mask", "caption_mask") else x
+        for name, x in inputs.items()
+    }
+    for pool in ("max", "mean"):
+        for got, want in zip(
+            ops.text_cross_attention(**permuted, pool=pool),
+            ops.text_cross_attention(**inputs, pool=pool),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
+
+
+def test_ties_go_to_the_lowest_caption() -> None:
+    inputs = _inputs()
+    k, v = (inputs[name][:, :1].repeat(1, 3, 1, 1).requires_grad_() for name in ("k", "v"))
+    features, _ = ops.text_cross_attention(inputs["q"], k, v, inputs["residual"])
+    features.sum().backward()
+    assert v.grad[:, 0].any()
+    assert not v.grad[:, 1:].any()
+
+
+def test_sequences_of_an_image_share_its_words() -> None:
+    """Row r reads image r % B: the rows of one image alone give the same."""
+    inputs = _inputs()
+    batch = inputs["k"].shape[0]
+    features, _ = ops.text_cross_attention(**inputs)
+    for b in range(batch):
+        rows = {name: inputs[name][b::batch] for name in ("q", "residual", "token_mask")}
+        words = {name: inputs[name][b, None] for name in ("k", "v", "word_mask", "caption_mask")}
+        alone, _ = ops.text_cross_attention(**rows, **words)
+        torch.testing.assert_close(features[b::batch], alone)
+
+
+def test_backward_by_hand_is_autograd_of_the_reference() -> None:
+    for options in ({}, {"pool": "none", "similarity": "softplus"}, {"pool": "mean"}):
+        keywords = {"pool": "max", "similarity": "relu", **options}
+        grads = []
+        for function in (ops.text_cross_attention, reference.text_cross_attention):
+            inputs = _inputs(torch.float64)
+            leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
+            features, sparsity = function(**inputs, num_heads=2, scale=0.7, tau=0.2, **keywords)[:2]
+            (features.square().sum() + 3 * sparsity).backward()
+            grads.append([x.grad for x in leaves])
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_in_float32_inside(dtype: torch.dtype) -> None:
+    inputs = _inputs(dtype)
+    inputs["residual"] = inputs["residual"].float()
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
+    features, sparsity = ops.text_cross_attention(**inputs)
+    wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    assert features.dtype == sparsity.dtype == torch.float32
+    for got, want in zip((features, sparsity), ops.text_cross_attention(**wide), strict=True):
+        assert torch.equal(got, want)
+    (features.sum() + sparsity).backward()
+    assert [x.grad.dtype for x in leaves] == [dtype] * 3 + [torch.float32]
+
+
+def test_autocast_changes_nothing_inside() -> None:
+    inputs = _inputs()
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            features, sparsity = ops.text_cross_attention(**inputs)
+        grads = torch.autograd.grad(features.square().sum() + sparsity, leaves)
+        results.append((features, sparsity, *grads))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(5, 5, 12)}, ValueError, "q.shape.0. must be a multiple of the 3 images"),
+        ({"q": torch.zeros(6, 5, 8)}, ValueError, "q.shape.2. and k.shape.3. must be equal"),
+        ({"q": torch.zeros(6, 12)}, ValueError, "q must be .R, T, d., got shape .6, 12."),
+        ({"k": torch.zeros(3, 0, 4, 12)}, ValueError, "at least one caption and one word"),
+        ({"v": torch.zeros(3, 3, 4, 11)}, ValueError, "v must have the shape of k"),
+        ({"residual": torch.zeros(6, 4, 12)}, ValueError, "residual must have the shape of q"),
+        ({"v": torch.zeros(3, 3, 4, 12).double()}, TypeError, "q, k and v must have one dtype"),
+        ({"word_mask": torch.ones(3, 3, 4)}, TypeError, "word_mask must be bool.*use .bool"),
+        ({"word_mask": torch.ones(3, 3, 5) > 0}, ValueError, r"must have shape \[3, 3, 4\]"),
+        ({"caption_mask": torch.ones(3) > 0}, ValueError, r"caption_mask must have .*\[3, 3\]"),
+        ({"token_mask": torch.ones(6, 4) > 0}, ValueError, r"token_mask must have .*\[6, 5\]"),
+        ({"num_heads": 5}, ValueError, "num_heads must be a positive divisor of the width 12"),
+        ({"pool": "median"}, ValueError, "pool must be one of .*got 'median'"),
+        ({"similarity": "tanh"}, ValueError, "similarity must be one of"),
+        ({"scale": -1.0}, ValueError, "scale must be positive, got -1.0"),
+        ({"tau": 0.0}, ValueError, "tau must be positive, got 0.0"),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.text_cross_attention(**{**_inputs(), **changes})
+
+
+def test_too_many_captions_for_a_byte() -> None:
+    q, k = torch.zeros(1, 1, 2), torch.zeros(1, 257, 1, 2)
+    with pytest.raises(ValueError, match="at most 256 captions, got 257"):
+        ops.text_cross_attention(q, k, k, q)
+    assert ops.text_cross_attention(q, k, k, q, pool="mean")[0].shape == (1, 1, 2)
