@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
 from collections.abc import Iterable
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops import _native
+
+_DEVICE = operator.attrgetter("device")
 
 
 def missing(backend: str) -> list[str]:
@@ -29,7 +32,10 @@ def wrong_device(backend: str, tensors: Iterable[Tensor]) -> list[str]:
     if backend == "reference":
         return []
     wanted = "cpu" if backend == "cpu" or _interpreted(backend) else "cuda"
-    found = sorted({tensor.device.type for tensor in tensors} - {wanted})
+    tensors = list(tensors)
+    found = sorted({device.type for device in set(map(_DEVICE, tensors))} - {wanted})
+    if found == ["cpu"] and all(t.ndim == 0 for t in tensors if t.device.type == "cpu"):
+        return []  # as in torch itself, a number that the host knows goes with any device
     return [f"needs {wanted} tensors, got {', '.join(found)}"] if found else []
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,15 +167,17 @@ class Operator:
 
 def _without_autocast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
     """Operators compute in the dtypes they are given, the same under autocast as without."""
-    tensor = next(_tensors(args), None)
+    tensor = next(iter(_tensors(args)), None)
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for arg in args:
         if isinstance(arg, Tensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            yield from _tensors(tuple(arg))
+            found += _tensors(arg)
+    return found

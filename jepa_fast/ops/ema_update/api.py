@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from jepa_fast.ops.ema_update import contract
+
+_SHAPE = operator.attrgetter("shape")
+_DTYPE = operator.attrgetter("dtype")
 
 
 @torch.no_grad()
@@ -22,31 +26,28 @@ def ema_update_(
     """Moves every target towards its source, in place: `t = momentum * t + (1 - momentum) * s`.
 
     Args:
-        targets: the teacher's tensors, any floating dtypes, devices all the same.
+        targets: the teacher's tensors, of any shapes and floating dtypes, on one device.
         sources: the student's, in the same order and of the same shapes; dtypes may differ.
-        momentum: in [0, 1]; a float, or a 0-dim tensor on the targets' device, which is never
-            read by the host (then its range is not checked).
-        shadows: optional copies of the teacher in lower precision, written in the same pass.
+        momentum: in [0, 1]; a float, or a 0-dim floating tensor. One on the targets' GPU is read
+            there: the host does not wait for it, and a CUDA graph follows its value.
+        shadows: optional copies of the targets in other dtypes, written in the same pass.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Computes in float32 (float64 for float64 targets) whatever the dtypes, and rounds once. Empty
-    lists are fine: nothing happens.
+    lists are fine: nothing happens. Any strides will do; contiguous tensors, or pairs of the same
+    dense strides, are the fast ones.
 
     Raises:
-        TypeError: not tensors, or not of a floating dtype.
-        ValueError: lists of different lengths, a shape that differs, a momentum outside [0, 1], or
-            a target that shares memory with its source or its shadow.
+        TypeError: an argument is not a tensor, or not of a floating dtype.
+        ValueError: lists of different lengths, a shape that differs, a momentum outside [0, 1] (on
+            a GPU checked with `JEPA_FAST_DEBUG=1` only), or a target or shadow that shares memory
+            with any other tensor here.
         BackendError: the requested backend cannot serve the call.
 
     Source: the teacher update of I-JEPA, arXiv 2301.08243, section 3.
     """
-    shadows = [] if shadows is None else list(shadows)
     targets, sources = list(targets), list(sources)
-    _check_lists(targets, sources, shadows)
-    contract.UPDATE.call(targets, sources, shadows, _as_tensor(momentum), backend)
-
-
-def _check_lists(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
+    shadows = [] if shadows is None else list(shadows)
     if len(sources) != len(targets):
         raise ValueError(
             f"ema_update_: targets and sources must be as long as each other, "
@@ -57,34 +58,51 @@ def _check_lists(targets: list[Tensor], sources: list[Tensor], shadows: list[Ten
             f"ema_update_: shadows must be as long as targets, got {len(shadows)} "
             f"and {len(targets)}; leave shadows out where there are none"
         )
-    for name, tensors in (("targets", targets), ("sources", sources), ("shadows", shadows)):
-        for i, (tensor, target) in enumerate(zip(tensors, targets, strict=False)):
-            _check_tensor(f"{name}[{i}]", tensor, target)
+    _check_tensors("targets", targets, targets)
+    _check_tensors("sources", sources, targets)
+    _check_tensors("shadows", shadows, targets)
+    scalar = _as_tensor(momentum, targets)
+    contract.UPDATE.call(targets, sources, shadows, scalar, backend)
 
 
-def _check_tensor(name: str, tensor: Tensor, target: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"ema_update_: {name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(
-            f"ema_update_: {name} must be of a floating dtype, got {tensor.dtype}; "
-            f"copy integer buffers with copy_"
-        )
-    if tensor.shape != target.shape:
-        raise ValueError(
-            f"ema_update_: {name} must have the shape of its target, {list(target.shape)}, "
-            f"got {list(tensor.shape)}"
-        )
-
-
-def _as_tensor(momentum: float | Tensor) -> Tensor:
-    if isinstance(momentum, Tensor):
-        if momentum.ndim != 0 or not momentum.is_floating_point():
-            raise ValueError(
-                f"ema_update_: a momentum tensor must be floating and 0-dim, "
-                f"got {momentum.dtype} of shape {list(momentum.shape)}"
+def _check_tensors(name: str, tensors: list[Tensor], targets: list[Tensor]) -> None:
+    # Whole lists at once, as this runs at every call; what is wrong is looked for afterwards.
+    if (
+        all(isinstance(tensor, Tensor) for tensor in tensors)
+        and all(dtype.is_floating_point for dtype in set(map(_DTYPE, tensors)))
+        and (not tensors or list(map(_SHAPE, tensors)) == list(map(_SHAPE, targets)))
+    ):
+        return
+    for i, (tensor, target) in enumerate(zip(tensors, targets, strict=True)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"ema_update_: {name}[{i}] must be a tensor, got {type(tensor).__name__}"
             )
-        return momentum
-    if not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"ema_update_: momentum must be in [0, 1], got {momentum}")
-    return torch.tensor(momentum, dtype=torch.float64)
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"ema_update_: {name}[{i}] must be of a floating dtype, got {tensor.dtype}; "
+                f"copy integer buffers with copy_"
+            )
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"ema_update_: {name}[{i}] must have the shape of its target, "
+                f"{list(target.shape)}, got {list(tensor.shape)}"
+            )
+
+
+def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
+    if not isinstance(momentum, Tensor):
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"ema_update_: momentum must be in [0, 1], got {momentum}")
+        return torch.tensor(momentum, dtype=torch.float64)
+    if momentum.ndim != 0 or not momentum.is_floating_point():
+        raise ValueError(
+            f"ema_update_: a momentum tensor must be floating and 0-dim, "
+            f"got {momentum.dtype} of shape {list(momentum.shape)}"
+        )
+    if targets and momentum.device.type != "cpu" and momentum.device != targets[0].device:
+        raise ValueError(
+            f"ema_update_: momentum must be a float or a tensor on the CPU or the targets' device "
+            f"{targets[0].device}, got one on {momentum.device}"
+        )
+    return momentum

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from jepa_fast.ops._registry import Backend, Operator
-from jepa_fast.ops.ema_update import reference
+from jepa_fast.ops.ema_update import memory, reference
 
 
 def _fake(
@@ -18,9 +18,22 @@ def _fake(
     return None
 
 
+def _reference(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: Tensor
+) -> None:
+    memory.check(targets, sources, shadows, momentum)
+    reference.ema_update_(targets, sources, shadows, momentum)
+
+
+_FOLDER = "jepa_fast.ops.ema_update"
 UPDATE = Operator(
     "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor momentum,"
     " str backend) -> ()",
     fake=_fake,
-    backends={"reference": Backend(f"{reference.__name__}:ema_update_")},
+    backends={
+        "cuda": Backend(f"{_FOLDER}.native:ema_update_", memory.unsupported),
+        "triton": Backend(f"{_FOLDER}.triton:ema_update_", memory.unsupported),
+        "cpu": Backend(f"{_FOLDER}.native:ema_update_", memory.unsupported),
+        "reference": Backend(f"{__name__}:_reference"),
+    },
 )

@@ -11,15 +11,14 @@ def ema_update_(
 ) -> None:
     """`target = momentum * target + (1 - momentum) * source` in place, tensor by tensor.
 
-    Computed as `target + (1 - momentum) * (source - target)` in float32 (float64 where the target
-    is float64) and rounded once, to the target's dtype. A shadow gets the value before that
-    rounding, in its own dtype. `shadows` is empty, or as long as `targets`.
+    Computed in float32 (float64 where the target is float64) as an interpolation from the nearer
+    end, so that momentum 1 keeps the target and momentum 0 takes the source to the last bit; then
+    rounded once, to the target's dtype. A shadow is the new target in its own dtype. `shadows` is
+    empty, or as long as `targets`.
     """
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         wide = torch.promote_types(target.dtype, torch.float32)
         weight = 1 - torch.as_tensor(momentum, dtype=torch.float64, device=target.device)
-        old = target.to(wide)
-        new = old + weight.to(wide) * (source.to(wide) - old)
-        target.copy_(new)
+        target.copy_(torch.lerp(target.to(wide), source.to(wide), weight.to(wide)))
         if shadows:
-            shadows[i].copy_(new)
+            shadows[i].copy_(target)

@@ -1,0 +1,27 @@
+"""The C++ and the CUDA kernel: csrc/cpu/ema_update.cpp, csrc/cuda/ema_update.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops import _native
+from jepa_fast.ops.ema_update import memory
+
+_KERNEL = _native.define(
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor momentum)"
+    " -> ()"
+)
+
+
+def ema_update_(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: Tensor
+) -> None:
+    """As `reference.ema_update_`; runs on the device of the targets."""
+    memory.check(targets, sources, shadows, momentum)
+    if momentum.is_cuda and momentum.dtype not in (torch.float32, torch.float64):
+        momentum = momentum.float()
+    flat = memory.Flat.of(targets, sources, shadows)
+    _KERNEL(flat.targets, flat.sources, flat.shadows, momentum)
+    torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
+    flat.write_back()
