@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from jepa_fast.ops._rows import sum_rows, take_rows
+from jepa_fast.ops._rows import flat_rows, sum_rows, take_rows
 
 
 def gather_patches(x: Tensor, index: Tensor) -> Tensor:
     """`out[b, ..., k] = x[b, index[b, ..., k]]` for x [B, N, D] and index [B, K] or [B, M, K]."""
-    return take_rows(x.flatten(0, 1), _flat_rows(index, x.shape[1]))
+    return take_rows(x.flatten(0, 1), flat_rows(index, x.shape[1]))
 
 
 def gather_patches_backward(grad: Tensor, index: Tensor, patches: int) -> Tensor:
     """The gradient of x [B, patches, D]: patches that were taken repeatedly sum up."""
     batch = index.shape[0]
-    table = sum_rows(grad, _flat_rows(index, patches), batch * patches)
+    table = sum_rows(grad, flat_rows(index, patches), batch * patches)
     return table.view(batch, patches, grad.shape[-1])
-
-
-def _flat_rows(index: Tensor, patches: int) -> Tensor:
-    """Index into the rows of all images, [B * patches], instead of one image's."""
-    first = torch.arange(index.shape[0], device=index.device) * patches
-    return index + first.view(-1, *[1] * (index.ndim - 1))

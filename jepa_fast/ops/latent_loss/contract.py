@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import recomputed_gradients
 from jepa_fast.ops._checks import check_index_range
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.latent_loss import reference
@@ -54,25 +53,6 @@ def _fake_backward(
     return prediction.new_empty(prediction.shape)
 
 
-def _reference_backward(
-    grad: Tensor,
-    prediction: Tensor,
-    teacher: Tensor,
-    target_index: Tensor,
-    target_mask: Tensor | None,
-    kind: str,
-    normalize_target: bool,
-    beta: float,
-    eps: float,
-) -> Tensor:
-    def loss(prediction: Tensor) -> Tensor:
-        return reference.latent_loss(
-            prediction, teacher, target_index, target_mask, kind, normalize_target, beta, eps
-        )
-
-    return recomputed_gradients(loss, [prediction], [True], [grad])[0]
-
-
 FORWARD = Operator(
     "latent_loss(Tensor prediction, Tensor teacher, Tensor target_index, Tensor? target_mask, "
     "str kind, bool normalize_target, float beta, float eps, str backend) -> Tensor",
@@ -84,5 +64,5 @@ BACKWARD = Operator(
     "Tensor? target_mask, str kind, bool normalize_target, float beta, float eps, str backend) "
     "-> Tensor",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:_reference_backward")},
+    backends={"reference": Backend(f"{reference.__name__}:latent_loss_backward")},
 )

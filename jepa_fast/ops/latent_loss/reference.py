@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_fast.ops.gather_patches.reference import gather_patches
+from jepa_fast.ops._rows import flat_rows, take_rows
 
 KINDS = ("smooth_l1", "l1", "l2", "l2_norm")
 
@@ -25,28 +25,68 @@ def latent_loss(
 
     With target_index [B, M, Kt] and target_mask of the same shape. Computed in float32 at least.
     """
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    batch, blocks, _ = target_index.shape
-    target = gather_patches(teacher.detach(), target_index).to(dtype)  # [B, M, Kt, D]
-    if normalize_target:
-        target = F.layer_norm(target, target.shape[-1:], eps=eps)
-    residual = prediction.unflatten(0, (blocks, batch)).transpose(0, 1).to(dtype) - target
-    if target_mask is None:
-        count: int | Tensor = max(target_index.numel(), 1)
-    else:
-        # Before the loss, so that whatever stands in padding cannot reach loss or gradient.
-        residual = torch.where(target_mask[..., None], residual, 0.0)
-        count = target_mask.sum().clamp(min=1)
-    return _token_loss(residual, kind, beta).sum() / count
-
-
-def _token_loss(residual: Tensor, kind: str, beta: float) -> Tensor:
-    """The loss of every token, [...], from residuals [..., D]."""
+    residual = _residual(prediction, teacher, target_index, target_mask, normalize_target, eps)
     if kind == "smooth_l1":
         zero = residual.new_zeros(()).expand_as(residual)
-        return F.smooth_l1_loss(residual, zero, reduction="none", beta=beta).mean(-1)
-    if kind == "l1":
-        return residual.abs().mean(-1)
-    if kind == "l2":
-        return residual.square().mean(-1)
-    return torch.linalg.vector_norm(residual, dim=-1)
+        token = F.smooth_l1_loss(residual, zero, reduction="none", beta=beta).mean(-1)
+    elif kind == "l1":
+        token = residual.abs().mean(-1)
+    elif kind == "l2":
+        token = residual.square().mean(-1)
+    else:
+        token = torch.linalg.vector_norm(residual, dim=-1)
+    return token.sum() / _count(target_index, target_mask)
+
+
+def latent_loss_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    teacher: Tensor,
+    target_index: Tensor,
+    target_mask: Tensor | None,
+    kind: str,
+    normalize_target: bool,
+    beta: float,
+    eps: float,
+) -> Tensor:
+    """The gradient of prediction; the teacher has none."""
+    # In place from here on: a fresh tensor of this size costs more than the arithmetic in it.
+    slope = _residual(prediction, teacher, target_index, target_mask, normalize_target, eps)
+    if kind == "l1" or (kind == "smooth_l1" and beta == 0):
+        slope.sign_()
+    elif kind == "smooth_l1":
+        slope.div_(beta).clamp_(-1, 1)
+    elif kind == "l2":
+        slope.mul_(2)
+    else:
+        norm = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
+        slope.div_(norm.masked_fill_(norm == 0, 1))  # the subgradient 0 where the residual is 0
+    width = 1 if kind == "l2_norm" else prediction.shape[-1]
+    slope.mul_(grad / width / _count(target_index, target_mask))
+    return slope.to(prediction.dtype)
+
+
+def _residual(
+    prediction: Tensor,
+    teacher: Tensor,
+    target_index: Tensor,
+    target_mask: Tensor | None,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """Prediction minus target, [M * B, Kt, D]; 0 at the tokens that do not count."""
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    rows = flat_rows(target_index, teacher.shape[1]).transpose(0, 1).flatten(0, 1)  # [M * B, Kt]
+    target = take_rows(teacher.detach().flatten(0, 1), rows).to(dtype)
+    if normalize_target:
+        target = F.layer_norm(target, target.shape[-1:], eps=eps)
+    residual = prediction.to(dtype) - target
+    if target_mask is None:
+        return residual
+    # Before the loss, so that whatever stands in padding cannot reach loss or gradient.
+    return torch.where(target_mask.transpose(0, 1).flatten(0, 1)[..., None], residual, 0.0)
+
+
+def _count(target_index: Tensor, target_mask: Tensor | None) -> int | Tensor:
+    """How many tokens count; 1 if none, where the sum over them is 0."""
+    return max(target_index.numel(), 1) if target_mask is None else target_mask.sum().clamp(min=1)
