@@ -152,9 +152,16 @@ def test_as_described(
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def test_workers_share_the_step_counter() -> None:
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_share_the_step_counter(start: str, workers: int) -> None:
     collator = MaskCollator(**PAPER)
-    loader = DataLoader(range(12), batch_size=2, num_workers=2, collate_fn=collator)  # type: ignore[arg-type]
+    loader: DataLoader[int] = DataLoader(
+        range(12),  # type: ignore[arg-type]
+        batch_size=2,
+        num_workers=workers,
+        collate_fn=collator,
+        multiprocessing_context=start,
+    )
     lengths = Counter(targets[0].shape[1] for _, _, targets in loader)
     alone = MaskCollator(**PAPER)
     assert lengths == Counter(alone([0])[2][0].shape[1] for _ in range(6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from multiprocessing import Value
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -77,7 +77,9 @@ class MaskCollator:
         self.npred = npred
         self.min_keep = min_keep
         self.allow_overlap = allow_overlap
-        self._counter = Value("i", -1)  # in shared memory: one count for all workers
+        # In shared memory: one count for all workers. The spawn context's lock works under every
+        # start method, that of fork under fork alone.
+        self._counter = get_context("spawn").Value("i", -1)
 
     def step(self) -> int:
         """Advances the shared step counter and returns it. To resume at step n, call it n times."""
