@@ -1,0 +1,22 @@
+"""Evaluation: probes on frozen features, and the report of a run."""
+
+from __future__ import annotations
+
+from jepa_fast.eval.features import Encode, Features, extract
+from jepa_fast.eval.knn import knn_accuracy
+from jepa_fast.eval.linear import LinearProbe, fit_linear_probe
+from jepa_fast.eval.patches import patch_accuracy
+from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
+
+__all__ = [
+    "Encode",
+    "Features",
+    "LinearProbe",
+    "ProbeComparison",
+    "compare_with_untrained",
+    "extract",
+    "fit_linear_probe",
+    "knn_accuracy",
+    "patch_accuracy",
+    "probe_all",
+]

@@ -1,0 +1,48 @@
+"""Nearest neighbours on frozen features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_ROWS = 1024  # validation images compared with all training images at a time
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
+) -> float:
+    """Share of `val` whose class its `k` nearest training images vote for, by cosine similarity.
+
+    train, val: [n, D], [m, D]; train_labels, val_labels: [n], [m] int64 from 0.
+    k: neighbours; all there are where they are fewer.
+    temperature: a vote weighs exp(similarity / temperature) (Wu et al., arXiv 1805.01978); None
+        gives every vote the same weight. Of equal sums the smallest label wins.
+
+    Raises ValueError if k or temperature is not positive, or if a set is empty.
+    """
+    if k < 1 or (temperature is not None and temperature <= 0):
+        raise ValueError(f"k and temperature must be positive, got {k} and {temperature}")
+    if len(train) == 0 or len(val) == 0:
+        raise ValueError(f"train and val must hold labelled features, got {len(train)}, {len(val)}")
+    classes = int(train_labels.max()) + 1
+    train = F.normalize(train.float(), dim=1)
+    val = F.normalize(val.float(), dim=1)
+    correct = 0
+    for rows, labels in zip(val.split(_ROWS), val_labels.split(_ROWS), strict=True):
+        similarity, nearest = (rows @ train.T).topk(min(k, len(train)), dim=1)  # [rows, k]
+        if temperature is None:
+            weight = torch.ones_like(similarity)
+        else:
+            # Less the largest similarity, which changes no vote and avoids overflow.
+            weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = F.one_hot(train_labels[nearest], classes) * weight[..., None]
+        correct += int((votes.sum(1).argmax(1) == labels).sum())
+    return correct / len(val)
