@@ -1,7 +1,8 @@
 """Checkpoints of the public implementations: read, refuse or load, and write back.
 
 A checkpoint is a dictionary of *parts*, each a state dict: ``encoder``, ``predictor`` and
-``target_encoder`` for I-JEPA. Our networks carry the public parameter names, so nothing is renamed;
+``target_encoder`` for I-JEPA, ``context_crosser``, ``target_crosser`` and ``predictor`` for
+TI-JEPA. Our networks carry the public parameter names, so nothing is renamed;
 wrappers' prefixes (``module.`` of DistributedDataParallel, ``_orig_mod.`` of torch.compile) are
 taken off.
 """
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 
 from jepa_fast.errors import CheckpointError
 from jepa_fast.models.ijepa import IJepa
+from jepa_fast.models.tijepa import TIJepa
 
 Source = str | Path | Mapping[str, Any]
 """A checkpoint file, or what it holds."""
 
 IJEPA_PARTS = ("encoder", "predictor", "target_encoder")
+TIJEPA_PARTS = ("context_crosser", "target_crosser", "predictor")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -52,10 +55,47 @@ def export_ijepa(model: IJepa, prefix: str = "") -> dict[str, dict[str, Tensor]]
     Returns:
         ``{"encoder": .., "predictor": .., "target_encoder": ..}``, for :func:`save_checkpoint`.
     """
-    return {
-        part: {prefix + name: value for name, value in getattr(model, part).state_dict().items()}
-        for part in IJEPA_PARTS
-    }
+    return _export(model, IJEPA_PARTS, prefix)
+
+
+def load_tijepa(model: TIJepa, source: Source) -> None:
+    """Load a public TI-JEPA checkpoint into ``model``, whole or not at all.
+
+    The frozen encoders are not part of such checkpoints; the image encoder is a public I-JEPA's
+    ``target_encoder``, see :func:`load_parts`. Public checkpoints were trained on words that were
+    normalised over the sequence, see :class:`~jepa_fast.interop.text.TextEncoder`.
+
+    Args:
+        model: built with the checkpoint's sizes, heads and block kind, objective masked image. The
+            number of heads leaves no trace in a checkpoint, so a wrong one goes unnoticed.
+        source: file (see :func:`read_checkpoint`) or dictionary with ``context_crosser``,
+            ``target_crosser`` and ``predictor``. Other entries are left alone. For files that hold
+            the ``target_crosser`` only, call :func:`load_parts`.
+
+    Raises:
+        ValueError: the model has the cross-modal objective.
+        CheckpointError: anything missing, unexpected or of another shape; lists all of it.
+    """
+    _check_masked_image(model)
+    load_parts({name: getattr(model, name) for name in TIJEPA_PARTS}, source)
+
+
+def export_tijepa(model: TIJepa, prefix: str = "") -> dict[str, dict[str, Tensor]]:
+    """The public TI-JEPA form of a model's weights.
+
+    Args:
+        model: objective masked image; its tensors are shared, not copied.
+        prefix: before every parameter name.
+
+    Returns:
+        ``{"context_crosser": .., "target_crosser": .., "predictor": ..}``, for
+        :func:`save_checkpoint`.
+
+    Raises:
+        ValueError: the model has the cross-modal objective.
+    """
+    _check_masked_image(model)
+    return _export(model, TIJEPA_PARTS, prefix)
 
 
 def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
@@ -153,6 +193,21 @@ def save_checkpoint(parts: Mapping[str, Mapping[str, Tensor]], path: str | Path)
         _safetensors().save_file(flat, path)
     else:
         torch.save({part: dict(state) for part, state in parts.items()}, path)
+
+
+def _export(model: nn.Module, parts: tuple[str, ...], prefix: str) -> dict[str, dict[str, Tensor]]:
+    return {
+        part: {prefix + name: value for name, value in getattr(model, part).state_dict().items()}
+        for part in parts
+    }
+
+
+def _check_masked_image(model: TIJepa) -> None:
+    if model.objective != "masked_image":
+        raise ValueError(
+            f"model: expected objective='masked_image', got {model.objective!r}; the public code "
+            "has no other, so save and load this model's state_dict()"
+        )
 
 
 def _split_parts(flat: Mapping[str, Tensor]) -> dict[str, Any]:
