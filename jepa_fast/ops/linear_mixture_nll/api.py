@@ -83,15 +83,13 @@ def linear_mixture_nll(
     Source: mixture density networks, Bishop 1994.
     """
     op = "linear_mixture_nll"
-    check_mixture_options(op, family, event, scale_floor, scale_map)
+    check_mixture_options(op, family, event, scale_floor, scale_map, num_components)
     check_choice(op, "reduction", reduction, ("mean", "sum"))
     check_dim(op, "hidden", hidden, 2, "[T, H]")
     check_dim(op, "weight", weight, 2, "[P, H]")
     check_dim(op, "target", target, 2, "[T, D]")
     check_same_size(op, "hidden", hidden, 1, "weight", weight, 1)
     check_same_size(op, "hidden", hidden, 0, "target", target, 0)
-    if num_components < 1:
-        raise ValueError(f"{op}: num_components must be at least 1, got {num_components}")
     outputs = mixture_parameter_count(num_components, target.shape[1], event)
     if weight.shape[0] != outputs:
         formula = "K (2 D + 1)" if event == "joint" else "3 K D"

@@ -1,6 +1,7 @@
 """Mixture densities: the negative log-likelihood, samples and moments."""
 
 from jepa_fast.ops.mixture_nll.api import (
+    check_mixture_options,
     mixture_mean,
     mixture_nll,
     mixture_sample,
@@ -9,6 +10,7 @@ from jepa_fast.ops.mixture_nll.api import (
 from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count, split_mixture_parameters
 
 __all__ = [
+    "check_mixture_options",
     "mixture_mean",
     "mixture_nll",
     "mixture_parameter_count",

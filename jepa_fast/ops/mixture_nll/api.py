@@ -170,9 +170,16 @@ def mixture_variance(
 
 
 def check_mixture_options(
-    op: str, family: str, event: str, scale_floor: float, scale_map: str
+    op: str,
+    family: str,
+    event: str,
+    scale_floor: float,
+    scale_map: str,
+    num_components: int = 1,
 ) -> None:
-    """Raises ValueError on an unknown name or a floor that is not positive."""
+    """Raises ValueError on an unknown name, no component, or a floor that is not positive."""
+    if num_components < 1:
+        raise ValueError(f"{op}: num_components must be at least 1, got {num_components}")
     check_choice(op, "family", family, reference.FAMILIES)
     check_choice(op, "event", event, reference.EVENTS)
     check_choice(op, "scale_map", scale_map, reference.SCALE_MAPS)
