@@ -1,0 +1,88 @@
+"""The network of the diffusion and flow-matching heads: an MLP modulated by time and condition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AdaLNMlp(nn.Module):
+    """Residual MLP blocks whose LayerNorms are scaled and shifted by (time, condition).
+
+    The last layer and all gates start at zero: the untrained network says 0, whatever its input.
+
+    Args:
+        target_dim: D.
+        condition_dim: d.
+        hidden_dim: width inside.
+        depth: number of blocks.
+
+    Source: AdaLN-Zero, arXiv 2212.09748; as a per-token head, arXiv 2406.11838.
+    """
+
+    def __init__(self, target_dim: int, condition_dim: int, hidden_dim: int, depth: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(target_dim, hidden_dim)
+        self.condition = nn.Linear(condition_dim, hidden_dim)
+        self.time = TimeEmbedding(hidden_dim)
+        self.blocks = nn.ModuleList(AdaLNBlock(hidden_dim) for _ in range(depth))
+        self.modulation = _zero(nn.Linear(hidden_dim, 2 * hidden_dim))
+        self.output = _zero(nn.Linear(hidden_dim, target_dim))
+
+    def forward(self, z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """[..., T, D] from z [..., T, D], time in [0, 1] and `self.condition(...)` [T, hidden_dim].
+
+        time has any shape that broadcasts with [..., T]. Taking the condition projected lets a
+        sampler project it once for all its steps.
+        """
+        given = F.silu(condition + self.time(time))
+        h = self.input(z)
+        for block in self.blocks:
+            h = block(h, given)
+        shift, scale = self.modulation(given).chunk(2, -1)
+        return self.output(_modulate(h, shift, scale))
+
+
+class AdaLNBlock(nn.Module):
+    """`h + gate * MLP(LayerNorm(h) * (1 + scale) + shift)`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = _zero(nn.Linear(width, 3 * width))
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, given: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(given).chunk(3, -1)
+        return h + gate * self.fc2(F.silu(self.fc1(_modulate(h, shift, scale))))
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of time at 128 frequencies, then a two-layer MLP."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        # From 1000 down to 0.1 radians over the unit interval.
+        frequencies = 1000 * torch.exp(-math.log(10_000) * torch.linspace(0, 1, num_frequencies))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.fc1 = nn.Linear(2 * num_frequencies, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        angle = time.unsqueeze(-1) * self.frequencies
+        return self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], -1))))
+
+
+def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,186 @@
+"""Diffusion head: noise prediction, DDPM and DDIM samplers, likelihood by the sampler's ODE."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from jepa_fast.nn.heads.adaln import AdaLNMlp
+from jepa_fast.nn.heads.flow import standard_normal_log_prob
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
+from jepa_fast.nn.heads.ode import integrate_with_divergence
+from jepa_fast.ops._checks import check_choice
+
+
+def alpha_bar(schedule: str, timesteps: int) -> Tensor:
+    """[timesteps] float64: the share of the signal's variance left after step t, falling with t.
+
+    `"linear"`: beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), other numbers of steps
+    scaled to the same total. `"cosine"`: arXiv 2102.09672, equation 17, beta cut at 0.999.
+    """
+    if schedule == "linear":
+        scale = 1000 / timesteps
+        beta = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
+    else:
+        time = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        level = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
+        beta = 1 - level[1:] / level[:-1]
+    return torch.cumprod(1 - beta.clamp(max=0.999), 0)
+
+
+class DiffusionHead(Head):
+    """Denoising diffusion of each target embedding on its own, given the predictor's token.
+
+    With `x_t = signal[t] * target + noise[t] * e`, a network is trained to tell e by mean squared
+    error at a uniform t.
+
+    Args:
+        condition_dim: d.
+        target_dim: D.
+        hidden_dim: width of the network.
+        depth: its blocks.
+        timesteps: T of the training schedule.
+        schedule: `"linear"` or `"cosine"`.
+        sampler: `"ddim"`, deterministic given the starting noise, or `"ddpm"`; may be set later.
+        steps: how many of the timesteps the sampler visits, 1 to `timesteps`; may be set later.
+        clip: bound on the coordinates of the predicted target. None: sqrt(D), which no
+            LayerNorm-ed vector passes. `math.inf` turns it off.
+        probes: random probes of the divergence in `log_prob`, None for the exact divergence at D
+            backward passes an evaluation; may be set later.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range.
+
+    Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502.
+    """
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(
+        self,
+        condition_dim: int,
+        target_dim: int,
+        hidden_dim: int = 512,
+        depth: int = 3,
+        timesteps: int = 1000,
+        schedule: str = "linear",
+        sampler: str = "ddim",
+        steps: int = 50,
+        clip: float | None = None,
+        probes: int | None = 8,
+    ) -> None:
+        super().__init__(condition_dim, target_dim)
+        owner = "DiffusionHead"
+        check_positive(owner, hidden_dim=hidden_dim, depth=depth, timesteps=timesteps)
+        check_choice(owner, "schedule", schedule, ("linear", "cosine"))
+        if probes is not None:
+            check_positive(owner, probes=probes)
+        self.clip = math.sqrt(target_dim) if clip is None else clip
+        if not self.clip > 0:
+            raise ValueError(f"{owner}: clip must be positive, got {clip}; math.inf turns it off")
+        self.timesteps = timesteps
+        self.sampler = sampler
+        self.steps = steps
+        self.probes = probes
+        self.visited()
+        remaining = alpha_bar(schedule, timesteps)
+        # Rounded from float64: in float32, 1 - alpha_bar would lose what matters at small t.
+        self.register_buffer("signal", remaining.sqrt().float(), persistent=False)
+        self.register_buffer("noise", (1 - remaining).sqrt().float(), persistent=False)
+        self.network = AdaLNMlp(target_dim, condition_dim, hidden_dim, depth)
+
+    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
+        self.check(condition, target)
+        t = torch.randint(self.timesteps, target.shape[:1], device=target.device)
+        e = torch.randn_like(target)
+        x = self.signal[t, None] * target + self.noise[t, None] * e
+        error = (self.predict_noise(x, t, self.network.condition(condition)) - e).square()
+        return error.sum() / max(error.numel(), 1)
+
+    def distribution(self, condition: Tensor) -> DiffusionDistribution:
+        self.check(condition)
+        return DiffusionDistribution(self, condition)
+
+    def predict_noise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """e [..., T, D] from x_t [..., T, D], t (0-dim or [T]) and the projected condition."""
+        return self.network(x, t / self.timesteps, condition).to(x.dtype)
+
+    def predict_target(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The target, [..., T, D], that the predicted noise leaves of x_t, within +-clip."""
+        e = self.predict_noise(x, t, condition)
+        return ((x - self.noise[t] * e) / self.signal[t]).clamp(-self.clip, self.clip)
+
+    def visited(self) -> list[int]:
+        """The timesteps that the sampler visits, from `timesteps` - 1 down to 0, evenly spread.
+
+        Raises:
+            ValueError: `sampler` or `steps` is not what it may be.
+        """
+        check_choice("DiffusionHead", "sampler", self.sampler, ("ddim", "ddpm"))
+        last = self.timesteps - 1
+        if not 1 <= self.steps <= self.timesteps:
+            raise ValueError(
+                f"DiffusionHead: steps must be between 1 and timesteps = {self.timesteps}, "
+                f"got {self.steps}"
+            )
+        return [round(last - last * i / max(self.steps - 1, 1)) for i in range(self.steps)]
+
+
+class DiffusionDistribution(LatentDistribution):
+    """What a `DiffusionHead` says of condition [T, d]; mean and variance from samples.
+
+    The diffusion's own likelihood has no closed form. `log_prob` is the density that its
+    probability-flow ODE, the limit of DDIM with many steps, gives to the target with the noise of
+    the first timestep (standard deviation about 0.01) on it. It is exact up to the solver's step,
+    which follows the `steps` timesteps that the sampler visits, and, unless the head's `probes` is
+    None, the noise of the divergence estimate. It is for evaluation: it has no gradient.
+
+    Source: arXiv 2011.13456, section 4.3.
+    """
+
+    def __init__(self, head: DiffusionHead, condition: Tensor) -> None:
+        super().__init__(condition.shape[0], head.target_dim, condition.device)
+        self.head = head
+        self.condition = head.network.condition(condition)
+
+    @torch.no_grad()
+    def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        head = self.head
+        x = self._normal(n, generator)
+        visited = torch.tensor(head.visited(), device=self.device)
+        one, zero = torch.ones_like(head.signal[:1]), torch.zeros_like(head.signal[:1])
+        signal = torch.cat([head.signal[visited], one])
+        noise = torch.cat([head.noise[visited], zero])
+        for i, t in enumerate(visited):
+            target = head.predict_target(x, t, self.condition)
+            e = (x - signal[i] * target) / noise[i]
+            x = signal[i + 1] * target
+            if head.sampler == "ddim":
+                x = x + noise[i + 1] * e
+            else:
+                # The posterior of the forward process: part of the noise kept, the rest new.
+                ratio = signal[i] / signal[i + 1]
+                scale = noise[i + 1] / noise[i]
+                fresh = (1 - ratio.square()).sqrt() * self._normal(n, generator)
+                x = x + scale * (ratio * noise[i + 1] * e + fresh)
+        return x
+
+    @torch.no_grad()
+    def _log_prob(self, z: Tensor) -> Tensor:
+        """Follows `x = cos(angle) * target + sin(angle) * e` up the angle, where the ODE is tame:
+        its velocity is `cos(angle) * e - sin(angle) * target`, of the size of x throughout."""
+        head = self.head
+        visited = torch.tensor(head.visited()[::-1], device=self.device)
+        signal, noise = head.signal[visited].to(z.dtype), head.noise[visited].to(z.dtype)
+
+        def velocity(x: Tensor, k: int) -> Tensor:
+            target = head.predict_target(x, visited[k], self.condition)
+            return (signal[k] * x - target) / noise[k]
+
+        end, integral = integrate_with_divergence(
+            velocity, signal[0] * z, torch.atan2(noise, signal), head.probes
+        )
+        return standard_normal_log_prob(end) + integral + self.width * signal[0].log()

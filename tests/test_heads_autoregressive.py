@@ -1,0 +1,165 @@
+"""The autoregressive head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from jepa_fast import ops
+from jepa_fast.nn.heads import AutoregressiveHead
+
+ORDERINGS = ["natural", "reversed", "random", [3, 0, 4, 1, 2]]
+
+
+def make_head(target_dim: int = 5, **options) -> AutoregressiveHead:
+    torch.manual_seed(0)
+    options = {"num_components": 2, "hidden_dim": 12, **options}
+    head = AutoregressiveHead(4, target_dim, **options).double()
+    with torch.no_grad():  # so that every path through the network counts
+        for parameter in head.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    return head
+
+
+def jacobian(head: AutoregressiveHead) -> Tensor:
+    """[D, D]: entry (j, i) is how much the parameters of coordinate j move with coordinate i."""
+    condition = torch.randn(1, 4, dtype=torch.float64)
+    distribution = head.distribution(condition)
+
+    def parameters(z: Tensor) -> Tensor:
+        stacked = torch.stack(distribution.parameters(z[None]))  # [3, 1, K, D]
+        return stacked.flatten(0, 2)
+
+    z = torch.randn(head.target_dim, dtype=torch.float64)
+    return torch.autograd.functional.jacobian(parameters, z).abs().sum(0)
+
+
+@pytest.mark.parametrize("ordering", ORDERINGS, ids=str)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_jacobian_is_strictly_triangular_in_the_ordering(ordering, depth: int) -> None:
+    head = make_head(ordering=ordering, depth=depth)
+    order = head.hidden[0].in_degree.argsort()
+    if ordering == "random":
+        assert order.tolist() not in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0])
+    matrix = jacobian(head)[order][:, order]
+    lower = torch.ones(5, 5).tril(-1).bool()
+    assert (matrix[~lower] == 0).all()
+    assert (matrix[lower] > 0).all()
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1, 4), (2, 1), (7, 3), (6, 64)])
+def test_any_width_stays_autoregressive_and_uses_the_condition(width: int, hidden: int) -> None:
+    head = make_head(width, hidden_dim=hidden)
+    assert (jacobian(head).triu() == 0).all()
+    condition = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    logits, loc, _ = head.distribution(condition).parameters(
+        torch.zeros(1, width, dtype=torch.float64)
+    )
+    for j in range(width):
+        total = logits[..., j].sum() + loc[..., j].sum()
+        (grad,) = torch.autograd.grad(total, condition, retain_graph=True)
+        assert (grad != 0).all()
+
+
+@pytest.mark.parametrize("ordering", ORDERINGS, ids=str)
+@pytest.mark.parametrize("family", ["gaussian", "logistic"])
+def test_sampling_equals_a_full_pass_a_coordinate(ordering, family: str) -> None:
+    head = make_head(ordering=ordering, family=family, depth=3)
+    distribution = head.distribution(torch.randn(3, 4, dtype=torch.float64))
+    got = distribution.sample(1, torch.Generator().manual_seed(5))[0]
+    generator = torch.Generator().manual_seed(5)
+    z = torch.zeros(3, 5, dtype=torch.float64)
+    for c in head.hidden[0].in_degree.argsort():
+        of_c = [p[..., c, None] for p in distribution.parameters(z)]
+        z[:, c] = ops.mixture_sample(*of_c, family, "coordinate", generator=generator)[0, :, 0]
+    torch.testing.assert_close(got, z)
+
+
+def test_sampling_costs_about_one_pass() -> None:
+    head = AutoregressiveHead(4, 24, num_components=2, hidden_dim=96)
+    distribution = head.distribution(torch.randn(2, 4))
+    z = torch.zeros(2, 24)
+    with FlopCounterMode(display=False) as one_pass:
+        # The operator hides its product from the counter.
+        h = z
+        for layer in head.hidden:
+            h = torch.nn.functional.linear(h, layer.weight)
+        torch.nn.functional.linear(h, head.output.weight)
+    with FlopCounterMode(display=False) as sampling:
+        distribution.sample()
+    assert 0 < sampling.get_total_flops() < one_pass.get_total_flops()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("family", ["gaussian", "logistic"])
+def test_density_integrates_to_one(width: int, family: str) -> None:
+    head = make_head(width, family=family)
+    condition = torch.randn(1, 4, dtype=torch.float64)
+    axis = torch.linspace(-30, 30, 3001 if width == 1 else 301, dtype=torch.float64)
+    points = torch.cartesian_prod(*[axis] * width).view(-1, width)
+    log_prob = head.distribution(condition.expand(len(points), 4)).log_prob(points)
+    total = log_prob.exp().sum() * (axis[1] - axis[0]) ** width
+    assert total.item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_samples_follow_the_density() -> None:
+    """First and second moments of samples, and of the density on a grid."""
+    head = make_head(2)
+    condition = torch.randn(1, 4, dtype=torch.float64)
+    axis = torch.linspace(-30, 30, 401, dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis)
+    density = head.distribution(condition.expand(len(points), 4)).log_prob(points).exp()
+    density = density / density.sum()
+    distribution = head.distribution(condition)
+    samples = distribution.sample(40_000, torch.Generator().manual_seed(0))[:, 0]
+    mean = density @ points
+    covariance = (points - mean).T @ (density[:, None] * (points - mean))
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0.1, atol=0.1)
+    # The object's own moments come from few samples, always the same ones.
+    assert (distribution.mean - mean).abs().max() < 1
+    assert torch.equal(distribution.mean, head.distribution(condition).mean)
+
+
+def test_loss_is_the_likelihood_and_has_exact_gradients() -> None:
+    head = make_head(3, ordering="random")
+    condition = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    log_prob = head.distribution(condition).log_prob(target)
+    torch.testing.assert_close(head(condition, target), -log_prob.mean() / 3)
+    assert torch.autograd.gradcheck(head, (condition, target))
+
+
+def test_the_ordering_travels_in_the_state_dict() -> None:
+    first, second = make_head(ordering="random", seed=1), make_head(ordering="random", seed=2)
+    condition, z = torch.randn(2, 4).double(), torch.randn(2, 5).double()
+    second.load_state_dict(first.state_dict())
+    expected = first.distribution(condition)
+    got = second.distribution(condition)
+    torch.testing.assert_close(got.log_prob(z), expected.log_prob(z))
+    samples = [d.sample(2, torch.Generator().manual_seed(0)) for d in (expected, got)]
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ordering": "backwards"}, "ordering must be 'natural', 'reversed', 'random' or a perm"),
+        ({"ordering": [0, 1, 1]}, r"permutation of 0 .. 2, got \[0, 1, 1\]"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"num_components": 0}, "num_components must be at least 1"),
+        ({"family": "student"}, "family must be one of"),
+        ({"scale_floor": -0.1}, "scale_floor must be positive"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"AutoregressiveHead: .*{message}"):
+        AutoregressiveHead(4, 3, **options)
+
+
+def test_bad_sample_count() -> None:
+    with pytest.raises(ValueError, match="sample: n must be at least 1, got 0"):
+        make_head().distribution(torch.zeros(1, 4).double()).sample(0)

@@ -1,0 +1,196 @@
+"""The diffusion head."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jepa_fast.nn.heads import DiffusionHead
+from jepa_fast.nn.heads.diffusion import alpha_bar
+
+
+def test_linear_schedule() -> None:
+    remaining = alpha_bar("linear", 1000)
+    expected = 1.0
+    for t in range(1000):
+        expected *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        assert remaining[t].item() == pytest.approx(expected, rel=1e-9)
+    # Fewer steps end at about the same noise.
+    assert alpha_bar("linear", 250)[-1].item() == pytest.approx(expected, rel=0.25)
+
+
+def test_cosine_schedule() -> None:
+    remaining = alpha_bar("cosine", 1000)
+
+    def level(t: float) -> float:
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 1, 500, 990):
+        assert remaining[t].item() == pytest.approx(level(t + 1) / level(0), rel=1e-6)
+    assert 0 < remaining[-1] < 1e-5
+
+
+class ExactNoise(nn.Module):
+    """The noise a perfect network sees where the targets are normal with this mean and std."""
+
+    def __init__(self, head: DiffusionHead, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.signal, self.noise, self.timesteps = head.signal, head.noise, head.timesteps
+        self.mean, self.std = mean, std
+
+    def condition(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        t = (time * self.timesteps).round().long()
+        signal, noise = self.signal[t].unsqueeze(-1), self.noise[t].unsqueeze(-1)
+        variance = (signal * self.std).square() + noise.square()
+        return noise * (x - signal * self.mean) / variance
+
+
+def exact_head(**options) -> tuple[DiffusionHead, torch.distributions.Normal]:
+    mean, std = torch.tensor([1.0, -0.5, 0.0]), torch.tensor([0.5, 0.8, 0.2])
+    head = DiffusionHead(4, 3, hidden_dim=8, clip=math.inf, **options)
+    head.network = ExactNoise(head, mean, std)
+    return head, torch.distributions.Normal(mean, std)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_approach_the_data_with_more_steps(schedule: str, sampler: str) -> None:
+    head, truth = exact_head(schedule=schedule, sampler=sampler)
+    distribution = head.distribution(torch.zeros(2, 4))
+    errors = []
+    for head.steps in (25, 500):
+        samples = distribution.sample(4000, torch.Generator().manual_seed(0))
+        assert samples.shape == (4000, 2, 3)
+        assert ((samples.mean((0, 1)) - truth.mean) / truth.stddev).abs().max() < 0.05
+        errors.append((samples.std((0, 1)) / truth.stddev - 1).abs().max().item())
+    assert errors[1] < 0.04 < errors[0]
+
+
+def test_ddpm_visiting_every_timestep_is_the_papers_ancestral_sampling() -> None:
+    """Mean and variance carried through equations 6 and 7 of arXiv 2006.11239."""
+    head, truth = exact_head(sampler="ddpm", timesteps=20, steps=20)
+    remaining = alpha_bar("linear", 20)
+    mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for t in reversed(range(20)):
+        before = remaining[t - 1] if t else torch.tensor(1.0)
+        alpha = remaining[t] / before
+        on_target = before.sqrt() * (1 - alpha) / (1 - remaining[t])
+        on_x = alpha.sqrt() * (1 - before) / (1 - remaining[t])
+        # The exact network's target is linear in x: posterior mean of a normal.
+        gain = remaining[t].sqrt() * truth.variance
+        gain = gain / (remaining[t] * truth.variance + 1 - remaining[t])
+        target_mean = truth.mean + gain * (mean - remaining[t].sqrt() * truth.mean)
+        mean = on_target * target_mean + on_x * mean
+        fresh = (1 - before) / (1 - remaining[t]) * (1 - alpha)
+        variance = (on_target * gain + on_x).square() * variance + fresh
+    samples = head.distribution(torch.zeros(1, 4)).sample(40_000).double()[:, 0]
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(samples.var(0), variance, rtol=0.04, atol=0)
+
+
+def test_ddim_is_a_function_of_its_starting_noise_and_ddpm_is_not() -> None:
+    head, _ = exact_head(steps=20)
+
+    def correlation() -> float:
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(500, 1, 3, generator=generator)
+        again = torch.Generator().manual_seed(0)
+        samples = head.distribution(torch.zeros(1, 4)).sample(500, again)
+        return torch.corrcoef(torch.stack([start[..., 0].flatten(), samples[..., 0].flatten()]))[
+            0, 1
+        ].item()
+
+    assert correlation() > 0.999
+    head.sampler = "ddpm"
+    assert abs(correlation()) < 0.3
+
+
+def test_visited_timesteps() -> None:
+    head = DiffusionHead(4, 3, hidden_dim=8, timesteps=10, steps=10)
+    assert head.visited() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    for steps in range(2, 10):
+        head.steps = steps
+        visited = head.visited()
+        assert len(set(visited)) == steps
+        assert visited == sorted(visited, reverse=True)
+        assert (visited[0], visited[-1]) == (9, 0)
+    head.steps = 1
+    assert head.visited() == [9]
+    assert head.distribution(torch.zeros(2, 4)).sample(3).shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("probes", [None, 2])
+def test_likelihood(schedule: str, probes: int | None) -> None:
+    """Against the exact density, which the first timestep's noise hardly widens."""
+    head, truth = exact_head(schedule=schedule, steps=200, probes=probes)
+    z = truth.sample((6,))
+    log_prob = head.distribution(torch.zeros(6, 4)).log_prob(z)
+    torch.testing.assert_close(log_prob, truth.log_prob(z).sum(1), rtol=0, atol=0.03)
+
+
+class BentNoise(ExactNoise):
+    """No longer that of a normal distribution: the coordinates move each other."""
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        t = (time * self.timesteps).round().long()
+        bend = 0.3 * self.signal[t] * torch.sin(2 * x.roll(1, -1))
+        return super().forward(x, time, condition) + bend
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_density_integrates_to_one(width: int) -> None:
+    head = DiffusionHead(4, width, hidden_dim=8, steps=200, clip=math.inf, probes=None)
+    head.network = BentNoise(head, torch.zeros(width), torch.ones(width))
+    axis = torch.linspace(-10, 10, 401 if width == 1 else 101)
+    points = torch.cartesian_prod(*[axis] * width).view(-1, width)
+    log_prob = head.distribution(torch.ones(len(points), 4)).log_prob(points)
+    total = log_prob.double().exp().sum() * (axis[1] - axis[0]) ** width
+    assert total.item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_predicted_targets_stay_within_what_layer_norm_allows() -> None:
+    torch.manual_seed(0)
+    head = DiffusionHead(4, 9, hidden_dim=8, schedule="cosine")
+    assert head.clip == 3.0
+    samples = head.distribution(torch.zeros(4, 4)).sample(8)  # untrained: it predicts no noise
+    assert samples.abs().max() <= 3.0
+
+
+def test_loss_is_that_of_the_noise() -> None:
+    """An untrained head says 0, so its loss is the noise's variance."""
+    torch.manual_seed(0)
+    head = DiffusionHead(4, 3, hidden_dim=8)
+    loss = head(torch.randn(5000, 4), torch.randn(5000, 3))
+    assert loss.item() == pytest.approx(1.0, abs=0.05)
+    loss.backward()
+    assert all(p.grad is not None for p in head.parameters())
+    exact, truth = exact_head()
+    perfect = exact(torch.zeros(5000, 4), truth.sample((5000,)))
+    variance = (exact.signal[:, None] * truth.stddev) ** 2 + exact.noise[:, None] ** 2
+    floor = 1 - (exact.noise[:, None] ** 2 / variance).mean()
+    assert perfect.item() == pytest.approx(floor.item(), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "sigmoid"}, "schedule must be one of"),
+        ({"sampler": "euler"}, "sampler must be one of"),
+        ({"steps": 0}, "steps must be between 1 and timesteps = 1000, got 0"),
+        ({"steps": 11, "timesteps": 10}, "steps must be between 1 and timesteps = 10, got 11"),
+        ({"timesteps": 0}, "timesteps must be at least 1"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"probes": 0}, "probes must be at least 1"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"DiffusionHead: {message}"):
+        DiffusionHead(4, 3, **options)

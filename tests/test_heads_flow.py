@@ -1,0 +1,251 @@
+"""The flow heads: couplings, and flow matching."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from jepa_fast.nn.heads import CouplingFlowHead, FlowMatchingHead
+from jepa_fast.nn.heads.flow import ActNorm
+
+
+def make_head(target_dim: int = 5, **options) -> CouplingFlowHead:
+    torch.manual_seed(0)
+    head = CouplingFlowHead(4, target_dim, hidden_dim=8, **options).double()
+    with torch.no_grad():  # away from the identity, where it starts
+        for parameter in head.parameters():
+            parameter.uniform_(-0.3, 0.3)
+    return head.eval()
+
+
+@pytest.mark.parametrize("masks", ["alternate", "random"])
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_logdet_and_inverse(masks: str, width: int) -> None:
+    head = make_head(width, masks=masks)
+    condition = torch.randn(3, 4, dtype=torch.float64)
+    z = torch.randn(3, width, dtype=torch.float64)
+    u, logdet = head.to_noise(z, condition)
+    torch.testing.assert_close(head.from_noise(u, condition), z)
+    for i in range(3):
+        matrix = torch.autograd.functional.jacobian(
+            lambda row, i=i: head.to_noise(row[None], condition[i : i + 1])[0][0], z[i]
+        )
+        torch.testing.assert_close(torch.linalg.slogdet(matrix).logabsdet, logdet[i])
+
+
+def test_inverse_in_float32() -> None:
+    head = make_head(16).float()
+    condition, z = torch.randn(8, 4), torch.randn(8, 16)
+    u, _ = head.to_noise(z, condition)
+    assert (head.from_noise(u, condition) - z).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("width", [5, 6])
+def test_masks_are_halves_and_complements(width: int) -> None:
+    alternate = CouplingFlowHead(4, width).couplings
+    assert [c.mask.tolist() for c in alternate[:2]] == [
+        [i % 2 == 0 for i in range(width)],
+        [i % 2 == 1 for i in range(width)],
+    ]
+    first, second = (CouplingFlowHead(4, width, masks="random", seed=s) for s in (0, 1))
+    assert len(first.couplings) == 6
+    for i in range(0, 6, 2):
+        a, b = first.couplings[i].mask, first.couplings[i + 1].mask
+        assert torch.equal(a, ~b)
+        assert abs(int(a.sum()) - int(b.sum())) <= 1
+    masks = [torch.stack([c.mask for c in head.couplings]) for head in (first, second)]
+    assert not torch.equal(*masks)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.couplings[0].mask, first.couplings[0].mask)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_density_integrates_to_one_and_samples_follow_it(width: int) -> None:
+    head = make_head(width)
+    condition = torch.randn(1, 4, dtype=torch.float64)
+    axis = torch.linspace(-12, 12, 2001 if width == 1 else 241, dtype=torch.float64)
+    points = torch.cartesian_prod(*[axis] * width).view(-1, width)
+    density = head.distribution(condition.expand(len(points), 4)).log_prob(points).exp()
+    density = density * (axis[1] - axis[0]) ** width
+    assert density.sum().item() == pytest.approx(1.0, abs=1e-3)
+    mean = density @ points
+    samples = head.float().distribution(condition.float()).sample(40_000)[:, 0]
+    torch.testing.assert_close(samples.mean(0).double(), mean, rtol=0, atol=0.05)
+    variance = density @ (points - mean).square()
+    torch.testing.assert_close(samples.var(0).double(), variance, rtol=0.1, atol=0)
+
+
+def test_loss_is_the_likelihood_and_has_exact_gradients() -> None:
+    head = make_head(3)
+    condition = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    log_prob = head.distribution(condition).log_prob(target)
+    torch.testing.assert_close(head(condition, target), -log_prob.mean() / 3)
+    assert torch.autograd.gradcheck(head, (condition, target))
+
+
+def test_actnorm_is_set_by_the_first_training_batch_only() -> None:
+    torch.manual_seed(0)
+    norm = ActNorm(3)
+    x = torch.tensor([5.0, -1.0, 0.0]) + torch.tensor([2.0, 0.1, 30.0]) * torch.randn(64, 3)
+    norm.eval()
+    assert torch.equal(norm(x)[0], x)
+    assert not norm.initialised
+    norm.train()
+    y, logdet = norm(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+    torch.testing.assert_close(logdet, -x.std(0, correction=0).log().sum())
+    assert norm.initialised
+    before = copy.deepcopy(norm.state_dict())
+    norm(torch.randn(8, 3))
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
+    torch.testing.assert_close(norm(y, inverse=True)[0], x)
+
+
+def test_actnorm_survives_a_constant_coordinate_and_an_empty_batch() -> None:
+    norm = ActNorm(2)
+    assert norm(torch.zeros(0, 2))[0].shape == (0, 2)
+    assert not norm.initialised
+    y, logdet = norm(torch.full((4, 2), 3.0))
+    assert y.abs().max() == 0
+    assert logdet.isfinite()
+
+
+def test_a_head_is_normalised_by_training_and_resumes_without_doing_it_again() -> None:
+    torch.manual_seed(0)
+    head = CouplingFlowHead(4, 3, hidden_dim=8)
+    condition, target = torch.randn(32, 4), 5 + 3 * torch.randn(32, 3)
+    head(condition, target)
+    assert all(norm.initialised for norm in head.norms)
+    u, _ = head.to_noise(target, condition)
+    torch.testing.assert_close(u.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
+    resumed = CouplingFlowHead(4, 3, hidden_dim=8)
+    resumed.load_state_dict(head.state_dict())
+    other = torch.randn(32, 3)
+    torch.testing.assert_close(resumed(condition, other), head(condition, other))
+    # And a state dict from before the first batch makes the head start afresh.
+    resumed.load_state_dict(CouplingFlowHead(4, 3, hidden_dim=8).state_dict())
+    resumed(condition, target)
+    torch.testing.assert_close(resumed.norms[0].loc, target.mean(0))
+
+
+def test_actnorm_over_two_processes_is_that_of_the_whole_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(10, 3) * 4 + 1
+    mine, theirs = x[:4].double(), x[4:].double()
+
+    def add_the_other_process(sums: Tensor) -> None:
+        count = torch.full((3,), 6.0, dtype=torch.float64)
+        sums += torch.stack([count, theirs.sum(0), theirs.square().sum(0)])
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_the_other_process)
+    norm = ActNorm(3)
+    norm(mine.float())
+    torch.testing.assert_close(norm.loc, x.mean(0))
+    torch.testing.assert_close(norm.log_scale, x.std(0, correction=0).log())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": "checkerboard"}, "masks must be one of"),
+        ({"num_couplings": 0}, "num_couplings must be at least 1"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"scale_bound": 0.0}, "scale_bound must be positive"),
+    ],
+)
+def test_bad_coupling_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"CouplingFlowHead: {message}"):
+        CouplingFlowHead(4, 3, **options)
+
+
+class ExactVelocity(nn.Module):
+    """The velocity of flow matching where the targets are normal with the given mean and std."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def condition(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        variance = (1 - time) ** 2 + (time * self.std) ** 2
+        covariance = time * self.std**2 - (1 - time)
+        return self.mean + covariance / variance * (x - time * self.mean)
+
+
+def exact_head(steps: int, probes: int | None) -> tuple[FlowMatchingHead, Normal]:
+    mean, std = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 1.0, 0.2])
+    head = FlowMatchingHead(4, 3, hidden_dim=8, steps=steps, probes=probes)
+    head.network = ExactVelocity(mean, std)
+    return head, Normal(mean, std)
+
+
+@pytest.mark.parametrize("probes", [None, 4])
+def test_flow_matching_likelihood(probes: int | None) -> None:
+    """The Jacobian is diagonal here, so random signs give its trace exactly."""
+    head, truth = exact_head(100, probes)
+    z = truth.sample((6,))
+    log_prob = head.distribution(torch.zeros(6, 4)).log_prob(z)
+    torch.testing.assert_close(log_prob, truth.log_prob(z).sum(1), rtol=0, atol=0.01)
+
+
+def test_flow_matching_samples() -> None:
+    head, truth = exact_head(50, None)
+    distribution = head.distribution(torch.zeros(2, 4))
+    samples = distribution.sample(5000, torch.Generator().manual_seed(0))
+    assert samples.shape == (5000, 2, 3)
+    assert ((samples.mean((0, 1)) - truth.mean) / truth.stddev).abs().max() < 0.05
+    torch.testing.assert_close(samples.std((0, 1)), truth.stddev, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_flow_matching_density_integrates_to_one(width: int) -> None:
+    torch.manual_seed(0)
+    head = FlowMatchingHead(4, width, hidden_dim=8, depth=1, steps=20, probes=None)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    axis = torch.linspace(-8, 8, 401 if width == 1 else 81)
+    points = torch.cartesian_prod(*[axis] * width).view(-1, width)
+    log_prob = head.distribution(torch.ones(len(points), 4)).log_prob(points)
+    total = log_prob.double().exp().sum() * (axis[1] - axis[0]) ** width
+    assert total.item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_random_probes_estimate_the_exact_divergence() -> None:
+    torch.manual_seed(0)
+    head = FlowMatchingHead(4, 6, hidden_dim=8, steps=5, probes=None)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    condition, z = torch.randn(16, 4), torch.randn(16, 6)
+    exact = head.distribution(condition).log_prob(z)
+    errors = []
+    for head.probes in (4, 256):
+        estimate = head.distribution(condition).log_prob(z)
+        assert torch.equal(estimate, head.distribution(condition).log_prob(z))
+        errors.append((estimate - exact).square().mean().sqrt())
+    assert errors[1] < 0.25 * errors[0]
+
+
+def test_flow_matching_loss_is_that_of_the_velocity() -> None:
+    """An untrained head says 0, so its loss is the mean of (target - noise)^2: 1 + target^2."""
+    torch.manual_seed(0)
+    head = FlowMatchingHead(4, 3, hidden_dim=8)
+    loss = head(torch.randn(5000, 4), torch.full((5000, 3), 2.0))
+    assert loss.item() == pytest.approx(5.0, abs=0.15)
+    loss.backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "depth", "steps", "probes"])
+def test_bad_flow_matching_options(name: str) -> None:
+    with pytest.raises(ValueError, match=f"FlowMatchingHead: {name} must be at least 1, got 0"):
+        FlowMatchingHead(4, 3, **{name: 0})
