@@ -1,0 +1,149 @@
+"""Probabilistic I-JEPA: the predictor gives a distribution over each target patch's embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from jepa_fast.masks import BlockMasks
+from jepa_fast.models.collapse import collapse_metrics
+from jepa_fast.models.ijepa import IJepa, Masks, gather_targets
+from jepa_fast.models.output import JepaOutput
+from jepa_fast.nn.heads import LatentDistribution, create_head
+
+
+class ProbIJepa(IJepa):
+    """I-JEPA whose predictor's tokens condition a density over the teacher's embeddings.
+
+    The head reads the predictor's tokens after its last LayerNorm, at the predictor's width d. The
+    projection to the encoder's width D, which ends I-JEPA's predictor, is left out: every head
+    begins with a linear layer, and two in a row are one, at up to D / d times the cost.
+
+    The targets are always LayerNorm-ed (no affine, eps 1e-5): without that, the teacher could raise
+    the likelihood by shrinking.
+
+    Args:
+        encoder: as in `IJepa`.
+        head: `"mixture"`, `"autoregressive"`, `"flow"`, `"flow_matching"` or `"diffusion"`; or a
+            class, or any callable, that makes a head from (d, D, **head_options); or such a head
+            itself. A head is a module with two methods, `forward(condition [T, d], target [T, D])`
+            giving the loss, a scalar, and `distribution(condition)` giving an object with
+            `log_prob(z)`, `sample(n)`, `mean` and `variance`: see `jepa_fast.nn.heads.Head`.
+        head_options: further arguments of the head.
+        img_size, predictor_dim, predictor_depth, predictor_heads, init: as in `IJepa`.
+
+    Raises:
+        TypeError: `head` is none of these, or lacks a method.
+        ValueError: an unknown head or option, a head of other widths, options for a finished head,
+            and as `IJepa`.
+    """
+
+    def __init__(
+        self,
+        encoder: str | nn.Module = "vit_base_patch16",
+        head: str | nn.Module | Callable[..., nn.Module] = "mixture",
+        *,
+        head_options: Mapping[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 224,
+        predictor_dim: int = 384,
+        predictor_depth: int | None = None,
+        predictor_heads: int | None = None,
+        init: str = "released",
+    ) -> None:
+        super().__init__(
+            encoder,
+            img_size=img_size,
+            predictor_dim=predictor_dim,
+            predictor_depth=predictor_depth,
+            predictor_heads=predictor_heads,
+            init=init,
+        )
+        self.predictor.register_module("predictor_proj", nn.Identity())
+        self.head = _make_head(head, predictor_dim, self.encoder.embed_dim, head_options)
+
+    def forward(self, images: Tensor, masks: Masks) -> JepaOutput:
+        """One training step's loss.
+
+        Args:
+            images: [B, 3, H, W].
+            masks: context and target blocks of every image, on the images' device.
+
+        Returns:
+            The head's loss; collapse metrics; `prediction`, the tokens [M * B, Kt, d] that
+            condition the head (most heads' means take sampling); and `target` [M * B, Kt, D],
+            LayerNorm-ed float32. Both are block-major.
+
+        Raises:
+            ValueError: masks that do not fit the encoder's grid.
+        """
+        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        condition = self._condition(images, masks)
+        target = gather_targets(self.encode(images).float(), masks.targets)
+        loss = self.head(condition.flatten(0, 1), target.flatten(0, 1))
+        condition = condition.detach()
+        return JepaOutput(loss, collapse_metrics(condition, target), condition, target)
+
+    def predict_distribution(self, images: Tensor, masks: Masks) -> LatentDistribution:
+        """What the model believes of the embedding of every target patch.
+
+        Args:
+            images: [B, 3, H, W].
+            masks: context and target blocks of every image, on the images' device.
+
+        Returns:
+            `log_prob(z)`, `sample(n)`, `mean` and `variance` over T = M * B * Kt tokens,
+            block-major as `targets(images, masks)` gives them. It holds a graph unless called
+            under `torch.no_grad()`.
+
+        Raises:
+            ValueError: masks that do not fit the encoder's grid.
+        """
+        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        return self.head.distribution(self._condition(images, masks).flatten(0, 1))
+
+    def targets(self, images: Tensor, masks: Masks) -> Tensor:
+        """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [M * B * Kt, D]."""
+        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        return gather_targets(self.encode(images).float(), masks.targets).flatten(0, 1)
+
+    def _condition(self, images: Tensor, masks: BlockMasks) -> Tensor:
+        """[M * B, Kt, d]."""
+        context = self.encoder(images, masks.context, masks.context_mask)
+        return self.predictor(context, masks.context, masks.targets, masks.context_mask)
+
+
+def _make_head(
+    head: str | nn.Module | Callable[..., nn.Module],
+    condition_dim: int,
+    target_dim: int,
+    options: Mapping[str, Any] | None,
+) -> Any:
+    made: Any
+    if isinstance(head, str):
+        made = create_head(head, condition_dim, target_dim, options)
+    elif isinstance(head, nn.Module):
+        if options:
+            raise ValueError(
+                f"head_options: expected none with a finished head, got {sorted(options)}; set "
+                f"them on the {type(head).__name__}, or pass its class"
+            )
+        made = head
+    elif callable(head):
+        made = head(condition_dim, target_dim, **(options or {}))
+    else:
+        raise TypeError(f"head must be a name, a class or a module, got {type(head).__name__}")
+    if not isinstance(made, nn.Module) or not callable(getattr(made, "distribution", None)):
+        raise TypeError(
+            f"head must be a module with forward(condition, target) and distribution(condition), "
+            f"got {type(made).__name__}; see jepa_fast.nn.heads.Head"
+        )
+    for name, expected in (("condition_dim", condition_dim), ("target_dim", target_dim)):
+        if getattr(made, name, expected) != expected:
+            raise ValueError(
+                f"head: {name} must be {expected}, the width of the "
+                f"{'predictor' if name == 'condition_dim' else 'encoder'}, "
+                f"got {getattr(made, name)}"
+            )
+    return made

@@ -1,0 +1,248 @@
+"""ProbIJepa, and what all heads have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jepa_fast import ProbIJepa
+from jepa_fast.masks import BlockMaskSampler
+from jepa_fast.nn.heads import HEADS, Head, LatentDistribution, create_head
+from jepa_fast.nn.vit import create_encoder
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mixture": {},
+    "autoregressive": {"hidden_dim": 16},
+    "flow": {"hidden_dim": 16, "num_couplings": 2},
+    "flow_matching": {"hidden_dim": 16, "steps": 3},
+    "diffusion": {"hidden_dim": 16, "steps": 3},
+}
+each_head = pytest.mark.parametrize("name", HEADS)
+
+
+def make_encoder() -> nn.Module:
+    return create_encoder("vit_tiny_patch4", img_size=16, embed_dim=16, depth=1, num_heads=2)
+
+
+def make_model(head: Any = "mixture", **options: Any) -> ProbIJepa:
+    torch.manual_seed(0)
+    return ProbIJepa(
+        make_encoder(), head, head_options=options, predictor_dim=12, predictor_depth=1,
+        predictor_heads=1,
+    )  # fmt: skip
+
+
+def make_batch() -> tuple[Tensor, Any]:
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return images, BlockMaskSampler((4, 4), num_targets=2, min_context=2)(0, 3)
+
+
+@each_head
+def test_a_training_step(name: str) -> None:
+    model = make_model(name, **OPTIONS[name])
+    images, masks = make_batch()
+    out = model(images, masks)
+    blocks, patches = masks.targets.shape[1:]
+    assert out.loss.shape == ()
+    assert out.loss.dtype == torch.float32
+    assert out.prediction.shape == (blocks * 3, patches, 12)
+    assert out.target.shape == (blocks * 3, patches, 16)
+    assert not out.prediction.requires_grad
+    torch.testing.assert_close(out.target.mean(-1), torch.zeros(blocks * 3, patches))
+    out.loss.backward()
+    missing = {n for n, p in model.trainable_parameters() if p.grad is None}
+    assert not missing
+    assert {n.partition(".")[0] for n, _ in model.trainable_parameters()} == {
+        "encoder",
+        "predictor",
+        "head",
+    }
+    assert all(not value.requires_grad for value in out.metrics.values())
+    assert "prediction_rank" in out.metrics
+
+
+@each_head
+def test_predict_distribution(name: str) -> None:
+    model = make_model(name, **OPTIONS[name]).eval()
+    images, masks = make_batch()
+    tokens = masks.targets.numel()
+    with torch.no_grad():
+        distribution = model.predict_distribution(images, masks)
+    targets = model.targets(images, masks)
+    assert targets.shape == (tokens, 16)
+    log_prob = distribution.log_prob(targets)
+    assert log_prob.shape == (tokens,)
+    assert log_prob.isfinite().all()
+    samples = distribution.sample(2, torch.Generator().manual_seed(0))
+    assert samples.shape == (2, tokens, 16)
+    assert torch.equal(samples, distribution.sample(2, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(distribution.log_prob(samples)[1], distribution.log_prob(samples[1]))
+    assert distribution.mean.shape == distribution.variance.shape == (tokens, 16)
+    assert (distribution.variance >= 0).all()
+    with pytest.raises(ValueError, match=rf"z must be \[T, D\] .* T = {tokens} and D = 16"):
+        distribution.log_prob(targets[:, :-1])
+
+
+@pytest.mark.parametrize("name", ["mixture", "autoregressive", "flow"])
+def test_the_loss_is_the_likelihood_of_the_targets(name: str) -> None:
+    model = make_model(name, **OPTIONS[name])
+    images, masks = make_batch()
+    loss = model(images, masks).loss
+    log_prob = model.predict_distribution(images, masks).log_prob(model.targets(images, masks))
+    torch.testing.assert_close(loss, -log_prob.mean() / 16)
+
+
+@each_head
+def test_asking_for_moments_disturbs_no_random_number(name: str) -> None:
+    distribution = create_head(name, 4, 3, OPTIONS[name]).distribution(torch.randn(2, 4))
+    state = torch.get_rng_state()
+    assert torch.equal(distribution.mean, distribution.mean)
+    assert distribution.variance.shape == (2, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_head
+def test_under_autocast_and_round_trip(name: str) -> None:
+    model = make_model(name, **OPTIONS[name])
+    images, masks = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, masks)
+        samples = model.predict_distribution(images, masks).sample()
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert out.loss.dtype == out.target.dtype == samples.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for _, p in model.trainable_parameters())
+    other = make_model(name, **OPTIONS[name])
+    nn.init.normal_(next(other.head.parameters()))
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    expected = model(images, masks).loss
+    torch.manual_seed(1)
+    assert torch.equal(other(images, masks).loss, expected)
+
+
+@each_head
+def test_on_the_meta_device_and_in_float64(name: str) -> None:
+    images, masks = make_batch()
+    model = make_model(name, **OPTIONS[name]).double()
+    assert model.head(torch.randn(5, 12).double(), torch.randn(5, 16).double()).isfinite()
+    with torch.device("meta"):
+        model = make_model(name, **OPTIONS[name])
+    out = model(images.to("meta"), masks.to("meta"))
+    assert out.loss.is_meta
+    out.loss.backward()
+
+
+@each_head
+def test_heads_compile_without_a_break(name: str) -> None:
+    """From the first batch on, which sets the flow's ActNorm."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    head, same = (create_head(name, 4, 3, OPTIONS[name]) for _ in range(2))
+    same.load_state_dict(head.state_dict())
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    condition, target = torch.randn(5, 4), 3 + torch.randn(5, 3)
+    for _ in range(2):
+        losses = []
+        for step in (compiled, same):
+            torch.manual_seed(1)
+            losses.append(step(condition, target))
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+    for ours, theirs in zip(head.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@each_head
+def test_no_token_no_loss(name: str) -> None:
+    head = create_head(name, 4, 3, OPTIONS[name])
+    loss = head(torch.zeros(0, 4), torch.zeros(0, 3))
+    assert loss.item() == 0.0
+    loss.backward()
+
+
+def test_teacher_follows() -> None:
+    model = make_model()
+    for parameter in model.encoder.parameters():
+        nn.init.normal_(parameter)
+    model.update_target(0.0)
+    for ours, theirs in zip(
+        model.target_encoder.parameters(), model.encoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+class UnitNormal(LatentDistribution):
+    def __init__(self, loc: Tensor) -> None:
+        super().__init__(*loc.shape, loc.device)
+        self.loc = loc
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * ((z - self.loc) ** 2 + math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        return self.loc + self._normal(n, generator)
+
+
+class OwnHead(nn.Module):
+    """One class, two methods, and nothing of ours to inherit."""
+
+    def __init__(self, condition_dim: int, target_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(condition_dim, target_dim, bias)
+
+    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
+        return (self.linear(condition) - target).square().mean()
+
+    def distribution(self, condition: Tensor) -> UnitNormal:
+        return UnitNormal(self.linear(condition))
+
+
+@pytest.mark.parametrize("how", ["class", "module"])
+def test_a_head_of_ones_own(how: str) -> None:
+    model = make_model(OwnHead, bias=False) if how == "class" else make_model(OwnHead(12, 16))
+    images, masks = make_batch()
+    model(images, masks).loss.backward()
+    distribution = model.predict_distribution(images, masks)
+    distribution.moment_samples = 4000
+    assert (distribution.mean - distribution.loc).abs().max() < 0.1
+    assert (distribution.variance - 1).abs().max() < 0.15
+    with pytest.raises(ValueError, match="sample: n must be at least 1"):
+        distribution.sample(0)
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "error", "message"),
+    [
+        ("gan", {}, ValueError, "head must be one of .*'mixture'.* got 'gan'"),
+        ("mixture", {"components": 3}, ValueError, "head 'mixture' has no option components; it"),
+        ("mixture", {"num_components": 0}, ValueError, "num_components must be at least 1"),
+        (3, {}, TypeError, "head must be a name, a class or a module, got int"),
+        (nn.Linear(12, 16), {}, TypeError, "module with forward.*and distribution.*got Linear"),
+        (nn.Linear, {}, TypeError, "got Linear"),
+        (OwnHead(12, 16), {"bias": True}, ValueError, r"finished head, got \['bias'\]"),
+        (create_head("mixture", 16, 16), {}, ValueError, "condition_dim must be 12.*predictor"),
+        (create_head("mixture", 12, 12), {}, ValueError, "target_dim must be 16.*encoder"),
+    ],
+)
+def test_bad_heads(head: Any, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_model(head, **options)
+
+
+@each_head
+def test_mismatched_widths(name: str) -> None:
+    head = create_head(name, 4, 3, OPTIONS[name])
+    assert isinstance(head, Head)
+    with pytest.raises(ValueError, match=r"condition must be \[T, 4\], got \[2, 5\]"):
+        head(torch.zeros(2, 5), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"condition must be \[T, 4\]"):
+        head.distribution(torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match=r"target must be \[T, D\] = \[2, 3\], got \[2, 4\]"):
+        head(torch.zeros(2, 4), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        head.distribution(torch.zeros(2, 4)).sample(0)
