@@ -203,8 +203,9 @@ class TIJepa(nn.Module):
             TypeError: captions without a text encoder.
             ValueError: shapes that do not fit.
         """
-        tokens = self._image_tokens(images, image_features)
-        vectors, word_mask = self._words(words, word_mask, caption_mask)
+        tokens, vectors, word_mask = self.frozen_inputs(
+            images, words, word_mask, caption_mask, image_features=image_features
+        )
         if len(vectors) != len(tokens):
             raise ValueError(f"words: expected {len(tokens)} texts, as images, got {len(vectors)}")
         if self.objective == "cross_modal":
@@ -269,8 +270,9 @@ class TIJepa(nn.Module):
         Raises:
             TypeError, ValueError: as in :meth:`forward`.
         """
-        tokens = self._image_tokens(images, image_features)
-        vectors, word_mask = self._words(words, word_mask, caption_mask)
+        tokens, vectors, word_mask = self.frozen_inputs(
+            images, words, word_mask, caption_mask, image_features=image_features
+        )
         if self.objective == "cross_modal":
             return self.cross_modal.energy(tokens, vectors, word_mask)
         count = len(tokens)
@@ -306,6 +308,28 @@ class TIJepa(nn.Module):
         if words is None:
             return self.target_crosser(tokens, None)
         return self.target_crosser(tokens, *self._words(words, word_mask, caption_mask))
+
+    @torch.no_grad()
+    def frozen_inputs(
+        self,
+        images: Tensor | None,
+        words: Words,
+        word_mask: Tensor | None = None,
+        caption_mask: Tensor | None = None,
+        *,
+        image_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the trained networks read: the frozen encoders' output, checked.
+
+        Args:
+            images: as in :meth:`forward`, like all the others.
+
+        Returns:
+            Image tokens ``[B, N, image_dim]`` and words ``[B, S, Dt]``, in the dtype of the trained
+            weights, and the words' mask ``[B, S]`` or None.
+        """
+        tokens = self._image_tokens(images, image_features)
+        return tokens, *self._words(words, word_mask, caption_mask)
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
@@ -383,8 +407,7 @@ class TIJepa(nn.Module):
                     f"{'images' if images is None else 'encoder'}: expected images and an encoder, "
                     "or image_features, got None"
                 )
-            with torch.no_grad():
-                features = self.encoder(images)
+            features = self.encoder(images)
         expected = (self.grid[0] * self.grid[1], self.image_dim)
         if features.ndim != 3 or features.shape[1:] != expected:
             raise ValueError(
