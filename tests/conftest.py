@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from jepa_fast.ops._registry import Operator
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,6 +42,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in kept:
             if item.get_closest_marker("tier3") is not None:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def backends_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The (operator, backend) of every call made so far in the test, in order."""
+    calls: list[tuple[str, str]] = []
+    select = Operator.select
+
+    def recording(self: Operator, requested: str, args: tuple[Any, ...]) -> str:
+        backend = select(self, requested, args)
+        calls.append((self.name, backend))
+        return backend
+
+    monkeypatch.setattr(Operator, "select", recording)
+    return calls
 
 
 @pytest.fixture(scope="session")

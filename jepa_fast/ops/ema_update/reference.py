@@ -17,7 +17,7 @@ def ema_update_(
     empty, or as long as `targets`.
     """
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        wide = torch.promote_types(target.dtype, torch.float32)
+        wide = torch.float64 if target.dtype == torch.float64 else torch.float32
         weight = 1 - torch.as_tensor(momentum, dtype=torch.float64, device=target.device)
         target.copy_(torch.lerp(target.to(wide), source.to(wide), weight.to(wide)))
         if shadows:

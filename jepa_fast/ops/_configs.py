@@ -1,0 +1,51 @@
+"""Launch configs of Triton kernels: looked up, never searched for at run time.
+
+`ops/<op>/configs/<GPU name>.json` maps a key that the operator chooses (dtypes, shape bucket) to a
+config. Where the GPU has no file, or its file no such key, `default.json` is the heuristic; that is
+said once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+Config = dict[str, int]
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def lookup(folder: Path, key: str, device: torch.device) -> Config:
+    """The config for `key` on `device`, from the JSON files in `folder`.
+
+    Raises:
+        KeyError: neither the GPU's file nor `default.json` has the key.
+    """
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+    tuned = read(folder, gpu.replace(" ", "_"))
+    if key in tuned:
+        return tuned[key]
+    if device.type == "cuda":
+        _logger.warning(
+            "%s has no launch config for %s on %s: the default is used; "
+            "`jepa-fast bench --tune` finds a better one",
+            folder.parent.name,
+            key,
+            gpu,
+        )
+    return read(folder, "default")[key]
+
+
+def read(folder: Path, name: str) -> dict[str, Config]:
+    """All configs of one file; none where there is no such file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def shipped(folder: Path) -> dict[str, dict[str, Config]]:
+    """Every file's configs, by its name without `.json`."""
+    return {path.stem: read(folder, path.stem) for path in sorted(folder.glob("*.json"))}

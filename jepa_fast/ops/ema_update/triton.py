@@ -1,0 +1,209 @@
+"""The Triton kernel: hundreds of tensors in one launch for each combination of dtypes.
+
+The tensors are cut into chunks, and a table on the device holds each chunk's addresses. Addresses
+of parameters do not change from step to step, so the table is made once and then found again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jepa_fast.ops import _configs
+from jepa_fast.ops._compile import CompileCase
+from jepa_fast.ops.ema_update import memory
+
+CONFIGS = Path(__file__).parent / "configs"
+
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+Row = tuple[int, int, int, int]
+"""Addresses of target, source and shadow (0 without), and the number of elements."""
+
+
+@triton.jit
+def ema_update_kernel(
+    table,  # [chunks, 4] rows as above
+    momentum,  # [1] float64
+    TARGET: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SHADOW: tl.constexpr,  # None without shadows
+    COMPUTE: tl.constexpr,
+    WIDE: tl.constexpr,  # addresses and sizes are multiples of 16
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = table + tl.program_id(0).to(tl.int64) * 4
+    target = tl.load(row).to(tl.pointer_type(TARGET))
+    source = tl.load(row + 1).to(tl.pointer_type(SOURCE))
+    size = tl.load(row + 3).to(tl.int32)
+    if WIDE:
+        target = tl.multiple_of(target, 16)
+        source = tl.multiple_of(source, 16)
+        size = tl.multiple_of(size, 16)
+    keep = tl.load(momentum)
+    near_source = keep <= 0.5
+    move = (1.0 - keep).to(COMPUTE)
+    keep = keep.to(COMPUTE)
+    for start in range(0, CHUNK, BLOCK):
+        i = start + tl.arange(0, BLOCK)  # [BLOCK], below CHUNK: 32 bits will do
+        inside = i < size
+        old = tl.load(target + i, mask=inside).to(COMPUTE)
+        toward = tl.load(source + i, mask=inside).to(COMPUTE)
+        step = toward - old
+        # From the nearer end, so that momentum 1 and 0 and equal ends are exact.
+        new = tl.where(near_source, toward - keep * step, old + move * step).to(TARGET)
+        tl.store(target + i, new, mask=inside)
+        if SHADOW is not None:
+            shadow = tl.load(row + 2).to(tl.pointer_type(SHADOW))
+            if WIDE:
+                shadow = tl.multiple_of(shadow, 16)
+            # By way of float32, as PyTorch does: the interpreter has no float64 to bfloat16.
+            copy = new if SHADOW == tl.float64 else new.to(tl.float32)
+            tl.store(shadow + i, copy.to(SHADOW), mask=inside)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one launch serves.
+
+    Args:
+        target, source, shadow: the tensors' dtypes; no shadows: None.
+        wide: whether all addresses and sizes are multiples of 16, so that 16 bytes can be moved at
+            once throughout.
+    """
+
+    target: torch.dtype
+    source: torch.dtype
+    shadow: torch.dtype | None
+    wide: bool
+
+    @property
+    def config_key(self) -> str:
+        return "wide" if self.wide else "narrow"
+
+    def constants(self, config: _configs.Config) -> dict[str, Any]:
+        """The kernel's constants."""
+        compute = torch.float64 if self.target == torch.float64 else torch.float32
+        return {
+            "TARGET": _TRITON_DTYPES[self.target],
+            "SOURCE": _TRITON_DTYPES[self.source],
+            "SHADOW": None if self.shadow is None else _TRITON_DTYPES[self.shadow],
+            "COMPUTE": _TRITON_DTYPES[compute],
+            "WIDE": self.wide,
+            "CHUNK": config["chunk"],
+            "BLOCK": config["block"],
+        }
+
+
+def ema_update_(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: Tensor
+) -> None:
+    """As `reference.ema_update_`."""
+    memory.check(targets, sources, shadows, momentum)
+    if not targets:
+        return
+    device = targets[0].device
+    if momentum.device.type == "cpu":
+        scalar = torch.full((1,), float(momentum), dtype=torch.float64, device=device)
+    else:
+        scalar = momentum.to(torch.float64).view(1)
+    flat = memory.Flat.of(targets, sources, shadows)
+    for kind, rows in _by_kind(flat).items():
+        config = _configs.lookup(CONFIGS, kind.config_key, device)
+        table = _table(tuple(rows), kind, config["chunk"], device)
+        if len(table):
+            ema_update_kernel[(len(table),)](
+                table,
+                scalar,
+                **kind.constants(config),
+                num_warps=config["num_warps"],
+                enable_fp_fusion=False,
+            )
+    torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
+    flat.write_back()
+
+
+def _by_kind(flat: memory.Flat) -> dict[Kind, list[Row]]:
+    found: dict[Kind, list[Row]] = defaultdict(list)
+    for target, source, shadow in itertools.zip_longest(flat.targets, flat.sources, flat.shadows):
+        copy = 0 if shadow is None else shadow.data_ptr()
+        row = (target.data_ptr(), source.data_ptr(), copy, target.numel())
+        wide = (row[0] | row[1] | row[2] | row[3]) % 16 == 0
+        dtype = None if shadow is None else shadow.dtype
+        found[Kind(target.dtype, source.dtype, dtype, wide)].append(row)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _table(
+    rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device
+) -> Tensor:
+    """[chunks, 4] int64 on the device: the rows cut into chunks.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and these tensors were not updated before.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "ema_update_: the Triton kernel needs one call with the same tensors before a CUDA "
+            "graph captures it, to place its table of addresses; or use backend='cuda'"
+        )
+    to, by, copy = (d.itemsize if d else 0 for d in (kind.target, kind.source, kind.shadow))
+    cut = [
+        (target + to * i, source + by * i, shadow + copy * i, min(chunk, size - i))
+        for target, source, shadow, size in rows
+        for i in range(0, size, chunk)
+    ]
+    return torch.tensor(cut, dtype=torch.int64).view(-1, 4).to(device)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The shipped configs, in the dtypes that training uses."""
+    single, double = torch.float32, torch.float64
+    half, brain = torch.float16, torch.bfloat16
+    dtypes = [
+        (single, single, None),
+        (single, single, brain),
+        (single, brain, half),
+        (brain, brain, None),
+        (double, double, single),
+    ]
+    cases = []
+    for gpu, configs in _configs.shipped(CONFIGS).items():
+        for key, config in configs.items():
+            for target, source, shadow in dtypes:
+                kind = Kind(target, source, shadow, key == "wide")
+                constants = kind.constants(config)
+                names = [str(dtype).removeprefix("torch.") for dtype in (target, source, shadow)]
+                cases.append(
+                    CompileCase(
+                        name=f"ema_update_-{gpu}-{key}-{'-'.join(names)}",
+                        kernel=ema_update_kernel,
+                        signature={
+                            "table": "*i64",
+                            "momentum": "*fp64",
+                            **dict.fromkeys(constants, "constexpr"),
+                        },
+                        constants=constants,
+                        divisible=("table", "momentum"),
+                        num_warps=config["num_warps"],
+                        fp_fusion=False,
+                        wide=kind.wide,
+                    )
+                )
+    return cases
