@@ -44,7 +44,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
 
 
 def test_no_handwritten_digit_is_in_both_splits() -> None:
-    banks = [_digits(split, 8, 0) for split in ("train", "val")]
+    banks = [_digits(split, 8, 0, 0) for split in ("train", "val")]
     seen = [{picture.tobytes() for picture in bank[:-1]} for bank, _ in banks]
     assert not seen[0] & seen[1]
     assert sum(len(bank) - 1 for bank, _ in banks) == 1797
@@ -119,6 +119,10 @@ def test_patches_carry_the_digit_of_their_cell_and_blank_cells_none() -> None:
     ink = batch.images[:, 0].view(20, 4, 12, 4, 12).amax((2, 4))
     digits = grids(source, 20)
     assert torch.equal(ink > 0, digits >= 0)
+    framed = DigitScenes(5, cell=12, margin=2, background=(0, 0)).batch(torch.arange(2)).images
+    cells = framed[:, 0].view(2, 4, 12, 4, 12).amax((0, 1, 3)) > 0
+    assert not cells[[0, 1, 10, 11]].any()
+    assert not cells[:, [0, 1, 10, 11]].any()
     assert DigitScenes(5, patch=None).batch(torch.arange(2)).patch_labels is None
 
 
@@ -132,6 +136,7 @@ def test_patches_carry_the_digit_of_their_cell_and_blank_cells_none() -> None:
         ({"patch": 3}, r"patch must divide cell=8"),
         ({"empty": 1.0}, r"empty must be in \[0, 1\)"),
         ({"classes": 11}, r"classes must be in 1..10"),
+        ({"cell": 8, "margin": 4}, r"cell must leave a digit of at least 2 pixels"),
         ({"grid": (0, 2)}, r"length and grid must be at least 1"),
     ],
 )

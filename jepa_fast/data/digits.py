@@ -55,8 +55,10 @@ class DigitScenes:
         frequent one), "step", the index in `steps` ("progression" only), or "first_step",
         first * len(steps) + step.
     empty: share of cells left blank.
-    cell: pixels a side of a cell; other than 8 resizes the digits bilinearly.
-    shift: each digit moves by up to so many pixels, within its cell.
+    cell: pixels a side of a cell.
+    margin: blank pixels around a digit in its cell; the digit gets the rest, and is resized
+        bilinearly if that is not its 8 pixels.
+    shift: each digit moves by up to so many pixels, and is cut at the edge of its cell.
     background, contrast: ranges, within [0, 1], of a scene's background and of what ink adds to it.
     noise: size of uniform pixel noise, in [0, 1].
     patch: pixels a side of a patch, a divisor of `cell`, for per-patch labels; None for none.
@@ -77,6 +79,7 @@ class DigitScenes:
         label: Label = "first",
         empty: float = 0.0,
         cell: int = 8,
+        margin: int = 0,
         shift: int = 0,
         background: tuple[float, float] = (0.0, 0.2),
         contrast: tuple[float, float] = (0.5, 0.8),
@@ -92,10 +95,12 @@ class DigitScenes:
             _check_choice("captions", kind, get_args(CaptionKind))
         if label != "first" and rule != "progression":
             raise ValueError(f'label={label!r} needs rule="progression", got rule={rule!r}')
-        if length < 1 or min(grid) < 1 or cell < 2 or shift < 0:
+        if length < 1 or min(grid) < 1:
+            raise ValueError(f"length and grid must be at least 1, got {length} and {grid}")
+        if margin < 0 or shift < 0 or cell - 2 * margin < 2:
             raise ValueError(
-                "length and grid must be at least 1, cell at least 2 and shift at least 0, got "
-                f"length={length}, grid={grid}, cell={cell}, shift={shift}"
+                "cell must leave a digit of at least 2 pixels, margin and shift be at least 0, got "
+                f"cell={cell}, margin={margin}, shift={shift}"
             )
         if not 1 <= classes <= 10 or not steps:
             raise ValueError(
@@ -113,7 +118,7 @@ class DigitScenes:
         self.background, self.contrast, self.noise = background, contrast, noise
         self.captions = tuple(captions)
         # Position jitter slides a cell-sized window over the padded digit.
-        self._ink, self._of_class = _digits(split, cell, shift)
+        self._ink, self._of_class = _digits(split, cell, margin, shift)
         self._key = (seed, int(split == "val"))
 
     def __len__(self) -> int:
@@ -281,7 +286,7 @@ def _count(number: int) -> str:
 
 @lru_cache(maxsize=8)
 def _digits(
-    split: str, cell: int, shift: int
+    split: str, cell: int, margin: int, shift: int
 ) -> tuple[NDArray[np.float32], tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Handwritten digits of one split, sorted by class, ink in [0, 1], and one blank at the end.
 
@@ -296,10 +301,10 @@ def _digits(
     chosen = held_out if split == "val" else np.setdiff1d(draw, held_out)
     chosen = chosen[np.argsort(classes[chosen], kind="stable")]
     pictures = torch.from_numpy(ink[chosen])[:, None]
-    if cell != 8:
-        size = (cell, cell)
+    if cell - 2 * margin != 8:
+        size = (cell - 2 * margin,) * 2
         pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True).clamp(0, 1)
-    pictures = F.pad(pictures[:, 0], (shift,) * 4)
+    pictures = F.pad(pictures[:, 0], (margin + shift,) * 4)
     bank = torch.cat([pictures, torch.zeros_like(pictures[:1])]).numpy()
     counts = np.bincount(classes[chosen], minlength=10).astype(np.int64)
     return bank, (np.cumsum(counts) - counts, counts)

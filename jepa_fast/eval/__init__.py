@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from jepa_fast.eval.features import Encode, Features, extract
+from jepa_fast.eval.figures import MaskExample, WordMap
 from jepa_fast.eval.knn import knn_accuracy
 from jepa_fast.eval.linear import LinearProbe, fit_linear_probe
 from jepa_fast.eval.patches import patch_accuracy
 from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
+from jepa_fast.eval.report import write_report
 
 __all__ = [
     "Encode",
     "Features",
     "LinearProbe",
+    "MaskExample",
     "ProbeComparison",
+    "WordMap",
     "compare_with_untrained",
     "extract",
     "fit_linear_probe",
     "knn_accuracy",
     "patch_accuracy",
     "probe_all",
+    "write_report",
 ]
