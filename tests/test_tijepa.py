@@ -335,15 +335,23 @@ def test_runs_under_autocast() -> None:
     torch.testing.assert_close(out.loss, expected.loss, rtol=0.05, atol=0)
 
 
-def test_sizes() -> None:
+@pytest.mark.parametrize(
+    ("size", "count", "width"), [("small", 38_792_448, 768), ("large", 131_492_864, 1024)]
+)
+def test_the_papers_sizes_take_a_step_without_storage(size: str, count: int, width: int) -> None:
     with torch.device("meta"):
-        for size, count, width in (("small", 38_792_448, 768), ("large", 131_492_864, 1024)):
-            model = TIJepa(None, image_dim=1280, grid=(16, 16), size=size)
-            for crosser in (model.context_crosser, model.target_crosser):
-                assert sum(p.numel() for p in crosser.parameters()) == count
-            assert model.embed_dim == width
-            assert model.predictor.predictor_dim == 384
-            assert len(model.predictor.predictor_blocks) == 12
+        model = TIJepa(None, image_dim=1280, grid=(16, 16), size=size)
+        features, words = torch.randn(2, 256, 1280), torch.randn(2, 20, 768)
+    for crosser in (model.context_crosser, model.target_crosser):
+        assert sum(p.numel() for p in crosser.parameters()) == count
+    assert model.embed_dim == width
+    assert model.predictor.predictor_dim == 384
+    assert len(model.predictor.predictor_blocks) == 12
+    masks = BlockMaskSampler((16, 16))(0, 2)
+    out = model(None, masks, words, image_features=features)
+    assert out.prediction.shape == (2, masks.target_union()[0].shape[1], width)
+    out.loss.backward()
+    model.update_target(0.996)
 
 
 @pytest.mark.parametrize(

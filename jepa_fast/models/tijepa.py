@@ -181,8 +181,9 @@ class TIJepa(nn.Module):
 
         Args:
             images: ``[B, 3, H, W]``; None if ``image_features`` are given.
-            masks: context and target blocks of every image, on the model's device. The cross-modal
-                objective hides nothing and does not read them.
+            masks: context and target blocks of every image, best on the CPU: the size of a union of
+                blocks depends on what is in them, which makes the host wait for a GPU. The
+                cross-modal objective hides nothing and does not read them.
             words: ``[B, S, Dt]``, or ``[B, C, S, Dt]``, where an image's captions are taken as one
                 text; captions if the model has a text encoder.
             word_mask: bool, of the shape of ``words`` without ``Dt``; False at padding.
@@ -277,7 +278,7 @@ class TIJepa(nn.Module):
             return self.cross_modal.energy(tokens, vectors, word_mask)
         count = len(tokens)
         if masks is None:
-            masks = BlockMaskSampler(self.grid)(0, torch.zeros_like(tokens[:, 0, 0]).long())
+            masks = BlockMaskSampler(self.grid)(0, torch.zeros(count, dtype=torch.int64))
         view = self._hide(tokens, images, masks)
         energies = tokens.new_zeros(count, len(vectors), dtype=torch.float32)
         for t, text in enumerate(vectors):
@@ -356,6 +357,8 @@ class TIJepa(nn.Module):
         from jepa_fast import ops
 
         masks = BlockMasks.coerce(masks, self.grid)
+        targets, target_mask = (x.to(tokens.device) for x in masks.target_union())
+        masks = masks.to(tokens.device)
         if len(masks.context) != len(tokens):
             raise ValueError(f"masks: expected {len(tokens)} images, got {len(masks.context)}")
         if not self.encode_masked_image:
@@ -369,7 +372,6 @@ class TIJepa(nn.Module):
             with torch.no_grad():
                 context_tokens = self.encoder(images, masks.context, masks.context_mask)
             context_tokens = context_tokens.to(tokens.dtype)
-        targets, target_mask = masks.target_union()
         # Padding slots ask for the image's targets once more: no token attends to them and the loss
         # leaves them out, but whatever reads the predictions finds nothing made up among them.
         slot = torch.arange(targets.shape[1], device=targets.device)

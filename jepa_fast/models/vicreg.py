@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from jepa_fast.nn.precision import without_autocast
 
 VICREG_WEIGHTS = (25.0, 25.0, 1.0)
 """The paper's weights of invariance (here the prediction loss), variance and covariance."""
@@ -65,7 +66,7 @@ def variance_covariance(tokens: Tensor, mask: Tensor | None = None) -> tuple[Ten
         are over the real tokens, with ``n - 1`` in the denominator.
     """
     # Squares of half-precision covariances would keep two digits.
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens):
         x = tokens.float().flatten(0, -2)
         real = x.new_ones(len(x), 1) if mask is None else mask.flatten()[:, None].float()
         count = real.sum()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
+from jepa_fast.nn.precision import without_autocast
 
 
 class ModalityEncoder(nn.Module):
@@ -153,7 +154,7 @@ def pairwise_energy(prediction: Tensor, target: Tensor, target_mask: Tensor | No
     """
     # Written out with matrix products: the [A, B, K, D] differences would not fit. They must not
     # run in half precision, since the distances are differences of large numbers.
-    with torch.autocast(prediction.device.type, enabled=False):
+    with without_autocast(prediction):
         p, z = prediction.float(), target.float()
         weight = z.new_ones(z.shape[:2]) if target_mask is None else target_mask.float()
         weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, K]

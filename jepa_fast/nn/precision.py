@@ -1,0 +1,17 @@
+"""Where half precision would lose the answer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Context in which matrix products of tensors like this one keep their dtype."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
