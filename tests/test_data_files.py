@@ -84,10 +84,11 @@ def test_shards(shards: Path) -> None:
 def test_shards_of_text_and_class_files(tmp_path: Path) -> None:
     members = {"a.jpg": picture(9, kind="JPEG"), "a.txt": b"nine", "a.cls": b"4"}
     members |= {"b.png": picture(8), "b.json": b'{"caption": "eight"}'}
+    members |= {"c.png": picture(7), "c.json": b'{"label": null, "caption": null}', "c.cls": b"2"}
     write_shard(tmp_path / "x.tar", members)
-    batch = next(iter(Loader(ShardSource(str(tmp_path / "x.tar")), 2, train=False)))
-    assert batch.labels.tolist() == [4, -1]
-    assert batch.captions == [["nine"], ["eight"]]
+    batch = next(iter(Loader(ShardSource(str(tmp_path / "x.tar")), 3, train=False)))
+    assert batch.labels.tolist() == [4, -1, 2]
+    assert batch.captions == [["nine"], ["eight"], []]
 
 
 def test_broken_samples_in_shards_are_named(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ class Loader:
     source: where samples come from, see `jepa_fast.data.sources`.
     batch_size: images a batch of this process.
     train: True shuffles, gives every process the same number of full batches, and fills the place
-        of a corrupt sample with another sample; False gives every readable sample once, in order,
-        the last batch being shorter.
+        of a corrupt sample with another sample; False gives every readable sample once, in order
+        (several workers take turns in a streamed source), the last batch being shorter.
     transform: from uint8 images to float32 ones; None leaves them as they are.
     seed: of the order. The transform has its own.
     num_workers: processes that read and decode; a source without a disk needs and uses none.

@@ -98,8 +98,9 @@ def _describe(record: dict[str, Any], key: str) -> tuple[int, list[str]]:
         raise CorruptSample(key, "no json, txt or cls beside the image")
     try:
         content = json.loads(record.get("json", b"{}"))
-        label = int(content.get("label", record.get("cls", UNKNOWN)))
-        captions = content.get("captions", content.get("caption", []))
+        label = content.get("label")
+        label = int(record.get("cls", UNKNOWN) if label is None else label)
+        captions = content.get("captions") or content.get("caption") or []
         captions = [captions] if isinstance(captions, str) else [str(text) for text in captions]
         if not captions and "txt" in record:
             captions = [record["txt"].decode()]

@@ -152,6 +152,10 @@ class HashedWords:
             words = words * mask[..., None]
         return TextBatch(words, mask, mask.any(2))
 
+    def split(self, caption: str) -> list[str]:
+        """The words of a caption in their order, at most `max_words`."""
+        return _WORD.findall(caption.lower())[: self.max_words]
+
     def _caption_rows(self, caption: str) -> np.ndarray:
         rows = self._captions.get(caption)
         if rows is None:
