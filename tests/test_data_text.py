@@ -23,6 +23,8 @@ def test_shapes_masks_and_padding() -> None:
         [True, True, True, False],
     ]
     assert not text.words[~text.word_mask].any()
+    assert HashedWords(8, 2).split("A seven, isn't it?") == ["a", "seven"]
+    assert HashedWords(8, 9).split("isn't 7_8 éa!") == ["isn't", "7", "8", "éa"]
     assert HashedWords(8, 4)([[], []]).words.shape == (2, 1, 4, 8)
     assert HashedWords(8, 4)([], 3).words.shape == (0, 3, 4, 8)
 

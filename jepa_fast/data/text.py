@@ -159,8 +159,7 @@ class HashedWords:
     def _caption_rows(self, caption: str) -> np.ndarray:
         rows = self._captions.get(caption)
         if rows is None:
-            words = _WORD.findall(caption.lower())
-            if len(words) > self.max_words and not self._told_cut:
+            if not self._told_cut and len(_WORD.findall(caption)) > self.max_words:
                 self._told_cut = True
                 _log.warning(
                     "captions longer than max_words=%d are cut, the first is %r",
@@ -168,7 +167,7 @@ class HashedWords:
                     caption,
                 )
             rows = np.zeros(self.max_words, dtype=np.int64)
-            found = [self._row(word) for word in words[: self.max_words]]
+            found = [self._row(word) for word in self.split(caption)]
             rows[: len(found)] = found
             if len(self._captions) >= _CAPTIONS_KEPT:
                 self._captions.clear()
