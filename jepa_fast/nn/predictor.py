@@ -83,6 +83,7 @@ class VisionTransformerPredictor(nn.Module):
         context_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
         after_block: Callable[[int, Tensor], Tensor] | None = None,
+        appended: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What the predictor knows of each target patch, before the projection to ``embed_dim``.
 
@@ -94,6 +95,8 @@ class VisionTransformerPredictor(nn.Module):
             target_mask: ``[B, M, Kt]`` bool, False at padding slots of the targets.
             after_block: called as ``tokens = after_block(layer, tokens)`` after every block, on all
                 ``[M * B, Kc + Kt, predictor_dim]`` tokens; the place for conditioning.
+            appended: more tokens for all sequences of an image to attend to, ``[B, E,
+                predictor_dim]``, and which of them exist, ``[B, E]`` bool. They come last.
 
         Returns:
             ``[M * B, Kt, predictor_dim]`` after the final LayerNorm, block-major.
@@ -108,11 +111,23 @@ class VisionTransformerPredictor(nn.Module):
             target_index,
         )
         key_mask = _key_mask(context_index, target_index, context_mask, target_mask)
+        if appended is not None:
+            if key_mask is None:
+                key_mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+            more, exists = appended
+            blocks = target_index.shape[1]
+            tokens = torch.cat([tokens, more.repeat(blocks, 1, 1)], 1)
+            key_mask = torch.cat([key_mask, exists.repeat(blocks, 1)], 1)
+        first, last = context.shape[1], len(self.predictor_blocks) - 1
         for layer, block in enumerate(self.predictor_blocks):
-            tokens = block(tokens, key_mask)
             if after_block is not None:
-                tokens = after_block(layer, tokens)
-        return self.predictor_norm(tokens[:, context.shape[1] :])
+                tokens = after_block(layer, block(tokens, key_mask))
+            elif layer < last:
+                tokens = block(tokens, key_mask)
+            else:  # nobody reads the context tokens any more, so they are not computed
+                tokens = block(tokens, key_mask, skip=first)
+                first = 0
+        return self.predictor_norm(tokens[:, first : first + target_index.shape[2]])
 
 
 def _key_mask(

@@ -1,0 +1,438 @@
+"""Text conditioners of TC-JEPA's predictor (arXiv 2605.03245), and its caption-level baselines.
+
+Sizes: B images, R = M * B rows of predictor tokens (block-major: row r belongs to image ``r % B``),
+T tokens a row, C captions of S words, text width Dt, predictor width d.
+
+Every conditioner is used in the same way. Once a forward pass, ``c = conditioner(captions)`` does
+what depends on the words alone; after every predictor block, ``tokens = c(layer, tokens)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_fast import ops
+from jepa_fast.nn.attention import Mlp
+from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.ops.text_cross_attention.api import check_similarity
+
+POOLS = ("max", "mean", "attention")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a batch. Build it with :meth:`of`, which checks them.
+
+    Attributes:
+        words: ``[B, C, S, Dt]``.
+        word_mask: ``[B, C, S]`` bool, True at every word of every caption that is there.
+    """
+
+    words: Tensor
+    word_mask: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        words: Tensor,
+        word_mask: Tensor | None = None,
+        caption_mask: Tensor | None = None,
+        *,
+        images: int,
+        text_dim: int,
+    ) -> Captions:
+        """Captions from what a text encoder gives.
+
+        Args:
+            words: ``[B, C, S, Dt]`` floating.
+            word_mask: ``[B, C, S]`` bool, False at padding; None: every word is there.
+            caption_mask: ``[B, C]`` bool, False at padding; None: every caption is there.
+            images, text_dim: B and Dt, which the words must have.
+
+        Raises:
+            TypeError: a mask is not bool.
+            ValueError: a shape does not fit.
+        """
+        fits = words.ndim == 4 and words.shape[0] == images and words.shape[3] == text_dim
+        if not fits or 0 in words.shape[1:3]:
+            raise ValueError(
+                f"words: expected [{images}, C, S, {text_dim}] (images, captions, words, text_dim) "
+                f"with at least one caption and one word, got {list(words.shape)}; pad with masked "
+                "ones, and give the model the text encoder's width"
+            )
+        for name, mask, shape in (
+            ("word_mask", word_mask, words.shape[:3]),
+            ("caption_mask", caption_mask, words.shape[:2]),
+        ):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool:
+                raise TypeError(f"{name}: expected bool, got {mask.dtype}; use .bool()")
+            if mask.shape != shape:
+                raise ValueError(f"{name}: expected {list(shape)}, got {list(mask.shape)}")
+        if word_mask is None:
+            word_mask = torch.ones(words.shape[:3], dtype=torch.bool, device=words.device)
+        if caption_mask is not None:
+            word_mask = word_mask & caption_mask[..., None]
+        return cls(words, word_mask)
+
+    def caption_vectors(self) -> tuple[Tensor, Tensor]:
+        """The mean word of each caption ``[B, C, Dt]``, zero without words; ``[B, C]`` bool."""
+        return _masked_mean(self.words, self.word_mask), self.word_mask.any(2)
+
+    def image_vectors(self) -> Tensor:
+        """The mean of each image's caption vectors, ``[B, Dt]``, zero without captions."""
+        return _masked_mean(*self.caption_vectors())
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over S of ``x [..., S, D]`` where ``mask [..., S]``; zero where there is none."""
+    share = mask / mask.sum(-1, keepdim=True).clamp_min(1)
+    return (share.to(x.dtype)[..., None, :] @ x)[..., 0, :]
+
+
+class Conditioning:
+    """What one forward pass does with the text. The base class does nothing.
+
+    Attributes:
+        appended: words to append to the predictor's sequences, ``[B, E, d]``, and which of them
+            exist, ``[B, E]`` bool; or None.
+    """
+
+    appended: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, layer: int, tokens: Tensor) -> Tensor:
+        """Tokens ``[R, T, d]`` as predictor block ``layer`` left them, to those with text."""
+        return tokens
+
+
+class WordConditioner(nn.Module):
+    """TC-JEPA's conditioner: every token attends to the words of each caption, then pools them.
+
+    After predictor block l, for each caption n on its own::
+
+        y_n = x + softmax(scale * Q K_n^T) V_n,    Q = W_Q x,  K_n = W_K t_n,  V_n = W_V t_n
+        x   = LayerNorm(MLP(pool_n y_n))           or, with per_caption, pool_n LayerNorm(MLP(y_n))
+
+    Without captions ``y = x`` takes the place of all y_n. The keys and values of all layers depend
+    on the words alone: one GEMM makes them, and the M sequences of an image share them.
+
+    W_Q, W_K and W_V start with standard deviation ``1 / sqrt(inputs)`` (the paper does not say):
+    with I-JEPA's 0.02 the attention of a narrow predictor is uniform, and stays so for a long time.
+
+    Args:
+        dim: predictor width d.
+        depth: predictor blocks.
+        text_dim: width Dt of the words.
+        num_heads: a divisor of ``dim``.
+        scale: of the scores; None: one over the square root of a head's width.
+        pool: ``"max"``, ``"mean"``, or ``"attention"`` (a softmax over captions of the product of
+            ``y_n`` with a learned vector, zero at first).
+        per_caption: MLP and LayerNorm before the pool, once a caption.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        mlp_residual: add the MLP's input to its output before the LayerNorm.
+        similarity: ``"relu"`` for O = relu(cos), ``"softplus"`` for O = softplus(cos / tau).
+        tau: positive.
+
+    Raises:
+        ValueError: an unknown name, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        text_dim: int,
+        *,
+        num_heads: int = 1,
+        scale: float | None = None,
+        pool: str = "max",
+        per_caption: bool = False,
+        mlp_ratio: float = 4.0,
+        mlp_residual: bool = False,
+        similarity: str = "relu",
+        tau: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool: expected one of {POOLS}, got {pool!r}")
+        check_similarity("WordConditioner", similarity, tau)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"num_heads: expected a positive divisor of the width {dim}, got {num_heads}"
+            )
+        self.num_heads = num_heads
+        self.scale = scale
+        self.pool = pool
+        self.per_caption = per_caption
+        self.similarity = similarity
+        self.tau = tau
+        self.keys_values = nn.Linear(text_dim, depth * 2 * dim, bias=False)
+        self.layers = nn.ModuleList(
+            _WordLayer(dim, int(dim * mlp_ratio), mlp_residual, pool) for _ in range(depth)
+        )
+        init_transformer(self, ())
+        for linear in self.modules():
+            if isinstance(linear, nn.Linear) and linear.bias is None:
+                nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, captions: Captions, token_mask: Tensor | None = None) -> WordConditioning:
+        """Prepare a forward pass.
+
+        Args:
+            captions: of the B images.
+            token_mask: ``[R, T]`` bool, False at tokens that do not count in the regularisers.
+        """
+        projected = self.keys_values(captions.words).unflatten(-1, (2 * len(self.layers), -1))
+        keys_values = projected.unbind(-2)
+        return WordConditioning(
+            self, keys_values[::2], keys_values[1::2], captions.word_mask, token_mask
+        )
+
+
+class MeanWordConditioner(WordConditioner):
+    """Baseline: tokens attend to whole captions, each the mean of its words."""
+
+    def forward(self, captions: Captions, token_mask: Tensor | None = None) -> WordConditioning:
+        """As :meth:`WordConditioner.forward`."""
+        vectors, present = captions.caption_vectors()
+        return super().forward(Captions(vectors[:, None], present[:, None]), token_mask)
+
+
+class _WordLayer(nn.Module):
+    """What follows one predictor block."""
+
+    def __init__(self, dim: int, hidden_dim: int, mlp_residual: bool, pool: str) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.mlp = Mlp(dim, hidden_dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp_residual = mlp_residual
+        self.pool_query = nn.Parameter(torch.zeros(dim)) if pool == "attention" else None
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.norm(y + self.mlp(y) if self.mlp_residual else self.mlp(y))
+
+
+@dataclass
+class WordConditioning(Conditioning):
+    """One forward pass of a :class:`WordConditioner`.
+
+    Attributes:
+        keys, values: a tensor ``[B, C, S, d]`` a layer.
+        word_mask: ``[B, C, S]`` bool.
+        token_mask: ``[R, T]`` bool or None.
+        queries: ``[R, T, d]`` of the layers that have been called.
+        sparsities: a scalar of each of these layers.
+    """
+
+    conditioner: WordConditioner
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    word_mask: Tensor
+    token_mask: Tensor | None
+    queries: list[Tensor] = field(default_factory=list)
+    sparsities: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, layer: int, tokens: Tensor) -> Tensor:
+        """As :meth:`Conditioning.__call__`."""
+        c = self.conditioner
+        of_layer: Any = c.layers[layer]
+        query = of_layer.query(tokens)
+        pool_here = c.per_caption or c.pool == "attention"
+        y, sparsity = ops.text_cross_attention(
+            query,
+            self.keys[layer],
+            self.values[layer],
+            tokens,
+            self.word_mask,
+            num_heads=c.num_heads,
+            scale=c.scale,
+            pool="none" if pool_here else c.pool,
+            token_mask=self.token_mask,
+            similarity=c.similarity,
+            tau=c.tau,
+        )
+        self.queries.append(query)
+        self.sparsities.append(sparsity)
+        if c.per_caption:
+            y = of_layer(y)
+        if pool_here:
+            y = self._pooled(y, of_layer.pool_query)
+        return y if c.per_caption else of_layer(y)
+
+    def _pooled(self, y: Tensor, pool_query: Tensor | None) -> Tensor:
+        """``[R, C, T, d]`` over the captions that are there, to ``[R, T, d]``."""
+        present = self.word_mask.any(2)
+        # Without captions every y_n is the same, and so is any pool over them.
+        present = present | ~present.any(1, keepdim=True)
+        present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
+        if self.conditioner.pool == "max":
+            return y.masked_fill(~present, -torch.inf).amax(1)
+        if pool_query is None:
+            weights = present / present.sum(1, keepdim=True)
+        else:
+            scores = (y.float() @ pool_query.float())[..., None]
+            weights = scores.masked_fill(~present, -torch.inf).softmax(1)
+        return (y * weights.to(y.dtype)).sum(1)
+
+    def sparsity(self) -> Tensor:
+        """Mean over captions, tokens and layers of ``sum_w O``."""
+        return torch.stack(self.sparsities).mean()
+
+    def consistency(self) -> Tensor:
+        """Mean over captions, tokens and layers of ``sum_w |O^l - mean_l O^l|``."""
+        c = self.conditioner
+        return ops.patch_word_consistency(
+            self.queries,
+            self.keys,
+            self.word_mask,
+            num_heads=c.num_heads,
+            token_mask=self.token_mask,
+            similarity=c.similarity,
+            tau=c.tau,
+        )
+
+    def similarity_map(self) -> Tensor:
+        """``mean_l O^l``, ``[R, C, T, S]``."""
+        c = self.conditioner
+        return ops.patch_word_similarity(
+            self.queries,
+            self.keys,
+            self.word_mask,
+            num_heads=c.num_heads,
+            similarity=c.similarity,
+            tau=c.tau,
+        )
+
+    def statistics(self, images: int) -> tuple[Tensor, Tensor]:
+        """Share of positive cosines and relative attention entropy, means over layers.
+
+        Looks at the first ``images`` images, at the first sequence of each; see
+        :func:`jepa_fast.ops.attention_statistics`.
+        """
+        images = min(images, self.word_mask.shape[0])
+        found = [
+            ops.attention_statistics(
+                query[:images],
+                keys[:images],
+                self.word_mask[:images],
+                num_heads=self.conditioner.num_heads,
+                scale=self.conditioner.scale,
+                token_mask=None if self.token_mask is None else self.token_mask[:images],
+            )
+            for query, keys in zip(self.queries, self.keys, strict=True)
+        ]
+        positive, entropy = zip(*found, strict=True)
+        return torch.stack(positive).mean(), torch.stack(entropy).mean()
+
+
+class AdaLNConditioner(nn.Module):
+    """Baseline: LayerNorm after every block, with shift and scale from the mean caption.
+
+    The shift starts at zero and the scale at one.
+
+    Args:
+        dim: predictor width d.
+        depth: predictor blocks.
+        text_dim: width Dt of the words.
+    """
+
+    def __init__(self, dim: int, depth: int, text_dim: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(text_dim, depth * 2 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, captions: Captions, token_mask: Tensor | None = None) -> Conditioning:
+        """As :meth:`WordConditioner.forward`."""
+        modulation = self.modulation(captions.image_vectors()).unflatten(-1, (2 * self.depth, -1))
+        shift_scale = modulation.unbind(1)
+        return _AdaLNConditioning(self.norm, shift_scale[::2], shift_scale[1::2])
+
+
+@dataclass
+class _AdaLNConditioning(Conditioning):
+    norm: nn.LayerNorm
+    shifts: Sequence[Tensor]
+    scales: Sequence[Tensor]
+
+    def __call__(self, layer: int, tokens: Tensor) -> Tensor:
+        shift, scale = (_to_rows(x[layer], tokens) for x in (self.shifts, self.scales))
+        return self.norm(tokens) * (1 + scale) + shift
+
+
+class FeatureConditioner(nn.Module):
+    """Baseline: the mean caption is concatenated to every token's features and projected back.
+
+    ``x = x + W [x; W_c c]`` after every block.
+
+    Args:
+        dim: predictor width d.
+        depth: predictor blocks.
+        text_dim: width Dt of the words.
+    """
+
+    def __init__(self, dim: int, depth: int, text_dim: int) -> None:
+        super().__init__()
+        self.caption = nn.Linear(text_dim, dim)
+        self.layers = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth))
+        init_transformer(self, ())
+
+    def forward(self, captions: Captions, token_mask: Tensor | None = None) -> Conditioning:
+        """As :meth:`WordConditioner.forward`."""
+        return _FeatureConditioning(self.layers, self.caption(captions.image_vectors()))
+
+
+@dataclass
+class _FeatureConditioning(Conditioning):
+    layers: nn.ModuleList
+    caption: Tensor
+
+    def __call__(self, layer: int, tokens: Tensor) -> Tensor:
+        caption = _to_rows(self.caption, tokens).expand(tokens.shape)
+        return tokens + self.layers[layer](torch.cat([tokens, caption], -1))
+
+
+class WordAppender(nn.Module):
+    """Baseline: all words of all captions join the predictor's sequences as tokens.
+
+    Args:
+        dim: predictor width d.
+        depth: predictor blocks (unused: the blocks' own attention does the work).
+        text_dim: width Dt of the words.
+    """
+
+    def __init__(self, dim: int, depth: int, text_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(text_dim, dim)
+        init_transformer(self, ())
+
+    def forward(self, captions: Captions, token_mask: Tensor | None = None) -> Conditioning:
+        """As :meth:`WordConditioner.forward`."""
+        conditioning = Conditioning()
+        words = self.embed(captions.words).flatten(1, 2)
+        conditioning.appended = words, captions.word_mask.flatten(1, 2)
+        return conditioning
+
+
+def _to_rows(x: Tensor, tokens: Tensor) -> Tensor:
+    """A vector an image ``[B, d]``, as ``[R, 1, d]`` for block-major tokens ``[R, T, d]``."""
+    return x.repeat(tokens.shape[0] // max(x.shape[0], 1), 1)[:, None]
+
+
+CONDITIONERS: dict[str, type[nn.Module]] = {
+    "words": WordConditioner,
+    "mean_words": MeanWordConditioner,
+    "adaln": AdaLNConditioner,
+    "feature": FeatureConditioner,
+    "append": WordAppender,
+}
+"""Conditioners by name: TC-JEPA's, then the caption-level baselines."""
