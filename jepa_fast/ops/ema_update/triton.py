@@ -93,17 +93,21 @@ class Kind:
     wide: bool
 
     @property
+    def compute(self) -> torch.dtype:
+        return torch.float64 if self.target == torch.float64 else torch.float32
+
+    @property
     def config_key(self) -> str:
-        return "wide" if self.wide else "narrow"
+        """`"wide-float32"` and so on."""
+        return f"{'wide' if self.wide else 'narrow'}-{str(self.compute).removeprefix('torch.')}"
 
     def constants(self, config: _configs.Config) -> dict[str, Any]:
         """The kernel's constants."""
-        compute = torch.float64 if self.target == torch.float64 else torch.float32
         return {
             "TARGET": _TRITON_DTYPES[self.target],
             "SOURCE": _TRITON_DTYPES[self.source],
             "SHADOW": None if self.shadow is None else _TRITON_DTYPES[self.shadow],
-            "COMPUTE": _TRITON_DTYPES[compute],
+            "COMPUTE": _TRITON_DTYPES[self.compute],
             "WIDE": self.wide,
             "CHUNK": config["chunk"],
             "BLOCK": config["block"],
@@ -183,27 +187,29 @@ def compile_cases() -> list[CompileCase]:
         (brain, brain, None),
         (double, double, single),
     ]
-    cases = []
-    for gpu, configs in _configs.shipped(CONFIGS).items():
-        for key, config in configs.items():
-            for target, source, shadow in dtypes:
-                kind = Kind(target, source, shadow, key == "wide")
-                constants = kind.constants(config)
-                names = [str(dtype).removeprefix("torch.") for dtype in (target, source, shadow)]
-                cases.append(
-                    CompileCase(
-                        name=f"ema_update_-{gpu}-{key}-{'-'.join(names)}",
-                        kernel=ema_update_kernel,
-                        signature={
-                            "table": "*i64",
-                            "momentum": "*fp64",
-                            **dict.fromkeys(constants, "constexpr"),
-                        },
-                        constants=constants,
-                        divisible=("table", "momentum"),
-                        num_warps=config["num_warps"],
-                        fp_fusion=False,
-                        wide=kind.wide,
-                    )
-                )
-    return cases
+    kinds = [Kind(*three, wide) for wide in (True, False) for three in dtypes]
+    return [
+        _case(gpu, kind, configs[kind.config_key])
+        for gpu, configs in _configs.shipped(CONFIGS).items()
+        for kind in kinds
+        if kind.config_key in configs
+    ]
+
+
+def _case(gpu: str, kind: Kind, config: _configs.Config) -> CompileCase:
+    constants = kind.constants(config)
+    dtypes = (str(d).removeprefix("torch.") for d in (kind.target, kind.source, kind.shadow))
+    return CompileCase(
+        name=f"ema_update_-{gpu}-{'wide' if kind.wide else 'narrow'}-{'-'.join(dtypes)}",
+        kernel=ema_update_kernel,
+        signature={
+            "table": "*i64",
+            "momentum": "*fp64",
+            **dict.fromkeys(constants, "constexpr"),
+        },
+        constants=constants,
+        divisible=("table", "momentum"),
+        num_warps=config["num_warps"],
+        fp_fusion=False,
+        wide=kind.wide,
+    )

@@ -1,0 +1,85 @@
+# `make test` and `make demo` work from a clean clone: they make .venv, install into it, and run.
+# The README shows the plain pip lines that they stand for.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OLDEST ?= .venv-oldest
+OUT    ?= benchmarks/results
+JOBS   ?= auto
+
+BIN    := $(VENV)/bin
+NATIVE := setup.py pyproject.toml jepa_fast/ops/_build.py $(shell find csrc -type f)
+# The files that hold tests of a tier; collecting all others would cost more than running these.
+TIER1   = $(shell grep -l tier1 tests/test_*.py)
+TIER3   = $(shell grep -l tier3 tests/test_*.py)
+# The workers of pytest-xdist fill the cores; threads on top of them only fight.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+.PHONY: help venv install test test-oldest lint demo gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         pretrain a small TC-JEPA on the CPU and report, a few minutes"
+	@echo "make test         lint, then the tests of tiers 0 to 2"
+	@echo "make test-oldest  the same tests under the oldest supported torch and triton"
+	@echo "make lint         ruff and mypy"
+	@echo "make gpu          build, test and benchmark on a machine with a GPU, in its own Python"
+	@echo "make install      the development installation in $(VENV)"
+	@echo "make clean        remove what builds and tools left behind"
+
+venv: $(BIN)/python
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install -q torch torchvision
+
+# $(VENV)/.train and $(VENV)/.test: installed with these extras, from the sources as they are.
+$(VENV)/.%: $(BIN)/python $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --editable ".[$*]"
+	touch $@
+
+install: $(VENV)/.test
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(TIER1)
+
+# The package goes into this environment as a user installs it; the tests run from the checkout,
+# with the native library as `make test` built it against another torch.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip "setuptools>=77"
+	$(OLDEST)/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 torchvision==0.26.0
+	$(OLDEST)/bin/python -m pip install -q --no-build-isolation ".[test]"
+	$(OLDEST)/bin/jepa-fast info
+	test -f jepa_fast/_native.abi3.so || $(OLDEST)/bin/python -m jepa_fast.cli build
+	$(MAKE) --no-print-directory oldest-tiers VENV=$(OLDEST)
+
+.PHONY: oldest-tiers
+oldest-tiers:
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(TIER1)
+
+demo: $(VENV)/.train
+	$(BIN)/jepa-fast demo
+
+# On a rented machine: torch, triton, nvcc and pytest are there, the internet is not.
+gpu:
+	mkdir -p $(OUT)
+	JEPA_FAST_BUILD=cuda $(PYTHON) -m jepa_fast.cli build
+	$(PYTHON) -m pytest -q -m tier3 $(TIER3)
+	if command -v compute-sanitizer; then \
+	  compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m tier3 -k "strides or beside" $(TIER3); \
+	fi
+	$(PYTHON) -m pytest -q benchmarks --benchmark-json=$(OUT)/benchmarks.json
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f jepa_fast/_native.abi3.so jepa_fast/_native_build.json
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
