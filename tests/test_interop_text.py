@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from jepa_fast import TIJepa
 from jepa_fast.interop.text import TextEncoder, load_text_encoder
+from jepa_fast.masks import BlockMaskSampler
 
 transformers = pytest.importorskip("transformers")
 
@@ -169,3 +171,30 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
 def test_bad_arguments(folder: Path, arguments: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         load_text_encoder(folder, **arguments)
+
+
+def test_ti_jepa_reads_captions_through_it(folder: Path) -> None:
+    model = TIJepa(
+        None,
+        image_dim=8,
+        grid=(8, 8),
+        text_dim=8,
+        text_encoder=load_text_encoder(folder, max_words=8),
+        width=8,
+        depth=1,
+        num_heads=2,
+        predictor_dim=8,
+        predictor_depth=1,
+        predictor_heads=2,
+    )
+    assert not any(name.startswith("text_encoder") for name in model.state_dict())
+    assert not any(name.startswith("text_encoder") for name, _ in model.trainable_parameters())
+    features, masks = torch.randn(3, 64, 8), BlockMaskSampler((8, 8))(0, 3)
+    out = model(None, masks, CAPTIONS, image_features=features)
+    text = model.text_encoder(CAPTIONS)
+    same = model(
+        None, masks, text.words, text.word_mask, text.caption_mask, image_features=features
+    )
+    assert torch.equal(out.loss, same.loss)
+    out.loss.backward()
+    assert model.energy(None, ["a dog", "two cats"], image_features=features).shape == (3, 2)
