@@ -204,7 +204,8 @@ def test_native_cuda_kernels_do_not_spill() -> None:
         f"sm_{architecture}" for architecture in _build.CUDA_ARCHITECTURES
     }
     for usage in kernels:
-        assert (usage.stack, usage.local) == (0, 0), f"{usage.kernel} spills on {usage.architecture}"
+        where = f"{usage.kernel} on {usage.architecture}"
+        assert (usage.stack, usage.local) == (0, 0), f"{where} spills"
 
 
 def test_native_cuda_kernels_move_sixteen_bytes_at_once() -> None:

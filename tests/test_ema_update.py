@@ -74,7 +74,7 @@ def _eager(target: Tensor, source: Tensor, momentum: float) -> Tensor:
 
 
 def _assert_shadow(shadow: Tensor, target: Tensor) -> None:
-    """The target in the shadow's dtype; by way of float32 or directly, so within a rounding step."""
+    """The target in the shadow's dtype; maybe by way of float32, so within a rounding step."""
     assert_as_accurate(shadow, target.to(shadow.dtype), target.double())
 
 
@@ -99,9 +99,7 @@ def test_every_mix_of_dtypes(
     ema_update_(targets, sources, momentum, shadows, backend=backend)
     assert backends_run == [("ema_update_", backend)]
     for target, old, source in zip(targets, before, sources, strict=True):
-        assert_as_accurate(
-            target, _eager(old, source, momentum), _exact(old, source, momentum)
-        )
+        assert_as_accurate(target, _eager(old, source, momentum), _exact(old, source, momentum))
     for shadow, target in zip(shadows or (), targets, strict=shadows is not None):
         _assert_shadow(shadow, target)
 

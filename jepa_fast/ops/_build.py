@@ -33,7 +33,7 @@ CHOICES = ("auto", "none", *PARTS)
 
 # The oldest torch whose interface is used; see torch/csrc/stable/version.h.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-# A100, H100 and B200, as far as nvcc knows them; newer GPUs compile the last one's PTX when loading.
+# A100, H100 and B200, as far as nvcc knows them; newer GPUs compile the PTX of the last one.
 CUDA_ARCHITECTURES = (80, 90, 100)
 
 

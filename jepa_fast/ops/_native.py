@@ -19,7 +19,7 @@ _SCHEMAS = torch.library.Library("jepa_fast_native", "DEF")
 
 
 def define(schema: str) -> Any:
-    """Defines the operator that the library implements; returns `torch.ops.jepa_fast_native.<op>`."""
+    """Defines an operator for the library to implement: `torch.ops.jepa_fast_native.<op>`."""
     _SCHEMAS.define(schema)
     return getattr(torch.ops.jepa_fast_native, schema.partition("(")[0])
 

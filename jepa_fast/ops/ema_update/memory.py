@@ -59,9 +59,7 @@ def _all_apart(tensors: list[Tensor]) -> bool:
     return all(start + size <= after for (start, size), (after, _) in itertools.pairwise(spans))
 
 
-def _check_overlap(
-    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]
-) -> None:
+def _check_overlap(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
     """The same with strides, and with sources that may overlap each other; says what overlaps."""
     spans = []
     for name, tensors in (("targets", targets), ("sources", sources), ("shadows", shadows)):
@@ -129,7 +127,9 @@ class Flat:
             return cls(targets, sources, shadows, [])
         flat = cls([], [], [], [])
         for target, source, shadow in itertools.zip_longest(targets, sources, shadows):
-            group = (target, source) if shadow is None else (target, source, shadow)
+            group: tuple[Tensor, ...] = (target, source)
+            if shadow is not None:
+                group += (shadow,)
             if not all(tensor.is_contiguous() for tensor in group):
                 group = flat._densify(group)
             flat.targets.append(group[0])

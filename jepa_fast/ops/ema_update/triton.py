@@ -154,9 +154,7 @@ def _by_kind(flat: memory.Flat) -> dict[Kind, list[Row]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(
-    rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device
-) -> Tensor:
+def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) -> Tensor:
     """[chunks, 4] int64 on the device: the rows cut into chunks.
 
     Raises:
