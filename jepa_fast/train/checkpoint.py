@@ -1,0 +1,135 @@
+"""Checkpoints that survive a crash at any moment and load with `weights_only=True`.
+
+A folder holds `step-<n>.pt` files and `last.pt`, a link to the newest. A file appears under its
+name only when it is whole and on the disk; `last.pt` changes in one atomic step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jepa_fast.errors import CheckpointError
+
+FORMAT = 1
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        path: made if it does not exist.
+        keep: how many checkpoints to keep besides the last.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+        path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint's name, or None before the first."""
+        link = self.path / "last.pt"
+        return link if link.exists() else None
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        """Write `state` atomically, point `last.pt` at it, drop the oldest beyond `keep`."""
+        path = self.path / f"step-{step:09d}.pt"
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        link = self.path / "last.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, self.path / "last.pt")
+        self._sync()
+        for old in self._oldest_first()[: -1 - self.keep]:
+            old.unlink()
+        return path
+
+    def clear(self) -> None:
+        """Remove every checkpoint, whole or unfinished."""
+        for path in [*self.path.glob("last.*"), *self.path.glob("step-*")]:
+            path.unlink()
+
+    def _oldest_first(self) -> list[Path]:
+        # By time, not by step: a run resumed from an older checkpoint may overtake newer numbers.
+        return sorted(
+            self.path.glob("step-*.pt"), key=lambda path: (path.stat().st_mtime_ns, path.name)
+        )
+
+    def _sync(self) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of a run; `path` may be the run's folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is not a checkpoint of a run here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.pt"
+    if not path.exists():
+        raise CheckpointError(
+            f"no checkpoint at {path}: expected a file, or the output folder of a run with last.pt"
+        )
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises almost anything on a damaged file
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or was not "
+            "written by `jepa-fast pretrain`; an older step-*.pt beside it may still be whole"
+        ) from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of `jepa-fast pretrain` (format {FORMAT}), got "
+            f"{'another kind of file' if found is None else f'format {found}'}; weights of other "
+            "projects are loaded with jepa_fast.interop"
+        )
+    return state
+
+
+def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load the model of a checkpoint, wholly.
+
+    Raises:
+        CheckpointError: anything missing, unexpected or of another shape; lists it.
+    """
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint is of another model: {error}") from None
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every global random generator a training step may draw from."""
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Undo everything drawn since `rng_state()` gave `state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,150 @@
+"""One process or several (torchrun): the same code, the same numbers.
+
+Every rank takes an equal slice of the global batch, so the mean over ranks of a mean over a slice
+is the mean over the batch, and gradients are averaged after the backward pass.
+(`DistributedDataParallel` would overlap the two, but it stops at a parameter that got no gradient
+on one rank only, as a text conditioner's does where no image of that rank has a caption.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jepa_fast.train.errors import ConfigError
+
+_BUCKET_ELEMENTS = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+def resolve_device(device: str) -> str:
+    """`device`, or for "auto": CUDA where there is a GPU.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none, or there is no such kind of device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {device!r}, but no CUDA device is visible; use cpu")
+    return device
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: as `resolve_device` takes it. Under torchrun every process has its own GPU.
+
+    Raises:
+        ConfigError: as `resolve_device`.
+    """
+    device = resolve_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(torch.device(device))
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # gloo serves the CPU tensors that decide when to stop, NCCL the gradients.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield World(torch.device(device), dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def broadcast_state(model: nn.Module, world: World) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if world.size > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Replace every gradient by its mean over the ranks; one that is missing here counts as zero.
+
+    A parameter without a gradient on any rank gets none.
+    """
+    if world.size == 1:
+        return
+    parameters = list(parameters)
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(present, dist.ReduceOp.MAX)
+    used = [p for p, anywhere in zip(parameters, present.tolist(), strict=True) if anywhere]
+    for p in used:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in _buckets([p.grad for p in used if p.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= world.size
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, piece in zip(bucket, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+
+def average(values: Tensor, world: World) -> Tensor:
+    """Mean of `values` over the ranks."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world.size
+    return values
+
+
+def on_any_rank(flag: bool, world: World) -> bool:
+    """Whether `flag` is set on some rank; every rank gets the same answer."""
+    if world.size == 1:
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """`value` of every rank, in the order of the ranks."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive gradients of one dtype, together at most a bucket where one alone is not more."""
+    bucket: list[Tensor] = []
+    elements = 0
+    for gradient in gradients:
+        full = elements + gradient.numel() > _BUCKET_ELEMENTS
+        if bucket and (full or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(gradient)
+        elements += gradient.numel()
+    if bucket:
+        yield bucket

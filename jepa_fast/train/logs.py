@@ -1,0 +1,91 @@
+"""What a run leaves to read: `metrics.jsonl`, `metrics.csv` and TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, float | None]
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """The logged rows of a run, oldest first; a value that was not finite is None.
+
+    Raises:
+        ValueError: a line is damaged, other than the last, which a killed run leaves half written.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from None
+    return rows
+
+
+class Logs:
+    """Writes one row at a time to every log.
+
+    Args:
+        folder: the run's output folder; must exist.
+        start: the step that the run starts from; a killed run's rows of later steps are removed.
+        tensorboard: also write TensorBoard events.
+
+    Raises:
+        ImportError: TensorBoard is wanted and not installed.
+    """
+
+    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
+        self.folder = folder
+        rows = [row for row in read_rows(folder) if (row["step"] or 0) <= start] if start else []
+        self._columns = list(rows[0]) if rows else []
+        (folder / "metrics.csv").write_text("")
+        (folder / "metrics.jsonl").write_text("")
+        for row in rows:
+            self._write_files(row)
+        self._events = _events(folder, start) if tensorboard else None
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append `row`, which has the key `step`; the first row settles the CSV's columns."""
+        self._columns = self._columns or list(row)
+        self._write_files({key: _finite(value) for key, value in row.items()})
+        if self._events is not None:
+            for key, value in row.items():
+                if key != "step":
+                    self._events.add_scalar(key, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._events is not None:
+            self._events.close()
+
+    def _write_files(self, row: Row) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        with (self.folder / "metrics.csv").open("a", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _events(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'TensorBoard is not installed: pip install "jepa-fast[train]", or set tensorboard=false'
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

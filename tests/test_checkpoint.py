@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_fast import CheckpointError
+from jepa_fast.train.checkpoint import CheckpointFolder, load_checkpoint, rng_state, set_rng_state
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_last_points_to_the_newest_and_older_ones_are_dropped(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run", keep=1)
+    assert folder.last is None
+    for step in (5, 10, 15):
+        folder.save({"model": {"w": torch.full((2,), float(step))}}, step)
+    assert names(tmp_path / "run") == ["last.pt", "step-000000010.pt", "step-000000015.pt"]
+    state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == 15
+    assert torch.equal(state["model"]["w"], torch.full((2,), 15.0))
+    assert load_checkpoint(tmp_path / "run" / "step-000000010.pt")["step"] == 10
+
+
+def test_the_checkpoint_just_written_is_never_the_one_dropped(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    folder.save({}, 30)
+    folder.save({}, 20)  # a run resumed from an older checkpoint
+    assert names(tmp_path) == ["last.pt", "step-000000020.pt"]
+    assert load_checkpoint(tmp_path)["step"] == 20
+
+
+def test_a_crash_while_writing_leaves_the_last_good_one(tmp_path: Path, monkeypatch) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save({}, 1)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        folder.save({"model": torch.zeros(100)}, 2)
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_clear_removes_checkpoints_and_leaves_other_files(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    folder.save({}, 1)
+    (tmp_path / "notes.txt").write_text("mine")
+    folder.clear()
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_missing_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere\.pt"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*last\.pt"):
+        load_checkpoint(tmp_path)
+    whole = CheckpointFolder(tmp_path, keep=0).save({"model": torch.zeros(1000)}, 1)
+    whole.write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(whole)
+    torch.save({"encoder": {}}, tmp_path / "public.pt")
+    with pytest.raises(CheckpointError, match=r"another kind of file.*jepa_fast\.interop"):
+        load_checkpoint(tmp_path / "public.pt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"format": 1, "model": Runs()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_random_state_survives_the_file(tmp_path: Path) -> None:
+    CheckpointFolder(tmp_path, keep=0).save({"rng": rng_state()}, 1)
+    first = (torch.rand(3), random.random(), torch.randn(3))
+    set_rng_state(load_checkpoint(tmp_path)["rng"])
+    again = (torch.rand(3), random.random(), torch.randn(3))
+    assert torch.equal(first[0], again[0])
+    assert first[1] == again[1]
+    assert torch.equal(first[2], again[2])

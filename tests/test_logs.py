@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from jepa_fast.train.logs import Logs, read_rows
+
+
+def rows(*steps: int) -> list[dict[str, float]]:
+    return [{"step": step, "loss": 1.0 / step} for step in steps]
+
+
+def write(folder: Path, start: int, *steps: int) -> None:
+    logs = Logs(folder, start, tensorboard=False)
+    for row in rows(*steps):
+        logs.write(row)
+    logs.close()
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    assert read_rows(tmp_path) == []
+    write(tmp_path, 0, 2, 4)
+    assert read_rows(tmp_path) == rows(2, 4)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert list(csv.reader(file)) == [["step", "loss"], ["2", "0.5"], ["4", "0.25"]]
+
+
+def test_a_resumed_run_replaces_the_rows_after_its_start(tmp_path: Path) -> None:
+    write(tmp_path, 0, 2, 4, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    write(tmp_path, 4, 6, 8)
+    assert read_rows(tmp_path) == rows(2, 4, 6, 8)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [line[0] for line in csv.reader(file)] == ["step", "2", "4", "6", "8"]
+
+
+def test_a_new_run_starts_new_files(tmp_path: Path) -> None:
+    write(tmp_path, 0, 2, 4)
+    write(tmp_path, 0, 3)
+    assert read_rows(tmp_path) == rows(3)
+
+
+def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, 0, tensorboard=False)
+    logs.write({"step": 1, "loss": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
+
+
+def test_damage_inside_the_file_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_rows(tmp_path)
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    logs = Logs(tmp_path, 0, tensorboard=True)
+    for row in rows(1, 2):
+        logs.write(row)
+    logs.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
