@@ -105,6 +105,11 @@ class TextEncoder(nn.Module):
             word_mask[images, places, : mask.shape[1]] = mask
         return TextBatch(words, word_mask, word_mask.any(2))
 
+    def split(self, caption: str) -> list[str]:
+        """The tokens of a caption as text, at most ``max_words``."""
+        tokens = self.tokenizer(caption, max_length=self.max_words, truncation=True)
+        return self.tokenizer.convert_ids_to_tokens(tokens["input_ids"])
+
     def _encode(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(
             captions,
