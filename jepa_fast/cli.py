@@ -1,0 +1,179 @@
+"""The command `jepa-fast`.
+
+Exit codes: 0 done; 1 the run failed (collapsed, did not learn, not finite) or something is missing;
+2 the command, recipe or an override is wrong; 128 + n stopped by signal n after saving (SIGTERM:
+143), so that `jepa-fast pretrain ... && next` does not go on with half a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jepa_fast.errors import BackendError, CheckpointError
+from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
+
+if TYPE_CHECKING:
+    from jepa_fast.train.config import Config
+
+DONE, FAILED, WRONG = 0, 1, 2
+REPORT_SEEDS = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    # Every rank has the same to say; one says it.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        print(f"jepa-fast: {error}", file=sys.stderr)
+        return WRONG
+    except Interrupted as stopped:
+        print(f"jepa-fast: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    except (BackendError, CheckpointError, NonFiniteError, FileNotFoundError, ImportError) as error:
+        print(f"jepa-fast: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jepa-fast", description="Train and evaluate joint-embedding predictive architectures."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    pretrain = commands.add_parser("pretrain", help="train a model by a recipe")
+    pretrain.set_defaults(command=_pretrain)
+    pretrain.add_argument("recipe", help="name of a packaged recipe, or a YAML file")
+    pretrain.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as train.lr.peak=1e-3"
+    )
+    pretrain.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="continue bit for bit from the output folder's last.pt, or from CHECKPOINT",
+    )
+    pretrain.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the output folder"
+    )
+    pretrain.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    pretrain.add_argument(
+        "--report",
+        action="store_true",
+        help="afterwards do as `eval --report` does",
+    )
+
+    evaluate = commands.add_parser("eval", help="kNN, linear and per-patch probes of a checkpoint")
+    evaluate.set_defaults(command=_eval)
+    evaluate.add_argument("checkpoint", help="a checkpoint, or the output folder of a run")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as data.val=/data/val.tar"
+    )
+    evaluate.add_argument(
+        "--untrained-seeds",
+        type=int,
+        metavar="N",
+        help=f"also probe the same encoder untrained, with N seeds (with --report: {REPORT_SEEDS})",
+    )
+    evaluate.add_argument(
+        "--output",
+        metavar="JSON",
+        help="where results go (default: eval.json beside the checkpoint)",
+    )
+    evaluate.add_argument(
+        "--report", action="store_true", help="also write report.html beside the results"
+    )
+
+    commands.add_parser(
+        "info", help="what this machine can run, and why not the rest"
+    ).set_defaults(command=_info)
+    commands.add_parser("build", help="build the native kernels").set_defaults(command=_build)
+    return parser
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from jepa_fast.train.config import load_config
+
+    config = load_config(options.recipe, options.overrides)
+    if options.dry_run:
+        return _dry_run(config)
+    from jepa_fast.train.run import pretrain
+
+    problems = pretrain(config, resume=options.resume, overwrite=options.overwrite)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        print(f"trained: {config.output}")
+        if options.report:
+            _evaluate(config.output, [], REPORT_SEEDS, None, report=True)
+        for problem in problems:
+            print(f"FAILED: {problem}", file=sys.stderr)
+    return FAILED if problems else DONE
+
+
+def _dry_run(config: Config) -> int:
+    """Print the configuration, having built the model without its weights."""
+    import torch
+    import yaml
+
+    from jepa_fast.train.build import build_model
+
+    with torch.device("meta"):
+        model = build_model(config)
+    print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"# {trained / 1e6:.2f}M trained parameters")
+    return DONE
+
+
+def _eval(options: argparse.Namespace) -> int:
+    seeds = options.untrained_seeds
+    if seeds is None:
+        seeds = REPORT_SEEDS if options.report else 0
+    _evaluate(options.checkpoint, options.overrides, seeds, options.output, options.report)
+    return DONE
+
+
+def _evaluate(
+    checkpoint: str, overrides: list[str], seeds: int, output: str | None, report: bool
+) -> None:
+    from jepa_fast.train.evaluate import evaluate, format_probes
+
+    probes = evaluate(checkpoint, overrides, untrained_seeds=seeds, output=output, report=report)
+    print(format_probes(probes))
+
+
+def _info(options: argparse.Namespace) -> int:
+    from jepa_fast.info import describe
+
+    print(describe())
+    return DONE
+
+
+def _build(options: argparse.Namespace) -> int:
+    from jepa_fast.ops._build import BuildError, build
+
+    try:
+        record = build()
+    except BuildError as error:
+        print(f"jepa-fast: {error}", file=sys.stderr)
+        return FAILED
+    for part in record.parts:
+        print(f"built the {part} kernels")
+    for part, why in record.why_not.items():
+        print(f"no {part} kernels: {why}", file=sys.stderr)
+    return DONE if record.parts else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import jepa_fast
+from jepa_fast.data import Batch, DigitScenes, HashedWords, Loader, Transform, load_in_memory
+from jepa_fast.data.images import CocoCaptions, ImageFolder
+from jepa_fast.data.shards import ShardSource
+from jepa_fast.data.sources import Source
+from jepa_fast.interop.checkpoints import load_parts, read_checkpoint
+from jepa_fast.interop.text import TextEncoder, load_text_encoder
+from jepa_fast.masks import BlockMasks, BlockMaskSampler
+from jepa_fast.nn.attention import Block
+from jepa_fast.nn.vit import create_encoder
+from jepa_fast.train.config import Config, DataBase
+from jepa_fast.train.distributed import World
+from jepa_fast.train.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+MODELS = {"ijepa": "IJepa", "tijepa": "TIJepa", "tcjepa": "TCJepa", "probijepa": "ProbIJepa"}
+WITH_TEXT = ("tijepa", "tcjepa")
+
+Split = Literal["train", "val", "probe"]
+"""What is trained on, what probes are tested on, and what they learn from: training images."""
+Text = HashedWords | TextEncoder
+
+
+def build_model(config: Config) -> Any:
+    """The untrained model, on the default device; a frozen encoder with its weights.
+
+    Raises:
+        ConfigError: sizes or names that do not fit each other.
+        CheckpointError, FileNotFoundError: the weights of the frozen encoder cannot be had.
+    """
+    section = config.model
+    own = {"method", "encoder", "encoder_options", "img_size", "encoder_weights", "cache_features"}
+    options = section.model_dump(exclude=own)
+    with _naming("model"):
+        encoder = create_encoder(
+            section.encoder,
+            section.img_size,
+            init=section.init,
+            **section.encoder_options.model_dump(exclude_none=True),
+        )
+        if section.method in WITH_TEXT:
+            options["text_dim"] = config.text.dim
+        if section.method == "tijepa":
+            options["save_frozen"] = section.encoder_weights is None
+            with _naming("model.encoder_weights"):
+                _load_frozen(encoder, section.encoder_weights)
+        model = getattr(jepa_fast, MODELS[section.method])(encoder, **options)
+    if config.train.compile:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+    return model
+
+
+def _load_frozen(encoder: nn.Module, weights: str | None) -> None:
+    """The teacher's weights, of a run here (its folder or a checkpoint) or a public checkpoint."""
+    if weights is None:
+        _log.warning(
+            "model.encoder_weights is not given: the frozen image encoder has RANDOM weights, and "
+            "the run learns from what they happen to keep; name a checkpoint of an I-JEPA run"
+        )
+        return
+    if next(encoder.parameters()).is_meta:
+        return  # only shapes are wanted
+    path = Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected a checkpoint, or the output folder of a run, got {weights}, which does not "
+            "exist; `jepa-fast pretrain` with an I-JEPA recipe makes one, null takes random weights"
+        )
+    content = read_checkpoint(path / "last.pt" if path.is_dir() else path)
+    if "format" in content:  # written by `jepa-fast pretrain`: one state dict for the whole model
+        prefix = "target_encoder."
+        state = content["model"].items()
+        content = {
+            "target_encoder": {k.removeprefix(prefix): v for k, v in state if k.startswith(prefix)}
+        }
+    load_parts({"target_encoder": encoder}, content)
+
+
+def build_text(config: Config, device: torch.device) -> Text | None:
+    """What turns captions into words; None for a model that reads none.
+
+    Raises:
+        ConfigError: a text encoder of another width than `text.dim`.
+        FileNotFoundError, ImportError: it cannot be loaded; says what to do.
+    """
+    if config.model.method not in WITH_TEXT:
+        return None
+    text = config.text
+    if text.encoder == "hashed":
+        return HashedWords(
+            text.dim, text.max_words, config.seed, context=text.context, position=text.position
+        )
+    with _naming("text.encoder"):
+        encoder = load_text_encoder(
+            text.encoder,
+            max_words=text.max_words,
+            normalize=text.normalize,
+            seed=config.seed,
+            trust_remote_code=text.trust_remote_code,
+        )
+    if encoder.dim != text.dim:
+        raise ConfigError(
+            f"text.dim: expected {encoder.dim}, the width of {text.encoder}, got {text.dim}"
+        )
+    return encoder.to(device)
+
+
+def build_source(config: Config, split: Split) -> Source:
+    """Where the images of a split come from.
+
+    Raises:
+        ConfigError: the path is not configured, or nothing usable is there.
+    """
+    data: Any = config.data
+    name: Literal["train", "val"] = "val" if split == "val" else "train"
+    with _naming(f"data.{name}"):
+        if data.kind == "digits":
+            own = {"kind", "train_length", "val_length", "probe_length", *DataBase.model_fields}
+            length = getattr(data, f"{split}_length")
+            return DigitScenes(length, split=name, seed=config.seed, **data.model_dump(exclude=own))
+        path = getattr(data, name)
+        if path is None:
+            raise ValueError("expected a path, got none")
+        source: Any
+        if data.kind == "shards":
+            source = ShardSource(path, getattr(data, f"{name}_length"))
+        elif data.kind == "folder":
+            source = ImageFolder(path, captions=data.captions)
+        else:
+            source = CocoCaptions(path, getattr(data, f"{name}_images") or Path(path).parent)
+        return load_in_memory(source, data.memory_size) if data.in_memory else source
+
+
+def build_loader(config: Config, world: World) -> Loader:
+    """Training batches: this rank's share.
+
+    Raises:
+        ConfigError: the data are not there, or the batch cannot be shared evenly.
+    """
+    batch_size = config.train.batch_size
+    if batch_size % world.size:
+        raise ConfigError(
+            f"train.batch_size: expected a multiple of the {world.size} processes, got {batch_size}"
+        )
+    source = build_source(config, "train")
+    with _naming("train.batch_size"):
+        return Loader(
+            source,
+            batch_size // world.size,
+            train=True,
+            transform=build_transform(config, train=True),
+            seed=config.seed,
+            num_workers=config.data.workers,
+            rank=world.rank,
+            world_size=world.size,
+            shuffle_buffer=config.data.shuffle_buffer,
+            pin_memory=world.device.type == "cuda",
+        )
+
+
+def build_probe_loader(config: Config, split: Split, device: torch.device) -> Loader:
+    """Every image of a split once, in order, without augmentation."""
+    return Loader(
+        build_source(config, split),
+        config.eval.batch_size,
+        train=False,
+        transform=build_transform(config, train=False),
+        num_workers=config.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def build_transform(config: Config, train: bool) -> Transform:
+    """From uint8 to normalised images: augmented, or the centre alone."""
+    options = config.data.augment.model_dump()
+    if not train:
+        options |= {"crop_scale": None, "flip": 0.0}
+    with _naming("data.augment"):
+        return Transform(config.model.img_size, seed=config.seed, **options)
+
+
+class Prepare:
+    """Makes a model's inputs of a batch: masks and words as functions of (seed, step, sample id).
+
+    Args:
+        config: of the run.
+        model: for its patch grid, and its frozen encoder where features are cached.
+        text: what `build_text` gave.
+        device: where the inputs go.
+
+    Raises:
+        ConfigError: masks that cannot be drawn on this grid.
+    """
+
+    def __init__(self, config: Config, model: Any, text: Text | None, device: torch.device) -> None:
+        self.model, self.text, self.device = model, text, device
+        self.captions = config.text.captions
+        grid = model.encoder.grid
+        with _naming("masks"):
+            self.sampler = BlockMaskSampler(grid, seed=config.seed, **config.masks.model_dump())
+        caching = getattr(config.model, "cache_features", False)
+        self._features: dict[int, Tensor] | None = {} if caching else None
+
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, BlockMasks, dict[str, Tensor]]:
+        """Images, masks and text on the device."""
+        masks = self.sampler(step, batch.ids).to(self.device, non_blocking=True)
+        images = batch.images.to(self.device, non_blocking=True)
+        more: dict[str, Tensor] = {}
+        if self.text is not None:
+            text = self.text(batch.captions, self.captions, ids=batch.ids, step=step)
+            text = text.to(self.device, non_blocking=True)
+            more = {
+                "words": text.words,
+                "word_mask": text.word_mask,
+                "caption_mask": text.caption_mask,
+            }
+        if self._features is not None:
+            more["image_features"] = self._cached(self._features, images, batch.ids.tolist())
+        return images, masks, more
+
+    @torch.no_grad()
+    def _cached(self, features: dict[int, Tensor], images: Tensor, ids: list[int]) -> Tensor:
+        """The frozen encoder's tokens, computed once an image."""
+        if any(number not in features for number in ids):
+            # The whole batch, so that an image's features do not depend on which others were known.
+            features.update(zip(ids, self.model.encoder(images), strict=True))
+        return torch.stack([features[number] for number in ids])
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """A bad value found by what is built from it, as a ConfigError that names the key."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error

@@ -1,0 +1,502 @@
+"""What a run can be told: typed sections, read from YAML and `key=value` overrides.
+
+    config = load_config("cifar10_ijepa", ["train.epochs=2", "data.train=/data/train-*.tar"])
+
+Sections that only hand values on to a class (models, masks, transforms, digit scenes) take their
+keys, types and defaults from its signature, so that these are written in one place.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+try:
+    import yaml
+    from pydantic import (
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+        create_model,
+        model_validator,
+    )
+except ImportError as error:
+    raise ImportError(
+        f'the configuration of a run needs {error.name}: pip install "jepa-fast[train]"'
+    ) from error
+
+from jepa_fast.data import DigitScenes, Transform
+from jepa_fast.masks import BlockMaskSampler
+from jepa_fast.models.ijepa import IJepa
+from jepa_fast.models.probijepa import ProbIJepa
+from jepa_fast.models.tcjepa import TCJepa
+from jepa_fast.models.tijepa import TIJepa
+from jepa_fast.nn.heads import HEADS
+from jepa_fast.train.errors import ConfigError
+from jepa_fast.train.schedules import cosine, linear
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Named values; an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _section_of(
+    constructor: type, skip: Sequence[str] = (), base: type[Section] = Section, **more: Any
+) -> Any:
+    """A section with the keys, types and defaults of a constructor, without `skip`.
+
+    more: further keys, as `key=(type, default)`.
+    """
+    hints = get_type_hints(constructor.__init__)  # type: ignore[misc]
+    fields = {
+        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(constructor).parameters.items()
+        if name not in skip
+    }
+    return create_model(constructor.__name__, __base__=base, **{**fields, **more})
+
+
+# Model -------------------------------------------------------------------------------------------
+
+
+class EncoderOptions(Section):
+    """Where the encoder departs from the size in its name."""
+
+    embed_dim: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: PositiveFloat | None = None
+
+
+class ModelBase(Section):
+    """Keys of every method.
+
+    encoder: a name for `create_encoder`, such as `vit_base_patch16`.
+    """
+
+    encoder: str = "vit_base_patch16"
+    encoder_options: EncoderOptions = EncoderOptions()
+    img_size: Positive = 224
+
+
+def _model_section(constructor: type, skip: Sequence[str] = (), **more: Any) -> Any:
+    method = (Literal[constructor.__name__.lower()], ...)  # type: ignore[misc]
+    skip = ("encoder", "img_size", *skip)
+    return _section_of(constructor, skip, ModelBase, method=method, **more)
+
+
+IJepaSection = _model_section(IJepa)
+TCJepaSection = _model_section(TCJepa, skip=("text_dim",))
+TIJepaSection = _model_section(
+    TIJepa,
+    skip=("text_encoder", "image_dim", "grid", "text_dim", "save_frozen"),
+    encoder_weights=(str | None, None),
+    cache_features=(bool, False),
+)
+"""Also `encoder_weights`, a checkpoint of an I-JEPA run or of the public code whose teacher becomes
+the frozen image encoder, and `cache_features`, to keep that encoder's tokens of every image."""
+ProbIJepaSection = _model_section(ProbIJepa, head=(Literal[tuple(HEADS)], "mixture"))
+METHODS = ("ijepa", "tijepa", "tcjepa", "probijepa")
+
+
+# Data --------------------------------------------------------------------------------------------
+
+if TYPE_CHECKING:  # a section made from a signature is beyond a type checker
+    AugmentSection = Any
+else:
+    AugmentSection = _section_of(Transform, skip=("size", "seed"))
+
+
+class DataBase(Section):
+    """Keys of every kind of data.
+
+    augment: arguments of `Transform` for training; evaluation takes the centre and no flip.
+    in_memory: decode everything once and keep it, for sets that fit.
+    memory_size: pixels a side that images in memory are brought to; None: they have one size.
+    workers: processes that read and decode, where not in memory.
+    shuffle_buffer: samples that streamed shards are drawn from.
+    """
+
+    augment: AugmentSection = AugmentSection()
+    in_memory: bool = False
+    memory_size: Positive | None = None
+    workers: Count = 0
+    shuffle_buffer: Positive = 2048
+
+
+class ShardData(DataBase):
+    """WebDataset shards; `train_length` and `val_length` where counting them would take long."""
+
+    kind: Literal["shards"]
+    train: str
+    val: str | None = None
+    train_length: Positive | None = None
+    val_length: Positive | None = None
+
+
+class FolderData(DataBase):
+    """A folder with one sub-folder a class; `captions` is a text with `{}` for the class."""
+
+    kind: Literal["folder"]
+    train: str
+    val: str | None = None
+    captions: str | None = None
+
+
+class CocoData(DataBase):
+    """COCO caption files (`train`, `val`) and the folders of their images."""
+
+    kind: Literal["coco"]
+    train: str
+    train_images: str
+    val: str | None = None
+    val_images: str | None = None
+
+
+DigitData = _section_of(
+    DigitScenes,
+    skip=("length", "split", "seed"),
+    base=DataBase,
+    kind=(Literal["digits"], ...),
+    train_length=(Positive, 50_000),
+    val_length=(Positive, 2_000),
+    probe_length=(Positive, 5_000),
+)
+"""Scenes of handwritten digits: arguments of `DigitScenes`, and how many scenes are trained on,
+probes are tested on, and probes learn from (the first of the training scenes)."""
+KINDS = ("shards", "folder", "coco", "digits")
+
+
+class TextSection(Section):
+    """How captions become words.
+
+    encoder: "hashed" (`HashedWords`), or a text encoder's folder or name (`load_text_encoder`).
+    captions: at most so many an image; drawn at random where it has more.
+    max_words: words, or tokens, a caption.
+    dim, context, position: of `HashedWords`.
+    normalize, trust_remote_code: of `load_text_encoder`.
+    """
+
+    encoder: str = "hashed"
+    captions: Positive = 8
+    max_words: Positive = 64
+    dim: Positive = 256
+    context: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    position: Annotated[float, Field(ge=0)] = 0.0
+    normalize: Literal["none", "word", "sequence"] = "none"
+    trust_remote_code: bool = False
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+class LearningRate(Section):
+    """Straight line from `start` to `peak`, then a cosine to `final`."""
+
+    start: PositiveFloat = 2e-4
+    peak: PositiveFloat = 1e-3
+    final: Annotated[float, Field(ge=0)] = 1e-6
+    warmup_epochs: Annotated[float, Field(ge=0)] = 40.0
+
+
+class Ramp(Section):
+    """A value that goes from `start` to `final`; a plain number stands for a constant."""
+
+    start: Annotated[float, Field(ge=0)]
+    final: Annotated[float, Field(ge=0)]
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def at(self, step: float, total: float) -> float:
+        """The value at a step of `total`."""
+        schedule = linear if self.shape == "linear" else cosine
+        return schedule(step, total=total, start=self.start, final=self.final)
+
+
+def _constant(value: Any) -> Any:
+    return value if isinstance(value, (dict, Ramp)) else {"start": value, "final": value}
+
+
+RampOrConstant = Annotated[Ramp, BeforeValidator(_constant)]
+
+
+class Collapse(Section):
+    """What counts as collapsed: targets of a lower effective rank, or spread a dimension."""
+
+    min_rank: Annotated[float, Field(ge=0)] = 0.0
+    min_std: Annotated[float, Field(ge=0)] = 0.0
+
+
+class TrainConfig(Section):
+    """Schedules, optimizer and bookkeeping. The defaults are I-JEPA's.
+
+    steps: length of the run, instead of `epochs`.
+    batch_size: of all processes together.
+    clip_grad: largest norm of the gradient; None for no clipping.
+    compile: `torch.compile` every transformer block.
+    log_every: steps between rows of the logs, which are means over them.
+    checkpoint_every: steps between checkpoints; None: an epoch.
+    keep_checkpoints: older ones kept besides the last.
+    require_learning: a run whose loss did not fall has failed.
+    """
+
+    epochs: Positive = 300
+    steps: Positive | None = None
+    batch_size: Positive = 2048
+    lr: LearningRate = LearningRate()
+    weight_decay: RampOrConstant = Ramp(start=0.04, final=0.4, shape="cosine")
+    momentum: RampOrConstant = Ramp(start=0.996, final=1.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip_grad: PositiveFloat | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    log_every: Positive = 50
+    checkpoint_every: Positive | None = None
+    keep_checkpoints: Count = 1
+    collapse: Collapse = Collapse()
+    require_learning: bool = False
+
+
+class EvalSection(Section):
+    """The probes.
+
+    k: neighbours of kNN.
+    patches_per_image: labelled patches an image that the per-patch probe looks at.
+    batch_size: images encoded at a time.
+    """
+
+    k: Positive = 20
+    patches_per_image: Positive = 16
+    batch_size: Positive = 250
+
+
+if TYPE_CHECKING:
+    DataSection = Any
+    MaskSection = Any
+    ModelSection = Any
+else:
+    MaskSection = _section_of(BlockMaskSampler, skip=("grid", "seed"))
+    ModelSection = Annotated[
+        IJepaSection | TIJepaSection | TCJepaSection | ProbIJepaSection,
+        Field(discriminator="method"),
+    ]
+    DataSection = Annotated[
+        ShardData | FolderData | CocoData | DigitData, Field(discriminator="kind")
+    ]
+
+
+class Config(Section):
+    """One run.
+
+    output: folder for logs, checkpoints and results.
+    device: "auto", "cpu" or "cuda"; "auto" takes a GPU where there is one.
+    tensorboard: also write TensorBoard events.
+    """
+
+    output: str
+    seed: Count = 0
+    device: str = "auto"
+    tensorboard: bool = True
+    model: ModelSection
+    masks: MaskSection = MaskSection()
+    data: DataSection
+    text: TextSection = TextSection()
+    train: TrainConfig = TrainConfig()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Config:
+        """What one section alone cannot know."""
+        model: Any = self.model
+        augment: Any = self.data.augment
+        if model.method == "probijepa":
+            _check_head_options(HEADS[model.head], model.head_options)
+        caches = model.method == "tijepa" and model.cache_features
+        if caches and (augment.crop_scale is not None or augment.flip > 0):
+            raise ValueError(
+                "model.cache_features: expected false where data.augment has crop_scale or flip, "
+                "since an augmented image has other features every time; got true"
+            )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and checkpoints take them; `parse_config` reads them back."""
+        return self.model_dump(mode="json")
+
+
+def _check_head_options(head: type, options: Any) -> None:
+    """Names and types of the options of a head, which `model.head` chooses."""
+    section = _section_of(head, skip=("condition_dim", "target_dim"))
+    try:
+        section.model_validate(dict(options or {}))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        found = [_describe(problem, section, "model.head_options.") for problem in problems]
+        raise ValueError("; ".join(found)) from None
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `key=value` overrides, dotted (`train.lr.peak=1e-3`), values in YAML.
+
+    Args:
+        recipe: name of a packaged recipe, or path of a YAML file. Its key `extends` names another
+            recipe, whose values hold where it gives none.
+
+    Raises:
+        ConfigError: no such recipe, no YAML, an unknown key, or a value of the wrong type.
+    """
+    path = _find(recipe)
+    return parse_config({"output": f"runs/{path.stem}", **_read(path)}, overrides, source=recipe)
+
+
+def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "") -> Config:
+    """A configuration of plain values, as `Config.as_dict` gives them, with overrides.
+
+    Raises:
+        ConfigError: lists every unknown key and wrong value; `source` says where they come from.
+    """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join([f"{source}:", *(f"  {p}" for p in problems)])) from None
+
+
+def _find(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe: no file {path}")
+        return path
+    if recipe not in recipe_names():
+        raise ConfigError(
+            f"recipe: expected a .yaml file or one of {', '.join(recipe_names())}; got {recipe!r}"
+            f"{_nearest(recipe, recipe_names())}"
+        )
+    return RECIPES / f"{recipe}.yaml"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys with values, got {values!r}")
+    base = values.pop("extends", None)
+    return values if base is None else _merged(_read(_find(str(base))), values)
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override: expected key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {section!r} is the value {inner!r}, it has no keys")
+        values = inner
+    values[name] = value
+
+
+def _describe(problem: Any, root: Any = None, prefix: str = "") -> str:
+    """One problem that pydantic found below `root`, in the user's terms."""
+    key = prefix + _dotted(problem["loc"])
+    got = problem["input"]
+    kind = problem["type"]
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    if kind == "extra_forbidden":
+        # A key of another kind of data or model is unknown here, too.
+        known = [name for name in _keys(root or Config, prefix) if name != key]
+        return f"{key}: unknown key{_nearest(key, known)}"
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "union_tag_not_found":
+        return f"{key}: missing {problem['ctx']['discriminator']}, one of {_tags(key)}"
+    if kind == "union_tag_invalid":
+        tag = problem["ctx"]["tag"]
+        name = problem["ctx"]["discriminator"].strip("'")
+        return f"{key}.{name}: expected one of {_tags(key)}, got {tag!r}{_nearest(tag, _tags(key))}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key}: expected keys with values, got {got!r}"
+    expected = problem["msg"].removeprefix("Input should be ")
+    near = _nearest(got, _choices(problem)) if isinstance(got, str) else ""
+    return f"{key}: expected {expected}, got {got!r} ({type(got).__name__}){near}"
+
+
+def _choices(problem: Any) -> list[str]:
+    if problem["type"] != "literal_error":
+        return []
+    return [
+        word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
+    ]
+
+
+def _tags(key: str) -> list[str]:
+    return list(METHODS if key == "model" else KINDS)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """A key as the user writes it: pydantic puts the union's member after `model` and `data`."""
+    parts = [str(part) for part in location]
+    if len(parts) > 1 and parts[0] in ("model", "data") and parts[1] in (*METHODS, *KINDS):
+        del parts[1]
+    return ".".join(parts)
+
+
+def _keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key below a section, of all members of a union."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """ "; nearest: ..." where something like `name` is known: here, or of that name elsewhere."""
+    section, _, last = name.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=1)]
+    near += [key for key in known if key.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(name, known, n=1)
+    return f"; nearest: {near[0]}" if near else ""

@@ -1,0 +1,196 @@
+"""From a checkpoint to probe results and a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.data import Batch, HashedWords, Loader
+from jepa_fast.eval.figures import MaskExample, WordMap
+from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
+from jepa_fast.eval.report import write_report
+from jepa_fast.train.build import (
+    Prepare,
+    build_model,
+    build_probe_loader,
+    build_text,
+    build_transform,
+)
+from jepa_fast.train.checkpoint import load_checkpoint, load_weights
+from jepa_fast.train.config import Config, parse_config
+from jepa_fast.train.distributed import resolve_device
+from jepa_fast.train.logs import read_rows
+from jepa_fast.train.run import failures
+
+_PICTURES = 4  # images shown in a report
+
+
+def evaluate(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    untrained_seeds: int = 0,
+    output: str | Path | None = None,
+    report: bool = False,
+) -> list[ProbeComparison]:
+    """Probe the teacher of a checkpoint: kNN, linear, and per patch where patches have labels.
+
+    Args:
+        checkpoint: file, or the output folder of a run.
+        overrides: `key=value` over the run's own configuration, such as `data.val=...`.
+        untrained_seeds: also probe so many untrained models of the same kind.
+        output: JSON file for the results; None: `eval.json` beside the checkpoint.
+        report: also write `report.html` beside the checkpoint.
+
+    Returns:
+        The probes; `untrained` is empty without untrained seeds.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such checkpoint, or its data are not here.
+    """
+    path = Path(checkpoint)
+    folder = path if path.is_dir() else path.parent
+    state = load_checkpoint(path)
+    config = parse_config(state["config"], overrides, source=str(checkpoint))
+    device = torch.device(resolve_device(config.device))
+    model = build_model(config).to(device)
+    load_weights(model, state)
+    known, asked = (build_probe_loader(config, split, device) for split in ("probe", "val"))
+
+    started = time.perf_counter()
+    probes = _probe(config, model, known, asked, device, untrained_seeds)
+    results = {
+        "checkpoint": str(checkpoint),
+        "step": state["step"],
+        "images": {"known": len(known.source), "asked": len(asked.source)},
+        "skipped": {"known": known.skipped, "asked": asked.skipped},
+        "seconds": round(time.perf_counter() - started, 1),
+        "probes": {p.name: {"trained": p.trained, "untrained": p.untrained} for p in probes},
+    }
+    (Path(output) if output else folder / "eval.json").write_text(
+        json.dumps(results, indent=2) + "\n"
+    )
+    if report:
+        _report(folder, config, model, probes, next(iter(asked)), device)
+    return probes
+
+
+def format_probes(probes: Sequence[ProbeComparison]) -> str:
+    """A table of the probes, as text."""
+    if not any(probe.untrained for probe in probes):
+        return "\n".join(f"{probe.name:<8} {probe.trained:>8.2%}" for probe in probes)
+    seeds = len(probes[0].untrained)
+    lines = [f"{'probe':<8} {'trained':>8}   {f'untrained, {seeds} seeds':<28} {'gain':>12}"]
+    for p in probes:
+        untrained = f"{p.mean:.2%} (std {p.std:.2%}, {p.low:.2%}..{p.high:.2%})"
+        lines.append(f"{p.name:<8} {p.trained:>8.2%}   {untrained:<36} {100 * p.gain:+.2f} points")
+    return "\n".join(lines)
+
+
+def _probe(
+    config: Config,
+    model: Any,
+    known: Loader,
+    asked: Loader,
+    device: torch.device,
+    untrained_seeds: int,
+) -> list[ProbeComparison]:
+    options: dict[str, Any] = {"device": device, **config.eval.model_dump(exclude={"batch_size"})}
+    if untrained_seeds == 0:
+        found = probe_all(model.encode, known, asked, **options)
+        return [ProbeComparison(name, value, ()) for name, value in found.items()]
+    return compare_with_untrained(
+        model.encode,
+        lambda: build_model(config).to(device).encode,
+        known,
+        asked,
+        seeds=range(untrained_seeds),
+        **options,
+    )
+
+
+def _report(
+    folder: Path,
+    config: Config,
+    model: Any,
+    probes: list[ProbeComparison],
+    batch: Batch,
+    device: torch.device,
+) -> None:
+    model.eval()
+    rows = read_rows(folder)
+    problems = failures(rows, config.train) if rows else []
+    findings = [(False, problem) for problem in problems]
+    if rows and not problems:
+        findings.append((True, f"trained for {rows[-1]['step']:,.0f} steps without collapse"))
+    for p in (p for p in probes if p.untrained):
+        verb = "beyond" if p.beyond_spread else "within"
+        findings.append((p.beyond_spread, f"{p}: {verb} the spread of the untrained encoders"))
+    text = build_text(config, device)
+    few = _first(batch, _PICTURES)
+    images, masks, _ = Prepare(config, model, text, device)(few, 0)
+    pictures = build_transform(config, train=False).denormalise(images).cpu()
+    valid = masks.context_mask if masks.context_mask is not None else masks.context >= 0
+    notes = []
+    if isinstance(text, HashedWords):
+        notes.append("Words have fixed hashed vectors, not those of a pretrained text encoder.")
+    write_report(
+        folder / "report.html",
+        title=f"{folder.name}: {type(model).__name__}",
+        rows=rows,
+        probes=[p for p in probes if p.untrained],
+        masks=[
+            MaskExample(
+                pictures[i], masks.context[i][valid[i]].cpu(), masks.targets[i].cpu(), masks.grid
+            )
+            for i in range(len(few))
+        ],
+        word_maps=_word_maps(config, model, text, few, images, pictures),
+        findings=findings,
+        notes=notes,
+        config=config.as_dict(),
+        limits={
+            name: least
+            for name, least in (
+                ("target_rank", config.train.collapse.min_rank),
+                ("target_std_mean", config.train.collapse.min_std),
+            )
+            if least > 0
+        },
+    )
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    return Batch(
+        batch.images[:count], batch.labels[:count], batch.ids[:count], batch.captions[:count]
+    )
+
+
+def _word_maps(
+    config: Config, model: Any, text: Any, batch: Batch, images: Tensor, pictures: Tensor
+) -> list[WordMap]:
+    """Similarity of patches to the words of one caption an image, another one for every image."""
+    if config.model.method != "tcjepa" or config.model.conditioning != "words":
+        return []
+    told = [some[i % len(some)] if some else "" for i, some in enumerate(batch.captions)]
+    words = text([[caption] for caption in told], 1).to(images.device)
+    similarity = model.similarity_map(
+        images, None, words.words, words.word_mask, words.caption_mask
+    ).cpu()
+    return [
+        WordMap(
+            picture,
+            split,
+            similarity[i, 0, :, : len(split)],
+            model.encoder.grid,
+            caption,
+        )
+        for i, (picture, caption) in enumerate(zip(pictures, told, strict=True))
+        if (split := text.split(caption))
+    ]

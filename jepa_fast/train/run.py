@@ -1,0 +1,120 @@
+"""A whole run: from a configuration to checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from jepa_fast.train.build import Prepare, build_loader, build_model, build_text
+from jepa_fast.train.checkpoint import CheckpointFolder, load_checkpoint
+from jepa_fast.train.config import Config, TrainConfig
+from jepa_fast.train.distributed import join_world
+from jepa_fast.train.errors import ConfigError
+from jepa_fast.train.logs import Row, read_rows
+from jepa_fast.train.trainer import Trainer
+
+_log = logging.getLogger(__name__)
+
+
+def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = False) -> list[str]:
+    """Train by a configuration, in this process or as one of torchrun's.
+
+    Args:
+        config: of the run.
+        resume: checkpoint, or folder with `last.pt`, to continue from; "" for the output folder.
+        overwrite: replace an earlier run in the output folder.
+
+    Returns:
+        Why the finished run counts as failed (`failures`); empty if it does not, and on all ranks
+        but the first.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot start.
+        NonFiniteError, Interrupted: it stopped on the way, see `Trainer.fit`.
+    """
+    folder = Path(config.output)
+    with join_world(config.device) as world:
+        state = None
+        if resume is not None:
+            state = load_checkpoint(resume or folder)
+            _tell_differences(state["config"], config.as_dict())
+        elif world.is_main:
+            _make_room(folder, overwrite)
+        torch.manual_seed(config.seed)
+        model = build_model(config).to(world.device)
+        # The ranks start from the same weights, and draw different noise.
+        torch.manual_seed(config.seed + world.rank)
+        text = build_text(config, world.device)
+        trainer = Trainer(
+            model=model,
+            loader=build_loader(config, world),
+            prepare=Prepare(config, model, text, world.device),
+            config=config.train,
+            folder=folder,
+            world=world,
+            described=config.as_dict(),
+            tensorboard=config.tensorboard,
+        )
+        if state is not None:
+            trainer.restore(state)
+            _log.info("resumed at step %d of %d", trainer.step, trainer.total_steps)
+        if world.is_main:
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        trainer.fit()
+        return failures(read_rows(folder), config.train) if world.is_main else []
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    checkpoints = CheckpointFolder(folder, keep=0)
+    if checkpoints.last is not None and not overwrite:
+        raise ConfigError(
+            f"output: {folder} holds a run already; --resume continues it, --overwrite replaces "
+            "it, output=FOLDER starts another one"
+        )
+    checkpoints.clear()
+
+
+def _tell_differences(saved: dict[str, Any], present: dict[str, Any], prefix: str = "") -> None:
+    for key in sorted(saved.keys() | present.keys()):
+        before, now = saved.get(key), present.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            _tell_differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            _log.warning("%s%s is %s here, and was %s before", prefix, key, now, before)
+
+
+def failures(rows: list[Row], config: TrainConfig) -> list[str]:
+    """Why a finished run is a failed one: collapsed, or nothing learned. Empty if neither.
+
+    Args:
+        rows: what was logged; the first row is the run's beginning, the last tenth its end.
+        config: thresholds `collapse`, and `require_learning`.
+    """
+    end = rows[-max(1, len(rows) // 10) :]
+
+    def at_end(name: str) -> float:
+        values = [row.get(name) for row in end]
+        return sum(math.nan if value is None else value for value in values) / len(values)
+
+    found = []
+    for name, key, least in (
+        ("effective rank", "target_rank", config.collapse.min_rank),
+        ("mean standard deviation", "target_std_mean", config.collapse.min_std),
+    ):
+        if least > 0 and not at_end(key) >= least:
+            value = f"{at_end(key):.4g}, expected {least:g} or more"
+            found.append(f"collapsed: the {name} of the targets is {value}")
+    if config.require_learning:
+        first, last = rows[0]["loss"], at_end("loss")
+        if len(rows) < 2:
+            found.append(
+                "nobody can tell whether the loss fell from one logged row; lower train.log_every"
+            )
+        elif first is None or not last < first:
+            found.append(f"the loss did not fall: {first} at first, {last:.4g} at the end")
+    return found

@@ -1,0 +1,299 @@
+"""The training loop. It knows no model and no data set, and may be stopped anywhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_fast.data.batch import Batch
+from jepa_fast.data.extras import require
+from jepa_fast.data.loader import Loader
+from jepa_fast.errors import CheckpointError
+from jepa_fast.masks import BlockMasks
+from jepa_fast.optim.groups import parameter_groups
+from jepa_fast.train.checkpoint import CheckpointFolder, load_weights, rng_state, set_rng_state
+from jepa_fast.train.config import TrainConfig
+from jepa_fast.train.distributed import (
+    World,
+    average,
+    average_gradients,
+    broadcast_state,
+    gather_objects,
+    on_any_rank,
+)
+from jepa_fast.train.errors import Interrupted, NonFiniteError
+from jepa_fast.train.logs import Logs
+from jepa_fast.train.schedules import warmup_cosine
+
+Inputs = tuple[Tensor, BlockMasks, dict[str, Tensor]]
+
+
+@dataclass
+class Trainer:
+    """Trains a model from `step` to `total_steps`.
+
+    What is random in a step is a function of (seed, step, sample id) or comes from the global
+    generators; a checkpoint holds their state, the loader's, the model's and the optimizer's, so a
+    resumed run is the uninterrupted one, bit for bit (one process, float32, same machine).
+
+    Args:
+        model: on `world.device`; `model(images, masks, **text)` gives a `JepaOutput`, and
+            `model.update_target(momentum)` moves its teacher.
+        loader: training batches, this rank's share of each.
+        prepare: `prepare(batch, step)` gives images, masks and text on `world.device`.
+        config: the `train` section.
+        folder: where logs and checkpoints go.
+        world: this process among those of the run.
+        described: kept in every checkpoint under `config`, so that it can be used on its own.
+        tensorboard: also write TensorBoard events.
+    """
+
+    model: nn.Module
+    loader: Loader
+    prepare: Callable[[Batch, int], Inputs]
+    config: TrainConfig
+    folder: Path
+    world: World
+    described: dict[str, Any] = field(default_factory=dict)
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        steps_per_epoch = len(self.loader)
+        self.step = 0  # updates done
+        self.total_steps = self.config.steps or self.config.epochs * steps_per_epoch
+        self.warmup_steps = self.config.lr.warmup_epochs * steps_per_epoch
+        self.checkpoint_every = self.config.checkpoint_every or steps_per_epoch
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.config.weight_decay.start),
+            lr=self.config.lr.start,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            fused=True,
+        )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.checkpoints = CheckpointFolder(self.folder, self.config.keep_checkpoints)
+        self._sums = _DeviceSums()
+        self._bad_step = torch.tensor(-1, device=self.world.device)
+        self._signal: int | None = None
+        self._window_start = 0.0
+
+    def fit(self) -> None:
+        """Train to the end of the schedule.
+
+        Raises:
+            NonFiniteError: the loss or a weight is no longer finite.
+            Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
+        """
+        broadcast_state(self.model, self.world)
+        self.model.train()
+        batches = self._batches()
+        with self._stop_signals(), self._progress() as progress, self._logs() as logs:
+            while self.step < self.total_steps:
+                batch = next(batches)
+                schedule = self._update(batch)
+                self.step += 1
+                if self.step == 1:
+                    # ActNorm initialises itself from its first batch, another one on each rank.
+                    broadcast_state(self.model, self.world)
+                progress.update(len(batch) * self.world.size)
+
+                at_end = self.step == self.total_steps
+                stop = on_any_rank(self._signal is not None, self.world)
+                if self.step % self.config.log_every == 0 or at_end:
+                    self._check_finite()
+                    row = self._row(schedule, progress)
+                    progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    if logs is not None:
+                        logs.write(row)
+                if self.step % self.checkpoint_every == 0 or at_end or stop:
+                    self.save()
+                if stop:
+                    number = self._signal or signal.SIGTERM  # another rank's signal
+                    raise Interrupted(number, self.checkpoints.path / "last.pt")
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step; gives what the schedules said."""
+        config = self.config
+        # As in the public I-JEPA code: learning rate and weight decay advance before the update.
+        done, total = self.step + 1, self.total_steps
+        lr = warmup_cosine(
+            done,
+            total=total,
+            warmup=self.warmup_steps,
+            start=config.lr.start,
+            peak=config.lr.peak,
+            final=config.lr.final,
+        )
+        weight_decay = config.weight_decay.at(done, total)
+        momentum = config.momentum.at(self.step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+        images, masks, text = self.prepare(batch, self.step)
+        with torch.autocast(
+            self.world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
+        ):
+            output = self.model(images, masks, **text)
+        output.loss.backward()
+        average_gradients(self.parameters, self.world)
+        metrics = {"loss": output.loss.detach(), **output.metrics}
+        if config.clip_grad is not None:
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.update_target(momentum)  # type: ignore[operator]
+
+        self._sums.add(metrics)
+        is_first_bad = (self._bad_step < 0) & ~metrics["loss"].isfinite()
+        self._bad_step = torch.where(is_first_bad, self.step, self._bad_step)
+        return {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, unless that is not finite.
+
+        Raises:
+            NonFiniteError: instead of writing it.
+        """
+        self._check_finite()
+        mine = {"loader": self.loader.state_dict(), "rng": rng_state()}
+        ranks = gather_objects(mine, self.world)
+        if self.world.is_main:
+            self.checkpoints.save(
+                {
+                    "config": self.described,
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "ranks": ranks,
+                },
+                self.step,
+            )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, as `load_checkpoint` gives it.
+
+        Raises:
+            CheckpointError: it is of another model, data set or number of processes.
+        """
+        if len(state["ranks"]) != self.world.size:
+            raise CheckpointError(
+                f"the checkpoint is of a run with {len(state['ranks'])} processes, this one has "
+                f"{self.world.size}; resume with as many"
+            )
+        load_weights(self.model, state)
+        mine = state["ranks"][self.world.rank]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.loader.load_state_dict(mine["loader"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
+        set_rng_state(mine["rng"])
+        self.step = state["step"]
+
+    def _batches(self) -> Iterator[Batch]:
+        while True:
+            yield from self.loader  # the rest of an epoch
+
+    def _row(self, schedule: dict[str, float], progress: Any) -> dict[str, float]:
+        """What to log of the steps since the last row: means over steps and ranks."""
+        count, means = self._sums.means(self.world)
+        images = count * self.loader.batch_size * self.world.size
+        now = time.perf_counter()
+        seconds, self._window_start = now - self._window_start, now
+        return {
+            "step": self.step,
+            "epoch": self.step / len(self.loader),
+            "images_per_second": images / seconds,
+            **schedule,
+            **means,
+        }
+
+    def _check_finite(self) -> None:
+        bad = self._bad_step >= 0
+        for p in self.parameters:
+            bad = bad | ~p.detach().isfinite().all()
+        if not on_any_rank(bool(bad), self.world):
+            return
+        at = int(self._bad_step)
+        what = f"the loss was not finite at step {at}" if at >= 0 else "a weight is not finite"
+        last = self.checkpoints.last
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise NonFiniteError(
+            f"{what} (noticed after step {self.step}); {kept}. Try a lower train.lr.peak, a longer "
+            "warm-up, train.clip_grad=1 or train.precision=float32"
+        )
+
+    @contextmanager
+    def _logs(self) -> Iterator[Logs | None]:
+        self._window_start = time.perf_counter()
+        if not self.world.is_main:
+            yield None
+            return
+        logs = Logs(self.folder, self.step, self.tensorboard)
+        try:
+            yield logs
+        finally:
+            logs.close()
+
+    def _progress(self) -> Any:
+        batch = self.loader.batch_size * self.world.size
+        return require("tqdm", "The progress bar").tqdm(
+            total=self.total_steps * batch,
+            initial=self.step * batch,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self.world.is_main,
+        )
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT is noted; a second one acts as it would elsewhere."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(number: int, frame: Any) -> None:
+            self._signal = number
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _DeviceSums:
+    """Sums of metrics over steps, kept on the device so that a step does not wait for it."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self._names = list(metrics)
+        values = torch.stack([value.float() for value in metrics.values()])
+        self._sum = values if self._sum is None else self._sum + values
+        self._count += 1
+
+    def means(self, world: World) -> tuple[int, dict[str, float]]:
+        """Number of steps, and the metrics' means over them and the ranks; starts anew."""
+        if self._sum is None:
+            return 0, {}
+        means = average(self._sum / self._count, world).tolist()
+        count, self._sum, self._count = self._count, None, 0
+        return count, dict(zip(self._names, means, strict=True))
