@@ -78,6 +78,15 @@ def test_the_collators_lists_are_accepted() -> None:
         model(images, ([CONTEXT, CONTEXT], list(TARGETS.unbind(1))))
 
 
+def test_images_of_another_size_are_not_matched_with_the_wrong_patches() -> None:
+    encoder = VisionTransformer(16, 4, 32, 1, 2, interpolate_positions=True)
+    model = IJepa(encoder, predictor_dim=24, predictor_depth=1)
+    images = torch.randn(2, 3, 16, 32)
+    assert model.encode(images).shape == (2, 32, 32)
+    with pytest.raises(ValueError, match=r"images: expected 16 patches.*got 32"):
+        model(images, BlockMasks(CONTEXT, TARGETS, None, (4, 4)))
+
+
 def test_ragged_contexts_equal_one_image_at_a_time() -> None:
     model, images = build(), torch.randn(2, 3, 16, 16)
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])

@@ -122,6 +122,13 @@ def test_vision_models_as_encoders(family: str, prefix: int) -> None:
     assert padded.isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["ijepa", "vit", "deit", "dinov2"])
+def test_every_trained_parameter_gets_a_gradient(family: str) -> None:
+    encoder = TransformersEncoder(build(family)).train()
+    encoder(torch.randn(2, 3, 16, 16), KEEP, MASK)[MASK].square().sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+
+
 def test_subsets_are_refused_where_positions_depend_on_the_whole_grid() -> None:
     encoder = TransformersEncoder(build("dinov3_vit"))
     assert encoder(torch.randn(1, 3, 16, 16)).shape == (1, 16, 32)

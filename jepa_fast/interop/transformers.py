@@ -129,7 +129,8 @@ class TransformersEncoder(nn.Module):
     of patches (``keep``) works for the families in ``SUBSET_FAMILIES``.
 
     Args:
-        model: kept as it is, and trained with us if its parameters require gradients.
+        model: kept, and trained with us where its parameters require gradients; its pooler and mask
+            token, which no token depends on, stop requiring them.
 
     Raises:
         TypeError: the configuration lacks the sizes that an encoder needs.
@@ -150,6 +151,11 @@ class TransformersEncoder(nn.Module):
                 "jepa_fast.nn.vit.Encoder around it"
             )
         self.model: Any = model
+        # Tokens of unmasked images never use these; distributed training refuses to wait for them.
+        embeddings = getattr(model, "embeddings", None)
+        for unused in (getattr(model, "pooler", None), getattr(embeddings, "mask_token", None)):
+            if unused is not None:
+                unused.requires_grad_(False)
         height, width = _sides(sizes["image_size"], "image_size")
         patch_height, patch_width = _sides(sizes["patch_size"], "patch_size")
         self.grid = (height // patch_height, width // patch_width)

@@ -34,7 +34,8 @@ def collapse_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
     metrics = {}
     for name, tokens in (("prediction", prediction), ("target", target)):
         tokens = tokens.detach().flatten(0, -2).float()
-        std = tokens.std(dim=0, correction=0)
+        # Several times faster on the CPU than torch.std along the first dimension.
+        std = (tokens - tokens.mean(dim=0)).square().mean(dim=0).sqrt()
         metrics[f"{name}_std_mean"] = std.mean()
         metrics[f"{name}_std_min"] = std.amin()
         metrics[f"{name}_rank"] = effective_rank(tokens)

@@ -82,12 +82,13 @@ class IJepa(nn.Module):
             Loss, collapse metrics, and prediction and target ``[M * B, Kt, D]``, block-major.
 
         Raises:
-            ValueError: masks that do not fit the encoder's grid, or an unknown ``loss``.
+            ValueError: masks or images that do not fit the encoder's grid, or an unknown ``loss``.
         """
         from jepa_fast import ops
 
         masks = BlockMasks.coerce(masks, self.encoder.grid)
         teacher = self.encode(images)
+        check_patch_count(teacher, masks)
         context = self.encoder(images, masks.context, masks.context_mask)
         prediction = self.predictor(context, masks.context, masks.targets, masks.context_mask)
         loss = ops.latent_loss(
@@ -141,6 +142,20 @@ def update_teacher(teacher: nn.Module, encoder: nn.Module, momentum: float | Ten
     ops.ema_update_(list(teacher.parameters()), list(encoder.parameters()), momentum)
     for mine, theirs in zip(teacher.buffers(), encoder.buffers(), strict=True):
         mine.copy_(theirs)
+
+
+def check_patch_count(teacher: Tensor, masks: BlockMasks) -> None:
+    """Refuse tokens ``[B, N, D]`` of images whose patches are not those that the masks count.
+
+    Raises:
+        ValueError: ``N`` is not the number of patches of the masks' grid.
+    """
+    height, width = masks.grid
+    if teacher.shape[1] != height * width:
+        raise ValueError(
+            f"images: expected {height * width} patches, as the {height}x{width} grid of the masks "
+            f"has, got {teacher.shape[1]}; train on images of the size the encoder was built for"
+        )
 
 
 @torch.no_grad()

@@ -28,21 +28,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, skip: int = 0) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, T, dim]``.
             key_mask: ``[B, T]`` bool, False where a token must not be attended to.
+            skip: leading tokens that are attended to, but whose own outputs nobody needs.
 
         Returns:
-            ``[B, T, dim]``.
+            ``[B, T - skip, dim]``.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, dim / heads]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, heads, T, dim / heads]
         # Without padding no mask is passed: SDPA then keeps its fastest path.
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(q[:, :, skip:], k, v, attn_mask=mask)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -77,7 +78,7 @@ class Block(nn.Module):
         # Rounded down, as the public code does, but not because a ratio like 48 / 11 is inexact.
         self.mlp = Mlp(dim, int(round(dim * mlp_ratio, 6)))
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """``[B, T, dim]`` to ``[B, T, dim]``; ``key_mask`` as in :class:`Attention`."""
-        x = x + self.attn(self.norm1(x), key_mask)
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, skip: int = 0) -> Tensor:
+        """``[B, T, dim]`` to ``[B, T - skip, dim]``; arguments as in :meth:`Attention.forward`."""
+        x = x[:, skip:] + self.attn(self.norm1(x), key_mask, skip)
         return x + self.mlp(self.norm2(x))
