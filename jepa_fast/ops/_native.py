@@ -41,7 +41,7 @@ def missing_cuda() -> list[str]:
 def _load() -> dict[str, list[str]]:
     """Loads the library, once; for each part why it is not there."""
     path = _build.PACKAGE / _build.LIBRARY
-    record = _build.Record.read()
+    record = _build.Record.read(_build.PACKAGE)
     if not path.is_file() or record is None:
         why_not = record.why_not if record else {}
         return {part: _not_built(part, why_not.get(part)) for part in _build.PARTS}

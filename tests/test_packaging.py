@@ -1,0 +1,143 @@
+"""What an installation brings, with and without the native library, and what says so."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from jepa_fast.ops import _build, _native
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+pytestmark = pytest.mark.skipif(
+    int(version("setuptools").partition(".")[0]) < 77,
+    reason="needs setuptools 77 or later, as pyproject.toml says",
+)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The sources, so that building leaves nothing behind in the checkout."""
+    copy = tmp_path / "tree"
+    left_out = shutil.ignore_patterns("*.so", "_native_build.json", "__pycache__", "*.egg-info")
+    for name in ("jepa_fast", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=left_out)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def _wheel(tree: Path, *, torch: bool = True, **environment: str) -> Path:
+    """Builds as pip does without isolation; `torch=False`: as in isolation, where there is none."""
+    hide = "" if torch else "sys.modules['torch'] = None; "
+    program = f"import sys; {hide}from setuptools import build_meta; build_meta.build_wheel('dist')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tree,
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    return wheel
+
+
+def _names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_pure_wheel_has_what_is_needed_to_add_the_library(tree: Path) -> None:
+    wheel = _wheel(tree, torch=False)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = _names(wheel)
+    data = ("csrc/**/*", "jepa_fast/**/*.json", "jepa_fast/**/*.yaml", "jepa_fast/**/*.html")
+    expected = {
+        str(path.relative_to(tree)).replace("csrc/", "jepa_fast/_csrc/", 1)
+        for pattern in data
+        for path in tree.glob(pattern)
+        if path.is_file() and "build" not in path.relative_to(tree).parts
+    }
+    assert expected
+    assert expected <= names
+    assert "jepa_fast/py.typed" in names
+    assert not {name for name in names if name.endswith(".so") or name.startswith("tests/")}
+
+
+@needs_compiler
+def test_a_compiler_error_is_kept_and_the_rest_is_built(tree: Path, tmp_path: Path) -> None:
+    """nvcc fails: the wheel has the CPU kernels alone, and its record says what nvcc said."""
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho compute_90; case $* in *-c*) echo broken >&2; exit 1;; esac\n")
+    nvcc.chmod(0o755)
+    wheel = _wheel(tree, CUDA_HOME=str(tmp_path / "cuda"))
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    record = _build.Record.read(tmp_path / "jepa_fast")
+    assert record is not None
+    assert record.parts == ["cpu"]
+    assert "broken" in record.why_not["cuda"]
+    assert "-gencode=arch=compute_90,code=sm_90" in record.why_not["cuda"]
+    program = "import torch, sys; torch.ops.load_library(sys.argv[1])"
+    library = str(tmp_path / "jepa_fast" / _build.LIBRARY)
+    loaded = subprocess.run(
+        [sys.executable, "-c", program, library], capture_output=True, text=True
+    )
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_no_compiler_still_installs_and_says_so(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = _wheel(tree, CXX="no-such-compiler")
+    assert f"jepa_fast/{_build.LIBRARY}" not in _names(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tree / "site")
+    record = _build.Record.read(tree / "site/jepa_fast")
+    assert record is not None
+    assert record.parts == []
+    assert "no-such-compiler is not on the PATH" in record.why_not["cpu"]
+    monkeypatch.setattr(_build, "PACKAGE", tree / "site/jepa_fast")
+    _native._load.cache_clear()
+    try:
+        (reason,) = _native.missing()
+        assert "no-such-compiler" in reason
+        assert "`jepa-fast build` builds it" in reason
+    finally:
+        monkeypatch.undo()
+        _native._load.cache_clear()
+
+
+def test_wanted_parts_that_cannot_be_built_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / _build.LIBRARY).write_text("an earlier library")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(_build.BuildError, match="no-such-compiler is not on the PATH"):
+        _build.build(tmp_path, "cpu")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("CUDA_HOME", "/no/such/folder")
+    with pytest.raises(_build.BuildError, match=r"/no/such/folder/bin/nvcc not found"):
+        _build.build(tmp_path, "cuda")
+    assert (tmp_path / _build.LIBRARY).read_text() == "an earlier library"
+    with pytest.raises(_build.BuildError, match="must be one of"):
+        _build.build(tmp_path, "gpu")
+    monkeypatch.setenv("JEPA_FAST_BUILD", "gpu")
+    with pytest.raises(_build.BuildError, match="JEPA_FAST_BUILD must be one of"):
+        _build.wanted()
+
+
+@needs_compiler
+def test_the_library_is_there_where_a_compiler_is() -> None:
+    """An installation that silently lacks its kernels would let every other test pass."""
+    assert _native.missing() == []
