@@ -277,7 +277,7 @@ class WordConditioning(Conditioning):
         if pool_query is None:
             weights = present / present.sum(1, keepdim=True)
         else:
-            scores = (y.float() @ pool_query.float())[..., None]
+            scores = (y * pool_query).sum(-1, keepdim=True)
             weights = scores.masked_fill(~present, -torch.inf).softmax(1)
         return (y * weights.to(y.dtype)).sum(1)
 
