@@ -13,8 +13,8 @@ _NARROW_ROWS = 1024  # tokens looked at where the width itself is at most _GRAM_
 # Nodes of the trapezoid rule in effective_rank: u from log of the smallest share that counts up to
 # where a resolvent of a trace-one matrix equals exp(-u); beyond, that is summed in closed form.
 _STEP = 2.0
-_NODES = tuple(-22.0 + _STEP * i for i in range(15))
-_TAIL = tuple(_NODES[-1] + _STEP * i for i in range(1, 41))
+_FIRST, _NODES = -22.0, 15
+_TAIL = tuple(_FIRST + _STEP * i for i in range(_NODES, _NODES + 40))
 _TAIL_SUM = sum(math.exp(-u / 2) for u in _TAIL)
 _TAIL_LOG_SUM = sum(u * math.exp(-u / 2) for u in _TAIL)
 
@@ -70,7 +70,7 @@ def effective_rank(tokens: Tensor) -> Tensor:
     gram = gram / gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
 
     side = gram.shape[0]
-    u = torch.tensor(_NODES, dtype=gram.dtype, device=gram.device)
+    u = _FIRST + _STEP * torch.arange(_NODES, dtype=gram.dtype, device=gram.device)
     shift = u.exp()
     shifted = gram + shift[:, None, None] * torch.eye(side, dtype=gram.dtype, device=gram.device)
     inverse, _ = torch.linalg.inv_ex(shifted)  # [nodes, side, side]
