@@ -15,7 +15,7 @@ class JepaOutput:
         loss: scalar float32, to call ``backward`` on.
         metrics: 0-dim tensors by name, detached, on the model's device; making them waits for
             nothing, so read them (``.item()``) only when they are wanted.
-        prediction: what was predicted, ``[M * B, Kt, D]``, block-major.
+        prediction: what was predicted, ``[M * B, Kt, D]``, block-major, detached.
         target: what it is compared with, same shape, without gradient.
     """
 
