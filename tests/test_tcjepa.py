@@ -328,6 +328,9 @@ def test_errors() -> None:
     given["word_mask"] = WORD_MASK[:, :1]
     with pytest.raises(ValueError, match=r"word_mask: expected \[3, 2, 3\], got \[3, 1, 3\]"):
         model(masks=MASKS, **given)
+    model.encoder.interpolate_positions = model.target_encoder.interpolate_positions = True
+    with pytest.raises(ValueError, match="images: expected 16 patches"):
+        model(masks=MASKS, **{**batch(), "images": torch.zeros(3, 3, 32, 32)})
     given = {**batch(), "words": torch.zeros(3, 2, 3, 7)}
     with pytest.raises(ValueError, match=r"words: expected \[3, C, S, 10\].*got \[3, 2, 3, 7\]"):
         model(masks=MASKS, **given)

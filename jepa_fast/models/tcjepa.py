@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.masks import BlockMasks
 from jepa_fast.models.collapse import collapse_metrics
-from jepa_fast.models.ijepa import IJepa, Masks, gather_targets
+from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.text_conditioner import CONDITIONERS, Captions, WordConditioner, WordConditioning
 
@@ -135,13 +135,14 @@ class TCJepa(IJepa):
             ``consistency``, ``positive_cosine_share`` and ``attention_entropy`` (1: uniform).
 
         Raises:
-            TypeError, ValueError: masks or captions that do not fit.
+            TypeError, ValueError: masks, images or captions that do not fit.
         """
         masks = BlockMasks.coerce(masks, self.encoder.grid)
         captions = Captions.of(
             words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
         )
         teacher = self.encode(images)
+        check_patch_count(teacher, masks)
         prediction, text = self._predict(images, masks, captions)
         loss = ops.latent_loss(
             prediction,
