@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ def test_momentum_runs_straight_to_one() -> None:
     assert values[0] == 0.996
     assert values[50] == pytest.approx(0.998, abs=1e-12)
     assert values[100] == pytest.approx(1.0, abs=1e-12)
-    steps = [later - earlier for earlier, later in zip(values, values[1:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(values)]
     assert max(steps) - min(steps) < 1e-12
 
 

@@ -132,8 +132,11 @@ def build_source(config: Config, split: Split) -> Source:
     with _naming(f"data.{name}"):
         if data.kind == "digits":
             own = {"kind", "train_length", "val_length", "probe_length", *DataBase.model_fields}
+            options = data.model_dump(exclude=own)
+            if split == "train":
+                options["patch"] = None  # only probes look at the labels of patches
             length = getattr(data, f"{split}_length")
-            return DigitScenes(length, split=name, seed=config.seed, **data.model_dump(exclude=own))
+            return DigitScenes(length, split=name, seed=config.seed, **options)
         path = getattr(data, name)
         if path is None:
             raise ValueError("expected a path, got none")

@@ -46,6 +46,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -195,8 +198,8 @@ class TextSection(Section):
     captions: Positive = 8
     max_words: Positive = 64
     dim: Positive = 256
-    context: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    position: Annotated[float, Field(ge=0)] = 0.0
+    context: BelowOne = 0.0
+    position: NonNegative = 0.0
     normalize: Literal["none", "word", "sequence"] = "none"
     trust_remote_code: bool = False
 
@@ -209,15 +212,15 @@ class LearningRate(Section):
 
     start: PositiveFloat = 2e-4
     peak: PositiveFloat = 1e-3
-    final: Annotated[float, Field(ge=0)] = 1e-6
-    warmup_epochs: Annotated[float, Field(ge=0)] = 40.0
+    final: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 40.0
 
 
 class Ramp(Section):
     """A value that goes from `start` to `final`; a plain number stands for a constant."""
 
-    start: Annotated[float, Field(ge=0)]
-    final: Annotated[float, Field(ge=0)]
+    start: NonNegative
+    final: NonNegative
     shape: Literal["linear", "cosine"] = "linear"
 
     def at(self, step: float, total: float) -> float:
@@ -226,18 +229,30 @@ class Ramp(Section):
         return schedule(step, total=total, start=self.start, final=self.final)
 
 
+class WeightDecay(Ramp):
+    """I-JEPA's."""
+
+    start: NonNegative = 0.04
+    final: NonNegative = 0.4
+    shape: Literal["linear", "cosine"] = "cosine"
+
+
+class Momentum(Ramp):
+    """I-JEPA's, of the teacher."""
+
+    start: Share = 0.996
+    final: Share = 1.0
+
+
 def _constant(value: Any) -> Any:
     return value if isinstance(value, (dict, Ramp)) else {"start": value, "final": value}
-
-
-RampOrConstant = Annotated[Ramp, BeforeValidator(_constant)]
 
 
 class Collapse(Section):
     """What counts as collapsed: targets of a lower effective rank, or spread a dimension."""
 
-    min_rank: Annotated[float, Field(ge=0)] = 0.0
-    min_std: Annotated[float, Field(ge=0)] = 0.0
+    min_rank: NonNegative = 0.0
+    min_std: NonNegative = 0.0
 
 
 class TrainConfig(Section):
@@ -257,9 +272,9 @@ class TrainConfig(Section):
     steps: Positive | None = None
     batch_size: Positive = 2048
     lr: LearningRate = LearningRate()
-    weight_decay: RampOrConstant = Ramp(start=0.04, final=0.4, shape="cosine")
-    momentum: RampOrConstant = Ramp(start=0.996, final=1.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[WeightDecay, BeforeValidator(_constant)] = WeightDecay()
+    momentum: Annotated[Momentum, BeforeValidator(_constant)] = Momentum()
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip_grad: PositiveFloat | None = None
     precision: Literal["float32", "bfloat16"] = "float32"

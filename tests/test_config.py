@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jepa_fast.train.config import ConfigError, load_config, parse_config, recipe_names
+
+VALUES: dict[str, Any] = {
+    "output": "runs/x",
+    "model": {"method": "ijepa"},
+    "data": {"kind": "digits"},
+}
+
+
+def message(*overrides: str, **sections: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_config({**VALUES, **sections}, overrides, source="here")
+    source, _, problems = str(error.value).partition("\n")
+    assert source == "here:"
+    return problems
+
+
+def test_the_defaults_are_ijepas() -> None:
+    train = parse_config(VALUES).train
+    assert (train.lr.start, train.lr.peak, train.lr.final) == (2e-4, 1e-3, 1e-6)
+    assert train.lr.warmup_epochs == 40
+    assert [train.weight_decay.at(step, 100) for step in (0, 100)] == pytest.approx([0.04, 0.4])
+    assert [train.momentum.at(step, 100) for step in (0, 50)] == pytest.approx([0.996, 0.998])
+    assert (train.batch_size, train.betas, train.clip_grad) == (2048, (0.9, 0.999), None)
+
+
+def test_sections_of_signatures_have_their_defaults() -> None:
+    config = parse_config({**VALUES, "model": {"method": "tcjepa"}})
+    assert config.model.loss == "l2_norm"
+    assert config.model.consistency_weight == 0.5
+    assert config.masks.target_scale == (0.15, 0.2)
+    assert config.data.grid == (4, 4)
+
+
+def test_overrides_are_typed_by_yaml_and_reach_every_depth() -> None:
+    config = parse_config(
+        VALUES,
+        [
+            "train.lr.peak=1e-2",
+            "model.predictor_depth=3",
+            "data.captions=[rule]",
+            "train.weight_decay=0.05",
+            "train.momentum.shape=cosine",
+            "data.augment.crop_scale=[0.3, 1]",
+            "output=runs/a=b",
+        ],
+    )
+    assert config.train.lr.peak == 0.01
+    assert config.model.predictor_depth == 3
+    assert list(config.data.captions) == ["rule"]
+    assert config.train.weight_decay.at(7, 10) == 0.05
+    assert config.data.augment.crop_scale == (0.3, 1.0)
+    assert config.output == "runs/a=b"
+
+
+def test_overriding_does_not_change_what_was_passed_in() -> None:
+    parse_config(VALUES, ["model.predictor_depth=3"])
+    assert VALUES["model"] == {"method": "ijepa"}
+
+
+@pytest.mark.parametrize("name", ["demo", "cifar10_tijepa", "cifar10_prob_flow"])
+def test_a_configuration_survives_being_written(name: str) -> None:
+    config = load_config(name)
+    written = yaml.safe_dump(config.as_dict())
+    assert parse_config(yaml.safe_load(written)).as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.lr.peek=1", "train.lr.peek: unknown key; nearest: train.lr.peak"),
+        ("lr=1", "lr: unknown key; nearest: train.lr"),
+        ("batch_size=8", "batch_size: unknown key; nearest: train.batch_size"),
+        ("model.predictor_dm=8", "model.predictor_dm: unknown key; nearest: model.predictor_dim"),
+        ("masks.min_contxt=8", "masks.min_contxt: unknown key; nearest: masks.min_context"),
+        ("model.method=ijeppa", "got 'ijeppa'; nearest: ijepa"),
+        ("data.kind=imagenet", "data.kind: expected one of ['shards', 'folder', 'coco', 'digits']"),
+        ("train.precision=bf16", "'float32' or 'bfloat16', got 'bf16' (str); nearest: bfloat16"),
+        ("train.batch_size=many", "train.batch_size: expected a valid integer"),
+        ("train.batch_size=many", "got 'many' (str)"),
+        ("train.batch_size=0", "train.batch_size: expected greater than 0, got 0 (int)"),
+        ("train.weight_decay=fast", "train.weight_decay.start: expected a valid number"),
+        ("train=3", "train: expected keys with values, got 3"),
+    ],
+)
+def test_a_bad_override_is_named(override: str, problem: str) -> None:
+    assert problem in message(override)
+
+
+def test_every_problem_is_listed() -> None:
+    problems = message("train.lr.peek=1", "seed=x", "train.epochs=-1")
+    named = {line.strip().partition(":")[0] for line in problems.splitlines()}
+    assert named == {"train.lr.peek", "seed", "train.epochs"}
+
+
+def test_an_override_must_be_a_key_and_a_value() -> None:
+    with pytest.raises(ConfigError, match=r"override: expected key=value, got '--resum'"):
+        parse_config(VALUES, ["--resum"])
+    with pytest.raises(ConfigError, match=r"seed: '\[' is not valid YAML"):
+        parse_config(VALUES, ["seed=["])
+    with pytest.raises(ConfigError, match=r"seed\.x: 'seed' is the value 3, it has no keys"):
+        parse_config({**VALUES, "seed": 3}, ["seed.x=1"])
+
+
+def test_options_of_a_head_are_checked_by_its_signature() -> None:
+    flow = {"method": "probijepa", "head": "flow"}
+    assert "model.head_options.hidden: unknown key; nearest: model.head_options.hidden_dim" in (
+        message("model.head_options={hidden: 8}", model=flow)
+    )
+    assert "model.head_options.hidden_dim: expected a valid integer" in (
+        message("model.head_options={hidden_dim: wide}", model=flow)
+    )
+    parse_config({**VALUES, "model": {**flow, "head_options": {"hidden_dim": 8}}})
+
+
+def test_cached_features_and_augmentation_exclude_each_other() -> None:
+    model = {"method": "tijepa", "cache_features": True}
+    parse_config({**VALUES, "model": model})
+    assert "model.cache_features: expected false" in message("data.augment.flip=.5", model=model)
+
+
+def test_what_is_missing_is_named() -> None:
+    assert "model: missing 'method'" in message(model={"predictor_dim": 8})
+    assert "data.train: missing" in message(data={"kind": "shards"})
+
+
+def test_recipes_come_by_name_and_by_path(tmp_path: Path) -> None:
+    assert "demo" in recipe_names()
+    with pytest.raises(ConfigError, match=r"got 'cifar_ijepa'; nearest: cifar10_ijepa"):
+        load_config("cifar_ijepa")
+    with pytest.raises(ConfigError, match=r"no file .*nowhere\.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: cifar10_ijepa\ntrain: {epochs: 2}\n")
+    config = load_config(str(mine), ["seed=4"])
+    assert (config.train.epochs, config.train.batch_size, config.seed) == (2, 128, 4)
+    assert config.output == "runs/mine"
+    mine.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected keys with values"):
+        load_config(str(mine))
+    mine.write_text("a: [\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not valid YAML"):
+        load_config(str(mine))
+    mine.write_text("model: !!python/object/apply:os.system [exit]\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(str(mine))

@@ -1,0 +1,99 @@
+"""20 steps straight = 10 + a kill + 10 resumed, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import tiny, trainer_of
+from torch import Tensor
+
+from jepa_fast import CheckpointError
+from jepa_fast.train.checkpoint import load_checkpoint
+from jepa_fast.train.logs import read_rows
+from jepa_fast.train.run import pretrain
+
+METHODS = {
+    "ijepa": ("model.method=ijepa",),
+    "tcjepa": ("model.method=tcjepa", "model.text_heads=2"),
+    "tijepa": ("model.method=tijepa", "model.width=16", "model.depth=1", "model.num_heads=2"),
+    # Initialises itself from its first batch.
+    "flow": ("model.method=probijepa", "model.head=flow", "model.head_options.hidden_dim=8"),
+    # Draws its noise from the global generator.
+    "diffusion": (
+        "model.method=probijepa",
+        "model.head=diffusion",
+        "model.head_options.hidden_dim=8",
+    ),
+}
+
+
+class Killed(Exception):
+    """Nothing is saved on the way out of a process that is killed."""
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """Every tensor of a nested state, in a fixed order."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        return [t for key in sorted(state, key=str) for t in tensors(state[key])]
+    return [t for each in state for t in tensors(each)] if isinstance(state, list) else []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, method: str) -> None:
+    straight = tiny(tmp_path / "straight", *METHODS[method])
+    pretrain(straight)
+
+    broken = trainer_of(tiny(tmp_path / "killed", *METHODS[method]))
+    prepare = broken.prepare
+
+    def killed_at_13(batch: Any, step: int) -> Any:
+        if step == 13:
+            raise Killed
+        return prepare(batch, step)
+
+    broken.prepare = killed_at_13
+    with pytest.raises(Killed):
+        broken.fit()
+    assert load_checkpoint(tmp_path / "killed")["step"] == 10
+    torch.manual_seed(999)  # another process has another random state
+    resumed = tiny(tmp_path / "killed", *METHODS[method])
+    pretrain(resumed, resume="")
+
+    one, two = (load_checkpoint(tmp_path / name) for name in ("straight", "killed"))
+    assert one["step"] == two["step"] == 20
+    for part in ("model", "optimizer", "ranks"):
+        expected, found = tensors(one[part]), tensors(two[part])
+        assert len(expected) == len(found) > 0
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), part
+    losses = [[row["loss"] for row in read_rows(tmp_path / n)] for n in ("straight", "killed")]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_may_start_from_an_older_checkpoint_and_tells_what_differs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(tiny(tmp_path))
+    longer = tiny(tmp_path, "train.steps=22", "train.log_every=11")
+    with caplog.at_level("INFO"):
+        pretrain(longer, resume=str(tmp_path / "step-000000010.pt"))
+    assert "train.steps is 22 here, and was 20 before" in caplog.text
+    assert "resumed at step 10 of 22" in caplog.text
+    assert [row["step"] for row in read_rows(tmp_path)] == [5, 10, 11, 22]
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        pretrain(tiny(tmp_path), resume="")
+    pretrain(tiny(tmp_path, "train.steps=1"))
+    with pytest.raises(CheckpointError, match=r"(?s)another model.*predictor_blocks\.1"):
+        pretrain(tiny(tmp_path, "model.predictor_depth=2"), resume="")
+    with pytest.raises(CheckpointError, match="batch_size: saved 8, here 4"):
+        pretrain(tiny(tmp_path, "train.batch_size=4"), resume="")
+    state = load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="of a run with 2 processes, this one has 1"):
+        trainer_of(tiny(tmp_path)).restore({**state, "ranks": state["ranks"] * 2})

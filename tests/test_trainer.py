@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import tiny, trainer_of
+
+from jepa_fast.nn.attention import Block
+from jepa_fast.train.build import build_model
+from jepa_fast.train.checkpoint import load_checkpoint
+from jepa_fast.train.config import TrainConfig
+from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
+from jepa_fast.train.logs import read_rows
+from jepa_fast.train.run import failures, pretrain
+from jepa_fast.train.schedules import warmup_cosine
+
+
+def test_a_run_leaves_logs_and_checkpoints(tmp_path: Path) -> None:
+    assert pretrain(tiny(tmp_path)) == []
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert rows[0]["epoch"] == pytest.approx(5 / 6)
+    assert all(math.isfinite(value) for row in rows for value in row.values() if value is not None)
+    assert {"loss", "target_rank", "target_std_mean", "prediction_std_min"} <= rows[0].keys()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {
+        "config.yaml",
+        "metrics.csv",
+        "last.pt",
+        "step-000000010.pt",
+        "step-000000020.pt",
+    } <= names
+    assert load_checkpoint(tmp_path)["step"] == 20
+
+
+def test_the_optimizer_follows_the_schedules(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny(tmp_path, "train.log_every=1", "train.steps=12"))
+    trainer.fit()
+    lr = [
+        warmup_cosine(n, total=12, warmup=6, start=2e-4, peak=1e-3, final=1e-6)
+        for n in range(1, 13)
+    ]
+    rows = read_rows(tmp_path)
+    assert [row["lr"] for row in rows] == pytest.approx(lr)
+    assert rows[-1]["weight_decay"] == pytest.approx(0.4)
+    assert [row["momentum"] for row in rows][:2] == pytest.approx([0.996, 0.996 + 0.004 / 12])
+    decayed, plain = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (pytest.approx(0.4), 0.0)
+    names = dict(trainer.model.named_parameters())
+    assert any(p is names["predictor.mask_token"] for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+
+
+def test_one_step_is_adamw_and_the_moving_average(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "train.steps=1")
+    trainer = trainer_of(config)
+    oracle = trainer_of(config)
+    trainer.fit()
+
+    batch = next(iter(oracle.loader))
+    oracle.model.train()
+    images, masks, text = oracle.prepare(batch, 0)
+    oracle.model(images, masks, **text).loss.backward()
+    teacher = [p.clone() for p in oracle.model.target_encoder.parameters()]
+    lr = config.train.lr.start + (config.train.lr.peak - config.train.lr.start) / 6
+    decayed = [p for p in oracle.model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in oracle.model.parameters() if p.requires_grad and p.ndim == 1]
+    torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.4}, {"params": plain, "weight_decay": 0.0}], lr=lr
+    ).step()
+    for p, expected in zip(trainer.model.parameters(), oracle.model.parameters(), strict=True):
+        if p.requires_grad:
+            assert torch.allclose(p, expected, atol=1e-7)
+    moved = zip(
+        trainer.model.target_encoder.parameters(),
+        teacher,
+        oracle.model.encoder.parameters(),
+        strict=True,
+    )
+    for p, before, student in moved:
+        assert torch.allclose(p, 0.996 * before + 0.004 * student, atol=1e-7)
+
+
+def test_clipping_and_bfloat16(tmp_path: Path) -> None:
+    overrides = ("train.clip_grad=0.01", "train.precision=bfloat16", "train.steps=2")
+    trainer = trainer_of(tiny(tmp_path, *overrides))
+    seen: list[torch.dtype] = []
+    block = next(m for m in trainer.model.modules() if isinstance(m, Block))
+    block.attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    trainer.fit()
+    assert set(seen) == {torch.bfloat16}
+    (row,) = read_rows(tmp_path)
+    assert row["grad_norm"] is not None
+    assert row["grad_norm"] > 0.01  # the norm before clipping
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_blocks_are_compiled_where_asked(tmp_path: Path, monkeypatch) -> None:
+    compiled: list[Block] = []
+    monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
+    build_model(tiny(tmp_path))
+    assert compiled == []
+    model = build_model(tiny(tmp_path, "train.compile=true"))
+    assert len(compiled) == sum(isinstance(module, Block) for module in model.modules()) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny(tmp_path, "train.checkpoint_every=6"))
+    prepare = trainer.prepare
+
+    def poisoned(batch: Any, step: int) -> Any:
+        images, masks, text = prepare(batch, step)
+        return (images * math.nan if step == 7 else images), masks, text
+
+    trainer.prepare = poisoned
+    with pytest.raises(
+        NonFiniteError, match=r"not finite at step 7 \(noticed after step 10\)"
+    ) as e:
+        trainer.fit()
+    assert f"last good checkpoint is {tmp_path / 'last.pt'}" in str(e.value)
+    state = load_checkpoint(tmp_path)
+    assert state["step"] == 6
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny(tmp_path))
+    with torch.no_grad():
+        next(trainer.model.predictor.parameters()).fill_(math.inf)
+    with pytest.raises(NonFiniteError, match=r"a weight is not finite.*there is no checkpoint yet"):
+        trainer.save()
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_stops(tmp_path: Path, number: signal.Signals) -> None:
+    trainer = trainer_of(tiny(tmp_path))
+    prepare = trainer.prepare
+    before = signal.getsignal(number)
+
+    def told_to_stop(batch: Any, step: int) -> Any:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return prepare(batch, step)
+
+    trainer.prepare = told_to_stop
+    with pytest.raises(
+        Interrupted, match=rf"stopped by {number.name}, saved .*last\.pt"
+    ) as stopped:
+        trainer.fit()
+    assert stopped.value.signal_number == number
+    assert load_checkpoint(tmp_path)["step"] == 4
+    assert signal.getsignal(number) is before
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "train.steps=1")
+    pretrain(config)
+    with pytest.raises(ConfigError, match=r"holds a run already; --resume .* --overwrite"):
+        pretrain(config)
+    pretrain(config, overwrite=True)
+
+
+def rows_of(losses: list[float], rank: float = 9.0, std: float = 1.0) -> list[dict[str, Any]]:
+    return [{"loss": loss, "target_rank": rank, "target_std_mean": std} for loss in losses]
+
+
+def test_failures_of_a_finished_run() -> None:
+    config = TrainConfig.model_validate(
+        {"collapse": {"min_rank": 4, "min_std": 0.1}, "require_learning": True}
+    )
+    assert failures(rows_of([1.0, 0.8]), config) == []
+    assert failures(rows_of([1.0, 1.2]), config) == [
+        "the loss did not fall: 1.0 at first, 1.2 at the end"
+    ]
+    assert "one logged row" in failures(rows_of([1.0]), config)[0]
+    assert failures(rows_of([1.0, 0.8], rank=3.0), config) == [
+        "collapsed: the effective rank of the targets is 3, expected 4 or more"
+    ]
+    assert "mean standard deviation" in failures(rows_of([1.0, 0.8], std=0.01), config)[0]
+    assert "nan" in failures(rows_of([1.0, 0.8], rank=None), config)[0]  # type: ignore[arg-type]
+    # The last tenth of the rows is the end: one bad row among many good ones does not decide.
+    falling = [1.0 - 0.01 * i for i in range(40)]
+    assert failures(rows_of([*falling[:-1], 1.1]), config) == []
+    lenient = TrainConfig()
+    assert failures(rows_of([1.0, 2.0], rank=1.0, std=0.0), lenient) == []
