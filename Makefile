@@ -67,7 +67,7 @@ oldest-tiers:
 	TRITON_INTERPRET=1 $(PYTEST) $(TIER1)
 
 demo: $(VENV)/.train
-	$(BIN)/jepa-fast demo
+	$(BIN)/jepa-fast pretrain demo --report --overwrite
 
 # On a rented machine: torch, triton, nvcc and pytest are there, the internet is not.
 gpu:
