@@ -137,6 +137,24 @@ def test_wanted_parts_that_cannot_be_built_are_errors(
         _build.wanted()
 
 
+def test_a_library_older_than_its_sources_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / _build.LIBRARY).write_text("not a library at all")
+    _build.Record(parts=["cpu"], sources="other").write(tmp_path)
+    monkeypatch.setattr(_build, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_build, "source_folder", lambda: ROOT / "csrc")
+    _native._load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="built from other sources.*run `jepa-fast build`"):
+            (reason,) = _native.missing()
+        assert "does not load" in reason
+        assert "`jepa-fast build` builds it anew" in reason
+    finally:
+        monkeypatch.undo()
+        _native._load.cache_clear()
+
+
 @needs_compiler
 def test_the_library_is_there_where_a_compiler_is() -> None:
     """An installation that silently lacks its kernels would let every other test pass."""
