@@ -26,7 +26,13 @@ REPORT_SEEDS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse takes positional arguments in one run only; overrides may also follow the flags.
+    options, more = parser.parse_known_args(arguments)
+    if unknown := [each for each in more if each.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if more:
+        options.overrides += more
     # Every rank has the same to say; one says it.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -49,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    pretrain = commands.add_parser("pretrain", help="train a model by a recipe")
+    pretrain = commands.add_parser("pretrain", help="train a model by a recipe", allow_abbrev=False)
     pretrain.set_defaults(command=_pretrain)
     pretrain.add_argument("recipe", help="name of a packaged recipe, or a YAML file")
     pretrain.add_argument(
@@ -74,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         help="afterwards do as `eval --report` does",
     )
 
-    evaluate = commands.add_parser("eval", help="kNN, linear and per-patch probes of a checkpoint")
+    evaluate = commands.add_parser(
+        "eval", help="kNN, linear and per-patch probes of a checkpoint", allow_abbrev=False
+    )
     evaluate.set_defaults(command=_eval)
     evaluate.add_argument("checkpoint", help="a checkpoint, or the output folder of a run")
     evaluate.add_argument(
@@ -105,12 +113,17 @@ def _parser() -> argparse.ArgumentParser:
 def _pretrain(options: argparse.Namespace) -> int:
     from jepa_fast.train.config import load_config
 
+    resume = options.resume
+    if resume and "=" in resume and not os.path.exists(resume):
+        # `--resume key=value`: argparse takes the override for the flag's optional value.
+        options.overrides.append(resume)
+        resume = ""
     config = load_config(options.recipe, options.overrides)
     if options.dry_run:
         return _dry_run(config)
     from jepa_fast.train.run import pretrain
 
-    problems = pretrain(config, resume=options.resume, overwrite=options.overwrite)
+    problems = pretrain(config, resume=resume, overwrite=options.overwrite)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         print(f"trained: {config.output}")

@@ -38,6 +38,7 @@ from jepa_fast.models.probijepa import ProbIJepa
 from jepa_fast.models.tcjepa import TCJepa
 from jepa_fast.models.tijepa import TIJepa
 from jepa_fast.nn.heads import HEADS
+from jepa_fast.ops.latent_loss.reference import KINDS as LOSSES
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.schedules import cosine, linear
 
@@ -76,6 +77,9 @@ def _section_of(
 # Model -------------------------------------------------------------------------------------------
 
 
+Loss: Any = Literal[LOSSES]
+
+
 class EncoderOptions(Section):
     """Where the encoder departs from the size in its name."""
 
@@ -99,6 +103,9 @@ class ModelBase(Section):
 def _model_section(constructor: type, skip: Sequence[str] = (), **more: Any) -> Any:
     method = (Literal[constructor.__name__.lower()], ...)  # type: ignore[misc]
     skip = ("encoder", "img_size", *skip)
+    loss = inspect.signature(constructor).parameters.get("loss")
+    if loss is not None:  # the models leave it to their first step to look at it
+        more["loss"] = (Loss if loss.default is not None else Loss | None, loss.default)
     return _section_of(constructor, skip, ModelBase, method=method, **more)
 
 
@@ -181,7 +188,7 @@ DigitData = _section_of(
 )
 """Scenes of handwritten digits: arguments of `DigitScenes`, and how many scenes are trained on,
 probes are tested on, and probes learn from (the first of the training scenes)."""
-KINDS = ("shards", "folder", "coco", "digits")
+DATA_KINDS = ("shards", "folder", "coco", "digits")
 
 
 class TextSection(Section):
@@ -487,13 +494,13 @@ def _choices(problem: Any) -> list[str]:
 
 
 def _tags(key: str) -> list[str]:
-    return list(METHODS if key == "model" else KINDS)
+    return list(METHODS if key == "model" else DATA_KINDS)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
     """A key as the user writes it: pydantic puts the union's member after `model` and `data`."""
     parts = [str(part) for part in location]
-    if len(parts) > 1 and parts[0] in ("model", "data") and parts[1] in (*METHODS, *KINDS):
+    if len(parts) > 1 and parts[0] in ("model", "data") and parts[1] in (*METHODS, *DATA_KINDS):
         del parts[1]
     return ".".join(parts)
 

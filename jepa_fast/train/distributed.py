@@ -54,7 +54,7 @@ def resolve_device(device: str) -> str:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """The processes that torchrun started, or this one alone.
+    """The processes that torchrun started, or this one alone; nests.
 
     Args:
         device: as `resolve_device` takes it. Under torchrun every process has its own GPU.
@@ -70,12 +70,15 @@ def join_world(device: str) -> Iterator[World]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # gloo serves the CPU tensors that decide when to stop, NCCL the gradients.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    inside = dist.is_initialized()
+    if not inside:
+        # gloo serves the CPU tensors that decide when to stop, NCCL the gradients.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield World(torch.device(device), dist.get_rank(), size)
     finally:
-        dist.destroy_process_group()
+        if not inside:
+            dist.destroy_process_group()
 
 
 def broadcast_state(model: nn.Module, world: World) -> None:

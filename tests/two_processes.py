@@ -1,0 +1,49 @@
+"""What test_distributed.py starts under torchrun: `two_processes.py FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny_runs import tiny
+from torch import nn
+
+from jepa_fast.train.distributed import World, average_gradients, join_world, on_any_rank
+from jepa_fast.train.run import pretrain
+
+RUNS = {
+    "ijepa": ("train.steps=4", "train.log_every=1"),
+    # Its ActNorm initialises itself from the first batch, which differs between ranks.
+    "flow": (
+        "train.steps=2",
+        "train.log_every=1",
+        "model.method=probijepa",
+        "model.head=flow",
+        "model.head_options.hidden_dim=8",
+    ),
+}
+
+
+def check_collectives(world: World) -> None:
+    everywhere, on_one, nowhere = (nn.Parameter(torch.zeros(3)) for _ in range(3))
+    everywhere.grad = torch.full((3,), float(world.rank + 1))
+    if world.rank == 1:
+        on_one.grad = torch.full((3,), 4.0)
+    average_gradients([everywhere, on_one, nowhere], world)
+    assert torch.equal(everywhere.grad, torch.full((3,), 1.5))
+    assert torch.equal(on_one.grad, torch.full((3,), 2.0))
+    assert nowhere.grad is None
+    assert on_any_rank(world.rank == 1, world)
+    assert not on_any_rank(False, world)
+
+
+def main(folder: Path) -> None:
+    with join_world("cpu") as world:
+        check_collectives(world)
+        for name, overrides in RUNS.items():
+            pretrain(tiny(folder / name, *overrides))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
