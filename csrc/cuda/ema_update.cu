@@ -167,16 +167,14 @@ void launch(const Dtypes& dtypes, Table& table, int64_t blocks, Momentum momentu
 }
 
 // targets[i], sources[i] and shadows[i] (where there are any) hold the same elements in the same
-// order in memory, without gaps, all on one device; momentum is there or on the host.
+// order in memory, without gaps, all on the current device; momentum is there or on the host. There
+// is at least one.
 void ema_update_(
     std::vector<Tensor> targets,
     std::vector<Tensor> sources,
     std::vector<Tensor> shadows,
     Tensor momentum_scalar) {
-  if (targets.empty()) return;
-  const int device = targets[0].get_device_index();
-  const DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
+  const cudaStream_t stream = current_stream(targets[0].get_device_index());
   const ScalarType momentum_dtype = momentum_scalar.scalar_type();
   const bool on_device = momentum_scalar.is_cuda();
   const Momentum momentum{

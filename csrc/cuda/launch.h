@@ -19,21 +19,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   }
 }
 
-// Makes a device current for as long as it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
-
+// torch's current stream of `device`, which Python has made the current device.
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream == nullptr ||

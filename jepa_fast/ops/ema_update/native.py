@@ -19,9 +19,12 @@ def ema_update_(
 ) -> None:
     """As `reference.ema_update_`; runs on the device of the targets."""
     memory.check(targets, sources, shadows, momentum)
+    if not targets:
+        return
     if momentum.is_cuda and momentum.dtype not in (torch.float32, torch.float64):
         momentum = momentum.float()
     flat = memory.Flat.of(targets, sources, shadows)
-    _KERNEL(flat.targets, flat.sources, flat.shadows, momentum)
+    with torch.cuda.device_of(targets[0]):
+        _KERNEL(flat.targets, flat.sources, flat.shadows, momentum)
     torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
     flat.write_back()

@@ -127,17 +127,19 @@ def ema_update_(
     else:
         scalar = momentum.to(torch.float64).view(1)
     flat = memory.Flat.of(targets, sources, shadows)
-    for kind, rows in _by_kind(flat).items():
-        config = _configs.lookup(CONFIGS, kind.config_key, device)
-        table = _table(tuple(rows), kind, config["chunk"], device)
-        if len(table):
-            ema_update_kernel[(len(table),)](
-                table,
-                scalar,
-                **kind.constants(config),
-                num_warps=config["num_warps"],
-                enable_fp_fusion=False,
-            )
+    with torch.cuda.device_of(targets[0]):
+        for kind, rows in _by_kind(flat).items():
+            config = _configs.lookup(CONFIGS, kind.config_key, device)
+            table = _table(tuple(rows), kind, config["chunk"], device)
+            _keep(table)
+            if len(table):
+                ema_update_kernel[(len(table),)](
+                    table,
+                    scalar,
+                    **kind.constants(config),
+                    num_warps=config["num_warps"],
+                    enable_fp_fusion=False,
+                )
     torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
     flat.write_back()
 
@@ -172,6 +174,19 @@ def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) 
         for i in range(0, size, chunk)
     ]
     return torch.tensor(cut, dtype=torch.int64).view(-1, 4).to(device)
+
+
+_CAPTURED: list[Tensor] = []
+"""Tables that CUDA graphs read at every replay, so that they are never freed."""
+
+
+def _keep(table: Tensor) -> None:
+    """Keeps the table's memory until the launch that is about to be made has read it."""
+    if table.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            _CAPTURED.append(table)
+        else:
+            table.record_stream(torch.cuda.current_stream())
 
 
 def compile_cases() -> list[CompileCase]:
