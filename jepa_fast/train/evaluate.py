@@ -25,6 +25,7 @@ from jepa_fast.train.build import (
 from jepa_fast.train.checkpoint import load_checkpoint, load_weights
 from jepa_fast.train.config import Config, parse_config
 from jepa_fast.train.distributed import resolve_device
+from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import failures
 
@@ -65,6 +66,11 @@ def evaluate(
 
     started = time.perf_counter()
     probes = _probe(config, model, known, asked, device, untrained_seeds)
+    if not probes:
+        raise ConfigError(
+            "data: nothing to probe, since the images of data.train or data.val have no labels; give "
+            "labelled ones, such as data={kind: folder, train: ..., val: ...}"
+        )
     results = {
         "checkpoint": str(checkpoint),
         "step": state["step"],
