@@ -289,3 +289,37 @@ def test_bad_calls() -> None:
         sampler(0, torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="seed: expected an int, got float"):
         BlockMaskSampler((8, 8), seed=0.5)  # type: ignore[arg-type]
+
+
+def test_max_context_keeps_that_many_at_random() -> None:
+    whole = BlockMaskSampler((8, 8), min_context=6)
+    capped = BlockMaskSampler((8, 8), min_context=6, max_context=9)
+    ids = torch.arange(400)
+    all_of, some_of = whole(3, ids), capped(3, ids)
+    assert all_of.context_mask is not None
+    assert some_of.context_mask is not None
+    assert torch.equal(some_of.targets, all_of.targets)
+    _check(capped, some_of)
+    lengths = all_of.context_mask.sum(1)
+    assert torch.equal(some_of.context_mask.sum(1), lengths.clamp(max=9))
+    shares = []
+    for b in range(len(ids)):
+        had = all_of.context[b][all_of.context_mask[b]].tolist()
+        kept = some_of.context[b][some_of.context_mask[b]].tolist()
+        assert set(kept) <= set(had)
+        shares.append(sum(had.index(patch) for patch in kept) / len(kept) / (len(had) - 1))
+    # Kept from anywhere, not from the top: the mean relative rank is a half.
+    assert abs(sum(shares) / len(shares) - 0.5) < 0.02
+    assert torch.equal(capped(3, ids[7:9]).context[0], some_of.context[7])
+
+
+def test_max_context_equal_to_min_context_needs_no_padding() -> None:
+    masks = BlockMaskSampler((8, 8), min_context=9, max_context=9)(0, 32)
+    assert masks.context_mask is None
+    assert masks.context.shape == (32, 9)
+    assert BlockMaskSampler((4, 4), min_context=4, max_context=4)(0, 0).context.shape[0] == 0
+
+
+def test_max_context_below_min_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_context: expected at least min_context, 10, got 9"):
+        BlockMaskSampler((14, 14), max_context=9)

@@ -38,6 +38,10 @@ class BlockMaskSampler:
         context_scale: the share of the context block, before targets are removed.
         context_aspect: height / width of the context block.
         min_context: fewest context patches an image may be left with.
+        max_context: most context patches an image keeps, drawn at random from those it has; None
+            keeps all. With ``max_context = min_context`` all contexts have that length and need
+            no padding: the cost of the public code's truncated contexts, without their bias
+            towards the top of the image.
         allow_overlap: leave the target patches in the context.
         seed: any integer in ``[0, 2**63)``.
 
@@ -62,6 +66,7 @@ class BlockMaskSampler:
         context_scale: tuple[float, float] = (0.85, 1.0),
         context_aspect: tuple[float, float] = (1.0, 1.0),
         min_context: int = 10,
+        max_context: int | None = None,
         allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
@@ -70,6 +75,10 @@ class BlockMaskSampler:
         for name, count in (("num_targets", num_targets), ("min_context", min_context)):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
+        if max_context is not None and max_context < min_context:
+            raise ValueError(
+                f"max_context: expected at least min_context, {min_context}, got {max_context}"
+            )
         if not isinstance(seed, int):
             raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
         if not 0 <= seed < 2**63:
@@ -77,6 +86,7 @@ class BlockMaskSampler:
         self.grid = (int(grid[0]), int(grid[1]))
         self.num_targets = num_targets
         self.min_context = min_context
+        self.max_context = max_context
         self.allow_overlap = allow_overlap
         self.seed = seed
         self._target_sizes = _block_sizes(self.grid, "target", target_scale, target_aspect)
@@ -92,8 +102,9 @@ class BlockMaskSampler:
                 set); or a batch size, short for the ids 0 to B - 1.
 
         Returns:
-            Masks on the device of ``sample_ids``. ``context_mask`` is ``None`` only with
-            ``allow_overlap``, where all contexts have one length.
+            Masks on the device of ``sample_ids``. ``context_mask`` is ``None`` where all contexts
+            have one length whatever is drawn: with ``allow_overlap``, or with ``max_context`` equal
+            to ``min_context``.
 
         Raises:
             TypeError: ``sample_ids`` is neither an int nor int64.
@@ -127,8 +138,10 @@ class BlockMaskSampler:
         rows = torch.arange(target_size[0], device=ids.device)[:, None] * width
         block = (rows + torch.arange(target_size[1], device=ids.device)).flatten()
         corners = tops[:, :-1] * width + lefts[:, :-1]
+        if self.max_context is not None:
+            context &= self._kept(keys, context)
         index, valid = pack_members(context)
-        mask = None if self.allow_overlap else valid
+        mask = None if self.allow_overlap or self.max_context == self.min_context else valid
         return BlockMasks(index, corners[:, :, None] + block, mask, self.grid)
 
     def _place(
@@ -171,6 +184,15 @@ class BlockMaskSampler:
             for block in range(self.num_targets):
                 context &= ~covers(block, target_size)
         return context.flatten(1)
+
+    def _kept(self, keys: Tensor, context: Tensor) -> Tensor:
+        """``[B, H * W]`` bool, True for ``max_context`` patches of every image's context."""
+        patches = torch.arange(context.shape[1], device=keys.device)
+        # Draws in [0, 2**31), made distinct by the patch so that sorting has no ties to break.
+        draws = _shift(_stream(_fold(keys, torch.tensor(-1))[:, None], patches), 33)
+        order = torch.where(context, draws * len(patches) + patches, torch.iinfo(draws.dtype).max)
+        kept = order.argsort(dim=1)[:, : self.max_context]
+        return torch.zeros_like(context).scatter_(1, kept, True)
 
     def _check_feasible(self) -> None:
         """Every size that can be drawn has a layout: all targets opposite to the context."""
