@@ -134,6 +134,14 @@ def test_released_and_rescaled_initialisation() -> None:
         init_transformer(released, released.blocks, "xavier")
 
 
+def test_fan_in_initialisation_keeps_the_variance() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(**{**TINY, "embed_dim": 128, "depth": 2}, init="fan_in")
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            assert abs(weight.std().item() * weight[0].numel() ** 0.5 - 1) < 0.03, name
+
+
 @pytest.mark.parametrize("name", ["vit_base", "vit_giga_patch16", "resnet50", "vit_base_patch0"])
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="encoder name: expected vit_<size>_patch<side>"):

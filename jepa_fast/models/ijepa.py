@@ -33,8 +33,8 @@ class IJepa(nn.Module):
         loss: ``"smooth_l1"``, ``"l1"``, ``"l2"`` or ``"l2_norm"``, see
             :func:`~jepa_fast.ops.latent_loss`.
         normalize_target: LayerNorm (no affine, eps 1e-5) on the teacher's tokens.
-        init: ``"released"`` or ``"rescaled"``, of the predictor and of an encoder given by name;
-            see :func:`~jepa_fast.nn.initialisation.init_transformer`.
+        init: ``"released"``, ``"rescaled"`` or ``"fan_in"``, of the predictor and of an encoder
+            given by name; see :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
         TypeError: ``encoder`` is neither a name nor a module with the protocol's attributes.

@@ -68,7 +68,7 @@ class TIJepa(nn.Module):
         energy_pairs: masked image only: so many images of a batch are also tried with their
             neighbour's text, for the energy metrics, at a forward pass each; below 2: none.
         save_frozen: the frozen encoders are part of the state dict.
-        init: of all but the image encoder, ``"released"`` or ``"rescaled"``, see
+        init: of all but the image encoder, ``"released"``, ``"rescaled"`` or ``"fan_in"``, see
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:

@@ -142,7 +142,7 @@ class Crosser(nn.Module):
         block: ``"self_cross"`` (the paper's sizes) or ``"cross"``, which needs
             ``text_dim == width``.
         mlp_ratio: hidden width of the MLPs over ``width``.
-        init: ``"released"`` or ``"rescaled"``, see
+        init: ``"released"``, ``"rescaled"`` or ``"fan_in"``, see
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Block
 
-InitScheme = Literal["released", "rescaled"]
+InitScheme = Literal["released", "rescaled", "fan_in"]
 
 
 def init_mask_token(token: Tensor, std: float = 0.02) -> None:
@@ -27,12 +27,14 @@ def init_transformer(
     identity. ``"released"`` stops there: it is what the public I-JEPA runs used, since their
     training script overwrites the rescaling that their constructors do. ``"rescaled"`` then
     divides both output projections of block ``i`` (counted from 1) by ``sqrt(2 i)``.
+    ``"fan_in"`` takes ``1 / sqrt(inputs)`` in place of ``std``, for narrow models: at width 64 and
+    0.02 the position embedding drowns what a patch shows, and training starts by collapsing.
 
     Args:
         module: the network; modules of other kinds are left as they are.
         blocks: its residual blocks, from first to last.
-        scheme: ``"released"`` or ``"rescaled"``.
-        std: standard deviation of the weights.
+        scheme: ``"released"``, ``"rescaled"`` or ``"fan_in"``.
+        std: standard deviation of the weights, but under ``"fan_in"``.
 
     Raises:
         ValueError: ``scheme`` is unknown.
@@ -41,7 +43,9 @@ def init_transformer(
         raise ValueError(f"init: expected one of {get_args(InitScheme)}, got {scheme!r}")
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(child.weight, std=std)
+            inputs = child.weight[0].numel()
+            width = inputs**-0.5 if scheme == "fan_in" else std
+            nn.init.trunc_normal_(child.weight, std=width)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):

@@ -26,7 +26,7 @@ class VisionTransformerPredictor(nn.Module):
         depth: number of blocks.
         num_heads: attention heads; I-JEPA takes the encoder's.
         mlp_ratio: hidden width of the MLPs over ``predictor_dim``.
-        init: ``"released"`` or ``"rescaled"``, see
+        init: ``"released"``, ``"rescaled"`` or ``"fan_in"``, see
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:

@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs over ``embed_dim``.
         eps: epsilon of every LayerNorm.
-        init: ``"released"`` or ``"rescaled"``, see
+        init: ``"released"``, ``"rescaled"`` or ``"fan_in"``, see
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
         interpolate_positions: accept images of other sizes (multiples of ``patch_size``) by
             resampling the position embedding to their grid; otherwise they are refused.
