@@ -35,12 +35,14 @@ each_backend = pytest.mark.parametrize(
 )
 
 
-def _updated(*tensors: Tensor, momentum: float, shadow: bool) -> tuple[Tensor, ...]:
+def _updated(
+    *tensors: Tensor, momentum: float, shadow: bool, backend: str = "auto"
+) -> tuple[Tensor, ...]:
     """The operator as a function: half of the tensors are targets, half sources."""
     targets = [tensor.detach().clone() for tensor in tensors[: len(tensors) // 2]]
     sources = list(tensors[len(tensors) // 2 :])
     shadows = [torch.zeros_like(target) for target in targets] if shadow else None
-    ema_update_(targets, sources, momentum, shadows)
+    ema_update_(targets, sources, momentum, shadows, backend=backend)
     return (*targets, *(shadows or ()))
 
 
