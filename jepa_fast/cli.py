@@ -33,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if more:
         options.overrides += more
-    # Every rank has the same to say; one says it.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    level = logging.INFO if _is_first() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         return options.command(options)
@@ -47,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BackendError, CheckpointError, NonFiniteError, FileNotFoundError, ImportError) as error:
         print(f"jepa-fast: {error}", file=sys.stderr)
         return FAILED
+
+
+def _is_first() -> bool:
+    """Whether this is the first of torchrun's processes: all have the same to say, one says it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,13 +128,10 @@ def _pretrain(options: argparse.Namespace) -> int:
     from jepa_fast.train.run import pretrain
 
     problems = pretrain(config, resume=resume, overwrite=options.overwrite)
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
-        print(f"trained: {config.output}")
-        if options.report:
-            _evaluate(config.output, [], REPORT_SEEDS, None, report=True)
-        for problem in problems:
-            print(f"FAILED: {problem}", file=sys.stderr)
+    if options.report and _is_first():
+        _evaluate(config.output, [], REPORT_SEEDS, None, report=True)
+    for problem in problems:
+        print(f"FAILED: {problem}", file=sys.stderr)
     return FAILED if problems else DONE
 
 

@@ -35,9 +35,11 @@ def test_a_dry_run_prints_a_configuration_that_can_be_run(recipe: str, capsys: C
     assert not Path("runs").exists()
 
 
-def test_pretrain_then_eval(recipe: str, capsys: Capture) -> None:
-    assert main(["pretrain", recipe, "train.steps=2"]) == DONE
-    assert "trained: runs/tiny" in capsys.readouterr().out
+def test_pretrain_then_eval(recipe: str, capsys: Capture, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert main(["pretrain", recipe, "train.steps=2"]) == DONE
+    assert "runs/tiny: 2 steps, loss " in caplog.text
+    assert " images/s" in caplog.text
     assert main(["eval", "runs/tiny", "--untrained-seeds", "2"]) == DONE
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["probe", "trained", "untrained,", "2", "seeds", "gain"]

@@ -176,7 +176,7 @@ def test_failures_of_a_finished_run() -> None:
     )
     assert failures(rows_of([1.0, 0.8]), config) == []
     assert failures(rows_of([1.0, 1.2]), config) == [
-        "the loss did not fall: 1.0 at first, 1.2 at the end"
+        "the loss did not fall: 1 at first, 1.2 at the end"
     ]
     assert "one logged row" in failures(rows_of([1.0]), config)[0]
     assert failures(rows_of([1.0, 0.8], rank=3.0), config) == [

@@ -27,7 +27,7 @@ from jepa_fast.train.config import Config, parse_config
 from jepa_fast.train.distributed import resolve_device
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import read_rows
-from jepa_fast.train.run import failures
+from jepa_fast.train.run import failures, summary
 
 _PICTURES = 4  # images shown in a report
 
@@ -68,8 +68,8 @@ def evaluate(
     probes = _probe(config, model, known, asked, device, untrained_seeds)
     if not probes:
         raise ConfigError(
-            "data: nothing to probe, since the images of data.train or data.val have no labels; give "
-            "labelled ones, such as data={kind: folder, train: ..., val: ...}"
+            "data: nothing to probe, since the images of data.train or data.val have no labels; "
+            "give labelled ones, such as data={kind: folder, train: ..., val: ...}"
         )
     results = {
         "checkpoint": str(checkpoint),
@@ -133,8 +133,8 @@ def _report(
     rows = read_rows(folder)
     problems = failures(rows, config.train) if rows else []
     findings = [(False, problem) for problem in problems]
-    if rows and not problems:
-        findings.append((True, f"trained for {rows[-1]['step']:,.0f} steps without collapse"))
+    if rows:
+        findings.append((not problems, summary(rows)))
     for p in (p for p in probes if p.untrained):
         verb = "beyond" if p.beyond_spread else "within"
         findings.append((p.beyond_spread, f"{p}: {verb} the spread of the untrained encoders"))

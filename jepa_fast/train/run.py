@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,11 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         if world.is_main:
             (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
         trainer.fit()
-        return failures(read_rows(folder), config.train) if world.is_main else []
+        if not world.is_main:
+            return []
+        rows = read_rows(folder)
+        _log.info("%s: %s", folder, summary(rows))
+        return failures(rows, config.train)
 
 
 def _make_room(folder: Path, overwrite: bool) -> None:
@@ -88,6 +93,22 @@ def _tell_differences(saved: dict[str, Any], present: dict[str, Any], prefix: st
             _log.warning("%s%s is %s here, and was %s before", prefix, key, now, before)
 
 
+def summary(rows: list[Row]) -> str:
+    """How a run went, in one line: where the loss, the rank of the targets and the speed were."""
+    loss, rank = (_values(rows, name) for name in ("loss", "target_rank"))
+    speed = statistics.median(_values(rows, "images_per_second"))
+    return (
+        f"{rows[-1]['step']} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}, effective rank of the "
+        f"targets {rank[0]:.3g} -> {rank[-1]:.3g}, {speed:.0f} images/s"
+    )
+
+
+def _values(rows: list[Row], name: str) -> list[float]:
+    """A logged value of every row; what was not finite, or is missing, as NaN."""
+    found = (row.get(name) for row in rows)
+    return [math.nan if value is None else value for value in found]
+
+
 def failures(rows: list[Row], config: TrainConfig) -> list[str]:
     """Why a finished run is a failed one: collapsed, or nothing learned. Empty if neither.
 
@@ -96,25 +117,20 @@ def failures(rows: list[Row], config: TrainConfig) -> list[str]:
         config: thresholds `collapse`, and `require_learning`.
     """
     end = rows[-max(1, len(rows) // 10) :]
-
-    def at_end(name: str) -> float:
-        values = [row.get(name) for row in end]
-        return sum(math.nan if value is None else value for value in values) / len(values)
-
     found = []
     for name, key, least in (
         ("effective rank", "target_rank", config.collapse.min_rank),
         ("mean standard deviation", "target_std_mean", config.collapse.min_std),
     ):
-        if least > 0 and not at_end(key) >= least:
-            value = f"{at_end(key):.4g}, expected {least:g} or more"
-            found.append(f"collapsed: the {name} of the targets is {value}")
-    if config.require_learning:
-        first, last = rows[0]["loss"], at_end("loss")
-        if len(rows) < 2:
+        value = statistics.fmean(_values(end, key))
+        if least > 0 and not value >= least:  # NaN has collapsed, too
             found.append(
-                "nobody can tell whether the loss fell from one logged row; lower train.log_every"
+                f"collapsed: the {name} of the targets is {value:.4g}, expected {least:g} or more"
             )
-        elif first is None or not last < first:
-            found.append(f"the loss did not fall: {first} at first, {last:.4g} at the end")
+    if config.require_learning:
+        first, last = _values(rows, "loss")[0], statistics.fmean(_values(end, "loss"))
+        if len(rows) < 2:
+            found.append("one logged row cannot show that the loss fell; lower train.log_every")
+        elif not last < first:
+            found.append(f"the loss did not fall: {first:.4g} at first, {last:.4g} at the end")
     return found

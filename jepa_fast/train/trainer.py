@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -252,6 +253,7 @@ class Trainer:
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file keeps every update
             disable=not self.world.is_main,
         )
 
