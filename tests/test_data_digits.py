@@ -110,6 +110,16 @@ def test_rule_captions() -> None:
     assert re.fullmatch(r"a scene of \w+s and \w+s", caption)
 
 
+def test_a_share_of_the_scenes_has_no_captions() -> None:
+    told = DigitScenes(1000).batch(torch.arange(1000))
+    some = DigitScenes(1000, uncaptioned=0.3).batch(torch.arange(1000))
+    silent = [not captions for captions in some.captions]
+    assert 250 < sum(silent) < 350
+    for mute, captions, all_captions in zip(silent, some.captions, told.captions, strict=True):
+        assert mute or captions == all_captions
+    assert torch.equal(some.images, told.images)
+
+
 def test_patches_carry_the_digit_of_their_cell_and_blank_cells_none() -> None:
     source = DigitScenes(50, empty=0.4, background=(0, 0), contrast=(1, 1), shift=2, cell=12)
     batch = source.batch(torch.arange(20))
@@ -135,6 +145,7 @@ def test_patches_carry_the_digit_of_their_cell_and_blank_cells_none() -> None:
         ({"label": "step", "rule": "rows"}, r"needs rule=\"progression\""),
         ({"patch": 3}, r"patch must divide cell=8"),
         ({"empty": 1.0}, r"empty must be in \[0, 1\)"),
+        ({"uncaptioned": 1.5}, r"uncaptioned must be in \[0, 1\]"),
         ({"classes": 11}, r"classes must be in 1..10"),
         ({"cell": 8, "margin": 4}, r"cell must leave a digit of at least 2 pixels"),
         ({"grid": (0, 2)}, r"length and grid must be at least 1"),

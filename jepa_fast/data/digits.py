@@ -33,9 +33,8 @@ _CORNER_FORMS = ("{} in the {}", "the {1} shows {0}", "there is {} in the {}")
 _LINE_FORMS = ("{} holds {}", "{} has {}", "in {} there is {}")
 
 # Keys that keep the draws of one scene apart.
-_STEP, _START, _CELL, _CLASS, _IMAGE, _EMPTY, _SHIFT, _BACKGROUND, _CONTRAST, _NOISE, _FORM = range(
-    11
-)
+_STEP, _START, _CELL, _CLASS, _IMAGE, _EMPTY, _SHIFT, _BACKGROUND = range(8)
+_CONTRAST, _NOISE, _FORM, _SILENT = range(8, 12)
 
 
 class DigitScenes:
@@ -55,6 +54,7 @@ class DigitScenes:
         frequent one), "step", the index in `steps` ("progression" only), or "first_step",
         first * len(steps) + step.
     empty: share of cells left blank.
+    uncaptioned: share of scenes without captions, as in real data: there only the picture tells.
     cell: pixels a side of a cell.
     margin: blank pixels around a digit in its cell; the digit gets the rest, and is resized
         bilinearly if that is not its 8 pixels.
@@ -78,6 +78,7 @@ class DigitScenes:
         classes: int = 2,
         label: Label = "first",
         empty: float = 0.0,
+        uncaptioned: float = 0.0,
         cell: int = 8,
         margin: int = 0,
         shift: int = 0,
@@ -108,12 +109,15 @@ class DigitScenes:
             )
         if not 0 <= empty < 1:
             raise ValueError(f"empty must be in [0, 1), got {empty}")
+        if not 0 <= uncaptioned <= 1:
+            raise ValueError(f"uncaptioned must be in [0, 1], got {uncaptioned}")
         if patch is not None and (patch < 1 or cell % patch):
             raise ValueError(
                 f"patch must divide cell={cell}, so that it has one label, got {patch}"
             )
         self.length, self.split, self.grid, self.rule = length, split, grid, rule
         self.steps, self.classes, self.label, self.empty = tuple(steps), classes, label, empty
+        self.uncaptioned = uncaptioned
         self.cell, self.shift, self.patch, self.seed = cell, shift, patch, seed
         self.background, self.contrast, self.noise = background, contrast, noise
         self.captions = tuple(captions)
@@ -221,12 +225,13 @@ class DigitScenes:
         self, scene: NDArray[np.int64], digits: NDArray[np.int64], steps: NDArray[np.int64]
     ) -> list[list[str]]:
         """Captions of every scene. A blank cell is not spoken of."""
+        silent = (counter.uniform(*self._key, _SILENT, scene) < self.uncaptioned).tolist()
         forms = counter.integers(len(_LINE_FORMS), *self._key, _FORM, scene).tolist()
         layouts, step_of = digits.tolist(), steps.tolist()
         writers = [getattr(self, f"_caption_{kind}") for kind in self.captions]
         return [
-            [text for write in writers for text in write(layout, step, form)]
-            for layout, step, form in zip(layouts, step_of, forms, strict=True)
+            [] if mute else [text for write in writers for text in write(layout, step, form)]
+            for layout, step, form, mute in zip(layouts, step_of, forms, silent, strict=True)
         ]
 
     def _caption_rule(self, layout: list[list[int]], step: int, form: int) -> list[str]:

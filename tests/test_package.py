@@ -1,0 +1,70 @@
+"""What `import jepa_fast` costs and needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import jepa_fast
+
+OPTIONAL = (
+    "flash_attn",
+    "jinja2",
+    "matplotlib",
+    "nvtx",
+    "PIL",
+    "pydantic",
+    "sklearn",
+    "tensorboard",
+    "timm",
+    "torchvision",
+    "tqdm",
+    "transformers",
+    "triton",
+    "webdataset",
+    "xformers",
+    "yaml",
+)
+
+
+def _python(program: str) -> str:
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_brings_in_nothing_but_torch() -> None:
+    """What is fast about the import is what it leaves out: no module that torch had not loaded."""
+    new = _python(
+        "import sys, torch; before = set(sys.modules)\n"
+        "import jepa_fast\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    ).split()
+    assert set(new) - set(sys.stdlib_module_names) == {"jepa_fast"}
+
+
+def test_everything_public_imports_without_the_optional_packages() -> None:
+    """A package that is blocked is one that the operators, masks and models do without."""
+    _python(
+        f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
+        "import jepa_fast\n"
+        "for name in jepa_fast.__all__: getattr(jepa_fast, name)\n"
+        "import torch\n"
+        "x = torch.arange(6.).view(1, 3, 2)\n"
+        "assert jepa_fast.ops.gather_patches(x, torch.tensor([[2]])).tolist() == [[[4., 5.]]]\n"
+        "jepa_fast.IJepa('vit_tiny_patch16', img_size=32)"
+    )
+
+
+@pytest.mark.parametrize("name", jepa_fast.__all__)
+def test_public_names_exist_and_are_documented(name: str) -> None:
+    value = getattr(jepa_fast, name)
+    assert name == "__version__" or value.__doc__
+    assert name in dir(jepa_fast)
+
+
+def test_unknown_names_raise() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'IJEPA'"):
+        _ = jepa_fast.IJEPA
