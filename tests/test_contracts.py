@@ -150,9 +150,9 @@ def test_any_strides(sample: Sample) -> None:
 
     generator = torch.Generator().manual_seed(1)
     sliced = [
-        torch.randn([2 * n for n in o.shape], generator=generator, dtype=torch.float64).to(
-            o.dtype
-        )[tuple(slice(None, None, 2) for _ in o.shape)]
+        torch.randn([2 * n for n in o.shape], generator=generator, dtype=torch.float64).to(o.dtype)[
+            tuple(slice(None, None, 2) for _ in o.shape)
+        ]
         for o in outputs
     ]
     stride_0 = [o.new_full((), 0.5).expand(o.shape) for o in outputs]
