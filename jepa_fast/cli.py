@@ -55,7 +55,9 @@ def _is_first() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jepa-fast", description="Train and evaluate joint-embedding predictive architectures."
+        prog="jepa-fast",
+        description="Train and evaluate joint-embedding predictive architectures.",
+        epilog=(__doc__ or "").partition("\n\n")[2],
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

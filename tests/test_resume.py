@@ -97,3 +97,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     state = load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="of a run with 2 processes, this one has 1"):
         trainer_of(tiny(tmp_path)).restore({**state, "ranks": state["ranks"] * 2})
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path, "train.steps=5"))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert pretrain(tiny(tmp_path, "train.steps=5"), resume="") == []
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    elsewhere = tiny(tmp_path / "elsewhere", "train.steps=5")
+    assert pretrain(elsewhere, resume=str(tmp_path)) == []

@@ -100,6 +100,20 @@ def test_clipping_and_bfloat16(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.method=tcjepa", "model.conditioning=append"),
+        ("model.method=tcjepa", "model.pool=attention", "model.per_caption=true"),
+        ("model.method=tijepa", "model.objective=cross_modal", "model.width=16", "model.depth=1"),
+        ("model.method=probijepa", "model.head=flow_matching", "model.head_options.hidden_dim=8"),
+        ("masks.num_targets=2", "masks.min_context=4", "model.loss=l1"),
+    ],
+)
+def test_options_of_the_methods_reach_their_models(tmp_path: Path, overrides: Any) -> None:
+    assert pretrain(tiny(tmp_path, *overrides, "train.steps=2")) == []
+
+
 def test_blocks_are_compiled_where_asked(tmp_path: Path, monkeypatch) -> None:
     compiled: list[Block] = []
     monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))

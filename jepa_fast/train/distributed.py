@@ -76,6 +76,7 @@ def join_world(device: str) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield World(torch.device(device), dist.get_rank(), size)
+        dist.barrier()  # nobody leaves while another one still writes
     finally:
         if not inside:
             dist.destroy_process_group()
@@ -127,6 +128,12 @@ def on_any_rank(flag: bool, world: World) -> bool:
     votes = torch.tensor(int(flag))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def wait_for_all(world: World) -> None:
+    """Return when every rank has come here."""
+    if world.size > 1:
+        dist.barrier()
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:

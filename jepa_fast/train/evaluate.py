@@ -92,7 +92,7 @@ def format_probes(probes: Sequence[ProbeComparison]) -> str:
     if not any(probe.untrained for probe in probes):
         return "\n".join(f"{probe.name:<8} {probe.trained:>8.2%}" for probe in probes)
     seeds = len(probes[0].untrained)
-    lines = [f"{'probe':<8} {'trained':>8}   {f'untrained, {seeds} seeds':<28} {'gain':>12}"]
+    lines = [f"{'probe':<8} {'trained':>8}   {f'untrained, {seeds} seeds':<36} gain"]
     for p in probes:
         untrained = f"{p.mean:.2%} (std {p.std:.2%}, {p.low:.2%}..{p.high:.2%})"
         lines.append(f"{p.name:<8} {p.trained:>8.2%}   {untrained:<36} {100 * p.gain:+.2f} points")

@@ -67,9 +67,9 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         if world.is_main:
             (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
         trainer.fit()
-        if not world.is_main:
+        rows = read_rows(folder) if world.is_main else []
+        if not rows:  # another rank, or resumed at the end of the run and into a new folder
             return []
-        rows = read_rows(folder)
         _log.info("%s: %s", folder, summary(rows))
         return failures(rows, config.train)
 

@@ -30,6 +30,7 @@ from jepa_fast.train.distributed import (
     broadcast_state,
     gather_objects,
     on_any_rank,
+    wait_for_all,
 )
 from jepa_fast.train.errors import Interrupted, NonFiniteError
 from jepa_fast.train.logs import Logs
@@ -111,7 +112,7 @@ class Trainer:
                 stop = on_any_rank(self._signal is not None, self.world)
                 if self.step % self.config.log_every == 0 or at_end:
                     self._check_finite()
-                    row = self._row(schedule, progress)
+                    row = self._row(schedule)
                     progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                     if logs is not None:
                         logs.write(row)
@@ -178,6 +179,8 @@ class Trainer:
                 },
                 self.step,
             )
+        # torchrun kills all ranks once one has failed or stopped: not before the file is there.
+        wait_for_all(self.world)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, as `load_checkpoint` gives it.
@@ -204,7 +207,7 @@ class Trainer:
         while True:
             yield from self.loader  # the rest of an epoch
 
-    def _row(self, schedule: dict[str, float], progress: Any) -> dict[str, float]:
+    def _row(self, schedule: dict[str, float]) -> dict[str, float]:
         """What to log of the steps since the last row: means over steps and ranks."""
         count, means = self._sums.means(self.world)
         images = count * self.loader.batch_size * self.world.size
