@@ -133,6 +133,19 @@ def test_info_lists_every_operator(capsys: Capture) -> None:
     assert lines["gather_patches"].endswith("yes")
 
 
+def test_info_needs_torch_alone(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    for name in ("pydantic", "yaml", "tqdm", "tensorboard", "triton", "PIL", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("jepa_fast.info", "jepa_fast.train.config"):  # to be imported anew
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["info"]) == DONE
+    assert "triton: " in capsys.readouterr().out
+    assert main(["pretrain", "demo"]) == FAILED
+    error = capsys.readouterr().err
+    assert error.startswith("jepa-fast: the configuration of a run needs ")
+    assert error.endswith('pip install "jepa-fast[train]"\n')
+
+
 def test_build_says_what_it_built_and_what_not(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

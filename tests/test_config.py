@@ -143,6 +143,9 @@ def test_recipes_come_by_name_and_by_path(tmp_path: Path) -> None:
     config = load_config(str(mine), ["seed=4"])
     assert (config.train.epochs, config.train.batch_size, config.seed) == (2, 128, 4)
     assert config.output == "runs/mine"
+    mine.write_text(f"extends: {mine}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: extends itself"):
+        load_config(str(mine))
     mine.write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected keys with values"):
         load_config(str(mine))

@@ -423,7 +423,9 @@ def _find(recipe: str) -> Path:
     return RECIPES / f"{recipe}.yaml"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path in extended_by:
+        raise ConfigError(f"{path}: extends itself")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -431,7 +433,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys with values, got {values!r}")
     base = values.pop("extends", None)
-    return values if base is None else _merged(_read(_find(str(base))), values)
+    if base is None:
+        return values
+    return _merged(_read(_find(str(base)), (*extended_by, path)), values)
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
