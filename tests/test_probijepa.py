@@ -126,10 +126,52 @@ def test_under_autocast_and_round_trip(name: str) -> None:
 
 
 @each_head
-def test_on_the_meta_device_and_in_float64(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_whole_models_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    """Networks run in their own dtype; targets, densities and samples in float32 or wider."""
+    model = make_model(name, **OPTIONS[name]).to(dtype)
     images, masks = make_batch()
-    model = make_model(name, **OPTIONS[name]).double()
-    assert model.head(torch.randn(5, 12).double(), torch.randn(5, 16).double()).isfinite()
+    images = images.to(dtype)
+    out = model(images, masks)
+    out.loss.backward()
+    distribution = model.predict_distribution(images, masks)
+    given = (
+        distribution.log_prob(out.target.flatten(0, 1).to(dtype)),
+        distribution.sample(2),
+        distribution.mean,
+        distribution.variance,
+        out.target,
+        out.loss,
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    assert all(x.dtype == wide and x.isfinite().all() for x in given)
+    assert all(p.grad.dtype == dtype for _, p in model.trainable_parameters())
+
+
+@each_head
+def test_a_distribution_outlives_autocast(name: str) -> None:
+    model = make_model(name, **OPTIONS[name]).eval()
+    images, masks = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        distribution = model.predict_distribution(images, masks)
+    assert distribution.log_prob(model.targets(images, masks)).dtype == torch.float32
+    assert distribution.sample(2).dtype == distribution.mean.dtype == torch.float32
+
+
+def test_images_of_another_size_are_not_matched_with_the_wrong_patches() -> None:
+    encoder = create_encoder(
+        "vit_tiny_patch4", 16, embed_dim=16, depth=1, num_heads=2, interpolate_positions=True
+    )
+    model = ProbIJepa(encoder, predictor_dim=12, predictor_depth=1, predictor_heads=1)
+    _, masks = make_batch()
+    for method in (model, model.targets):
+        with pytest.raises(ValueError, match=r"images: expected 16 patches.*got 32"):
+            method(torch.randn(3, 3, 16, 32), masks)
+
+
+@each_head
+def test_on_the_meta_device(name: str) -> None:
+    images, masks = make_batch()
     with torch.device("meta"):
         model = make_model(name, **OPTIONS[name])
     out = model(images.to("meta"), masks.to("meta"))

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from jepa_fast.masks import BlockMasks
 from jepa_fast.models.collapse import collapse_metrics
-from jepa_fast.models.ijepa import IJepa, Masks, gather_targets
+from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.heads import LatentDistribution, create_head
+from jepa_fast.nn.heads.interface import widened
 
 
 class ProbIJepa(IJepa):
@@ -73,14 +74,14 @@ class ProbIJepa(IJepa):
         Returns:
             The head's loss; collapse metrics; `prediction`, the tokens [M * B, Kt, d] that
             condition the head (most heads' means take sampling); and `target` [M * B, Kt, D],
-            LayerNorm-ed float32. Both are block-major.
+            LayerNorm-ed, float32 or wider. Both are block-major.
 
         Raises:
-            ValueError: masks that do not fit the encoder's grid.
+            ValueError: masks or images that do not fit the encoder's grid.
         """
         masks = BlockMasks.coerce(masks, self.encoder.grid)
+        target = self._targets(images, masks)
         condition = self._condition(images, masks)
-        target = gather_targets(self.encode(images).float(), masks.targets)
         loss = self.head(condition.flatten(0, 1), target.flatten(0, 1))
         condition = condition.detach()
         return JepaOutput(loss, collapse_metrics(condition, target), condition, target)
@@ -105,8 +106,13 @@ class ProbIJepa(IJepa):
 
     def targets(self, images: Tensor, masks: Masks) -> Tensor:
         """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [M * B * Kt, D]."""
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
-        return gather_targets(self.encode(images).float(), masks.targets).flatten(0, 1)
+        return self._targets(images, BlockMasks.coerce(masks, self.encoder.grid)).flatten(0, 1)
+
+    def _targets(self, images: Tensor, masks: BlockMasks) -> Tensor:
+        """[M * B, Kt, D], in float32 or wider."""
+        teacher = widened(self.encode(images))
+        check_patch_count(teacher, masks)
+        return gather_targets(teacher, masks.targets)
 
     def _condition(self, images: Tensor, masks: BlockMasks) -> Tensor:
         """[M * B, Kt, d]."""

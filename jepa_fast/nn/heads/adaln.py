@@ -39,7 +39,7 @@ class AdaLNMlp(nn.Module):
         sampler project it once for all its steps.
         """
         given = F.silu(condition + self.time(time))
-        h = self.input(z)
+        h = self.input(z.to(self.input.weight.dtype))
         for block in self.blocks:
             h = block(h, given)
         shift, scale = self.modulation(given).chunk(2, -1)
@@ -75,7 +75,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         angle = time.unsqueeze(-1) * self.frequencies
-        return self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], -1))))
+        waves = torch.cat([angle.cos(), angle.sin()], -1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(waves)))
 
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

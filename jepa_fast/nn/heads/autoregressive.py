@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive, widened
 from jepa_fast.nn.heads.mixture import init_mixture_projection
 from jepa_fast.ops.mixture_nll import check_mixture_options, split_mixture_parameters
 
@@ -33,7 +33,12 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.masked_linear(
-            x, self.weight, self.bias, self.in_degree, self.out_degree, self.strict
+            x.to(self.weight.dtype),
+            self.weight,
+            self.bias,
+            self.in_degree,
+            self.out_degree,
+            self.strict,
         )
 
 
@@ -165,15 +170,15 @@ class AutoregressiveDistribution(LatentDistribution):
         weights[0] = weights[0][:, order]
         output = head.output.weight.unflatten(0, (-1, self.width))[:, order]  # [3 K, D, H]
         offset = (self.direct + head.output.bias).unflatten(-1, (-1, self.width))[..., order]
-        z = offset.new_zeros(n, self.tokens, self.width)
-        hidden = [z.new_zeros(n, self.tokens, len(weight)) for weight in weights]
+        z = widened(offset).new_zeros(n, self.tokens, self.width)
+        hidden = [offset.new_zeros(n, self.tokens, len(weight)) for weight in weights]
         seen = 0
         for place in range(self.width):
             parameters = hidden[-1][..., :seen] @ output[:, place, :seen].T + offset[..., place]
             z[..., place] = self._draw(parameters, generator)
             new = slice(seen, known[place])
             seen = known[place]
-            h = z[..., : place + 1]
+            h = z[..., : place + 1].to(offset.dtype)
             for i, layer in enumerate(layers):
                 x = F.linear(h, weights[i][new, : h.shape[-1]], layer.bias[new])
                 hidden[i][..., new] = self._film(i, new, x)

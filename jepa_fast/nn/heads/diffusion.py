@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.flow import standard_normal_log_prob
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive, widened
 from jepa_fast.nn.heads.ode import integrate_with_divergence
 from jepa_fast.ops._checks import check_choice
 
@@ -94,6 +94,7 @@ class DiffusionHead(Head):
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
+        target = widened(target)
         t = torch.randint(self.timesteps, target.shape[:1], device=target.device)
         e = torch.randn_like(target)
         x = self.signal[t, None] * target + self.noise[t, None] * e
@@ -142,7 +143,8 @@ class DiffusionDistribution(LatentDistribution):
     """
 
     def __init__(self, head: DiffusionHead, condition: Tensor) -> None:
-        super().__init__(condition.shape[0], head.target_dim, condition.device)
+        dtype = widened(condition).dtype
+        super().__init__(condition.shape[0], head.target_dim, condition.device, dtype)
         self.head = head
         self.condition = head.network.condition(condition)
 

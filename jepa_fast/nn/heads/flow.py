@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jepa_fast import ops
 from jepa_fast.nn.heads.adaln import AdaLNMlp
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive, widened
 from jepa_fast.nn.heads.ode import integrate, integrate_with_divergence
 from jepa_fast.ops._checks import check_choice
 
@@ -100,7 +100,10 @@ class Coupling(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """(y [T, D], logdet [T]) from x [T, D] and condition [T, d]."""
-        h = F.silu(self.from_target(x * self.mask) + self.from_condition(condition))
+        # What autocast does, where the module itself is in half precision.
+        dtype = self.hidden.weight.dtype
+        seen = self.from_target((x * self.mask).to(dtype))
+        h = F.silu(seen + self.from_condition(condition.to(dtype)))
         raw_scale, shift = self.output(F.silu(self.hidden(h))).chunk(2, -1)
         return ops.affine_coupling(x, raw_scale, shift, self.mask, self.scale_bound, inverse)
 
@@ -189,7 +192,8 @@ class CouplingFlowDistribution(LatentDistribution):
     """What a `CouplingFlowHead` says of condition [T, d]; mean and variance from samples."""
 
     def __init__(self, head: CouplingFlowHead, condition: Tensor) -> None:
-        super().__init__(condition.shape[0], head.target_dim, condition.device)
+        condition = widened(condition)
+        super().__init__(condition.shape[0], head.target_dim, condition.device, condition.dtype)
         self.head = head
         self.condition = condition
 
@@ -244,6 +248,7 @@ class FlowMatchingHead(Head):
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
+        target = widened(target)
         noise = torch.randn_like(target)
         time = torch.rand_like(target[:, :1])
         x = torch.lerp(noise, target, time)
@@ -265,7 +270,8 @@ class FlowMatchingDistribution(LatentDistribution):
     """
 
     def __init__(self, head: FlowMatchingHead, condition: Tensor) -> None:
-        super().__init__(condition.shape[0], head.target_dim, condition.device)
+        dtype = widened(condition).dtype
+        super().__init__(condition.shape[0], head.target_dim, condition.device, dtype)
         self.head = head
         self.condition = head.network.condition(condition)
 
@@ -283,7 +289,7 @@ class FlowMatchingDistribution(LatentDistribution):
     @torch.no_grad()
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
         noise = self._normal(n, generator)
-        grid = torch.linspace(0, 1, self.head.steps + 1, device=self.device)
+        grid = torch.linspace(0, 1, self.head.steps + 1, dtype=noise.dtype, device=self.device)
         return integrate(
             lambda x, k: self.head.network(x, grid[k], self.condition).to(x.dtype), noise, grid
         )

@@ -20,14 +20,18 @@ class LatentDistribution(ABC):
         tokens: T.
         width: D.
         device: of the samples.
+        dtype: of the noise that sampling starts from.
     """
 
     moment_samples = 64
 
-    def __init__(self, tokens: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.tokens = tokens
         self.width = width
         self.device = device
+        self.dtype = dtype
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats of z [T, D] or [n, T, D]: [T] or [n, T], float32 or wider.
@@ -40,13 +44,14 @@ class LatentDistribution(ABC):
                 f"log_prob: z must be [T, D] or [n, T, D] with T = {self.tokens} and "
                 f"D = {self.width}, got {list(z.shape)}"
             )
+        z = widened(z)
         if z.ndim == 2:
             return self._log_prob(z)
         return torch.stack([self._log_prob(each) for each in z])
 
     @abstractmethod
     def _log_prob(self, z: Tensor) -> Tensor:
-        """[T] from z [T, D]."""
+        """[T] from z [T, D], which is in float32 or wider."""
 
     @abstractmethod
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -76,7 +81,8 @@ class LatentDistribution(ABC):
         """
         if n < 1:
             raise ValueError(f"sample: n must be at least 1, got {n}")
-        return torch.randn(n, self.tokens, self.width, device=self.device, generator=generator)
+        shape = (n, self.tokens, self.width)
+        return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
 
 
 class Head(nn.Module, ABC):
@@ -126,6 +132,11 @@ class Head(nn.Module, ABC):
                 f"{name}: target must be [T, D] = [{condition.shape[0]}, {self.target_dim}], got "
                 f"{list(target.shape)}"
             )
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is: what targets, samples and densities are kept in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_positive(owner: str, **values: int) -> None:
