@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vit_oracle import vit_oracle
 
+from jepa_fast.nn.attention import attend
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.position import interpolate_position_embedding, sincos_position_embedding
 from jepa_fast.nn.vit import Encoder, VisionTransformer, check_encoder, create_encoder
@@ -193,3 +195,22 @@ def test_compiles_without_a_graph_break() -> None:
 def test_empty_batch() -> None:
     encoder = VisionTransformer(**TINY)
     assert encoder(torch.randn(0, 3, 16, 16)).shape == (0, 16, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_attention_is_as_right_with_gradients_as_without(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.tensor([True, True, False, True, True])
+    want = F.scaled_dot_product_attention(q, k, v, mask)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    with torch.autocast("cpu", dtype):
+        got = attend(q.requires_grad_(), k, v, mask)
+        with torch.no_grad():
+            frozen = attend(q, k, v, mask)
+    assert got.dtype == frozen.dtype == dtype
+    for result in (got, frozen):
+        torch.testing.assert_close(result.double(), want, rtol=0.02, atol=0.02)
+    got.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == dtype

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast.nn.attention import Attention, Mlp
+from jepa_fast.nn.attention import Attention, Mlp, attend
 from jepa_fast.nn.initialisation import init_transformer
 
 BlockKind = Literal["self_cross", "cross"]
@@ -62,12 +61,12 @@ class CrossAttention(nn.Module):
         k = self.key(words).unflatten(-1, heads).transpose(1, 2)
         v = self.value(words).unflatten(-1, heads).transpose(1, 2)
         if word_mask is None:
-            attended = F.scaled_dot_product_attention(q, k, v)
+            attended = attend(q, k, v)
             return self.proj(attended.transpose(1, 2).flatten(2))
         # A softmax over nothing is NaN: where there is no word, attend to all and drop the result.
         has_words = word_mask.any(dim=1)[:, None, None]
         mask = (word_mask[:, None] | ~has_words)[:, None]  # [B, 1, 1, S]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = attend(q, k, v, mask)
         return self.proj(attended.transpose(1, 2).flatten(2)).where(has_words, 0.0)
 
 
