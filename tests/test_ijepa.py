@@ -169,6 +169,46 @@ def test_any_module_that_follows_the_protocol_is_an_encoder() -> None:
         IJepa(nn.Linear(2, 2))
 
 
+class PlainEncoder(nn.Module):
+    """Knows nothing of padding or of heads."""
+
+    embed_dim, grid = 8, (2, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, images, keep=None):
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        return tokens if keep is None else ops.gather_patches(tokens, keep)
+
+
+class ImagesOnlyEncoder(PlainEncoder):
+    def forward(self, images):
+        return super().forward(images)
+
+
+def test_encoders_need_no_more_than_what_is_used() -> None:
+    sizes = {"predictor_dim": 16, "predictor_depth": 1}
+    model = IJepa(PlainEncoder(), predictor_heads=2, **sizes)
+    masks = BlockMasks(torch.tensor([[0, 1]] * 3), torch.tensor([[[2, 3]]] * 3), None, (2, 2))
+    model(torch.randn(3, 3, 8, 8), masks).loss.backward()
+    with pytest.raises(TypeError, match="embed_dim, grid and num_heads, got PlainEncoder without"):
+        IJepa(PlainEncoder(), **sizes)
+    with pytest.raises(TypeError, match="ImagesOnlyEncoder, which takes images only"):
+        IJepa(ImagesOnlyEncoder(), predictor_heads=2, **sizes)
+
+
+def test_options_are_checked_when_the_model_is_built() -> None:
+    with pytest.raises(ValueError, match=r"loss: expected one of \('smooth_l1', .* got 'mse'"):
+        build(loss="mse")
+    narrow = {"predictor_dim": 16, "predictor_heads": 2}
+    model = IJepa(PlainEncoder(), predictor_depth=0, **narrow)  # not the default depth
+    assert len(model.predictor.predictor_blocks) == 0
+    with pytest.raises(ValueError, match="num_heads: expected a positive divisor"):
+        IJepa(PlainEncoder(), **{**narrow, "predictor_heads": 0})
+
+
 @pytest.mark.parametrize(
     ("name", "depth", "head_dim"),
     [

@@ -289,7 +289,7 @@ def test_energy_without_masks_depends_on_the_pair_alone() -> None:
     model = TIJepa(None, image_dim=8, grid=(8, 8), text_dim=12, width=8, depth=1, **small)
     energies = model.energy(None, words, image_features=features)
     assert energies.shape == (3, 4)
-    alone = model.energy(None, words[2:3], image_features=features[1:2])
+    alone = model.energy(images=None, texts=words[2:3], image_features=features[1:2])
     torch.testing.assert_close(energies[1:2, 2:3], alone)
     assert model.energy(None, words[:0], image_features=features).shape == (3, 0)
 
@@ -359,6 +359,7 @@ def test_the_papers_sizes_take_a_step_without_storage(size: str, count: int, wid
     [
         ({"objective": "both"}, r"objective: expected one of \('masked_image', 'cross_modal'\)"),
         ({"size": "tiny"}, r"size: expected one of \('small', 'medium', 'large'\), got 'tiny'"),
+        ({"loss": "mse"}, r"loss: expected one of \('smooth_l1', .* got 'mse'"),
         ({"vicreg": (1.0,)}, "vicreg: expected 3 weights .* got 1"),
         ({"block": "cross"}, "text_dim: expected the crosser's width 16"),
     ],
@@ -366,6 +367,26 @@ def test_the_papers_sizes_take_a_step_without_storage(size: str, count: int, wid
 def test_bad_options(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         build(**options)
+
+
+class ImagesOnly(nn.Module):
+    embed_dim, grid = 8, (4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).flatten(2).transpose(1, 2)
+
+
+def test_a_frozen_encoder_may_take_whole_images_only() -> None:
+    sizes = {"text_dim": 12, "width": 16, "depth": 1, "num_heads": 4, "predictor_dim": 24}
+    sizes |= {"predictor_depth": 1, "predictor_heads": 2}
+    images, words = batch()
+    assert TIJepa(ImagesOnly(), **sizes)(images, MASKS, words).loss.isfinite()
+    with pytest.raises(TypeError, match="ImagesOnly, which takes images only"):
+        TIJepa(ImagesOnly(), encode_masked_image=True, **sizes)
 
 
 def test_without_an_encoder_its_sizes_are_needed() -> None:

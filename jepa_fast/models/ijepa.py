@@ -14,7 +14,8 @@ from jepa_fast.masks import BlockMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.predictor import VisionTransformerPredictor
-from jepa_fast.nn.vit import check_encoder, create_encoder
+from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
+from jepa_fast.ops.latent_loss import KINDS
 
 Masks = BlockMasks | tuple[Sequence[Tensor], Sequence[Tensor]]
 """Masks of a batch, or the pair (contexts, targets) of lists that the mask collator gives."""
@@ -37,7 +38,7 @@ class IJepa(nn.Module):
             given by name; see :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        TypeError: ``encoder`` is neither a name nor a module with the protocol's attributes.
+        TypeError: ``encoder`` is neither a name nor a module that follows the protocol.
         ValueError: unknown names, or sizes that do not divide.
     """
 
@@ -57,15 +58,19 @@ class IJepa(nn.Module):
         module: Any = (
             create_encoder(encoder, img_size, init=init) if isinstance(encoder, str) else encoder
         )
-        check_encoder(module)
+        check_encoder(module, num_heads=predictor_heads is None, keep=True)
+        if loss not in KINDS:
+            raise ValueError(f"loss: expected one of {KINDS}, got {loss!r}")
+        if predictor_depth is None:
+            predictor_depth = default_predictor_depth(module.embed_dim)
         self.encoder = module
         self.target_encoder = make_teacher(module)
         self.predictor = VisionTransformerPredictor(
             grid=module.grid,
             embed_dim=module.embed_dim,
             predictor_dim=predictor_dim,
-            depth=predictor_depth or default_predictor_depth(module.embed_dim),
-            num_heads=predictor_heads or module.num_heads,
+            depth=predictor_depth,
+            num_heads=module.num_heads if predictor_heads is None else predictor_heads,
             init=init,
         )
         self.loss = loss
@@ -82,14 +87,14 @@ class IJepa(nn.Module):
             Loss, collapse metrics, and prediction and target ``[M * B, Kt, D]``, block-major.
 
         Raises:
-            ValueError: masks or images that do not fit the encoder's grid, or an unknown ``loss``.
+            ValueError: masks or images that do not fit the encoder's grid.
         """
         from jepa_fast import ops
 
         masks = BlockMasks.coerce(masks, self.encoder.grid)
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
-        context = self.encoder(images, masks.context, masks.context_mask)
+        context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         prediction = self.predictor(context, masks.context, masks.targets, masks.context_mask)
         loss = ops.latent_loss(
             prediction,

@@ -13,6 +13,7 @@ from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targe
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.heads import LatentDistribution, create_head
 from jepa_fast.nn.heads.interface import widened
+from jepa_fast.nn.vit import encode_patches
 
 
 class ProbIJepa(IJepa):
@@ -116,7 +117,7 @@ class ProbIJepa(IJepa):
 
     def _condition(self, images: Tensor, masks: BlockMasks) -> Tensor:
         """[M * B, Kt, d]."""
-        context = self.encoder(images, masks.context, masks.context_mask)
+        context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         return self.predictor(context, masks.context, masks.targets, masks.context_mask)
 
 

@@ -13,6 +13,7 @@ from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.text_conditioner import CONDITIONERS, Captions, WordConditioner, WordConditioning
+from jepa_fast.nn.vit import encode_patches
 
 _DIAGNOSED_IMAGES = 8  # attention statistics are taken from the first images of a batch
 
@@ -220,7 +221,7 @@ class TCJepa(IJepa):
 
     def _predict(self, images: Tensor, masks: BlockMasks, captions: Captions) -> tuple[Tensor, Any]:
         """The prediction, and the conditioning that went into it."""
-        context = self.encoder(images, masks.context, masks.context_mask)
+        context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         text = self.conditioner(captions, _token_mask(masks))
         hidden = self.predictor.features(
             context,

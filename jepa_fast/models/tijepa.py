@@ -17,7 +17,8 @@ from jepa_fast.models.output import JepaOutput
 from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.crosser import CROSSER_SIZES, Crosser
 from jepa_fast.nn.predictor import VisionTransformerPredictor
-from jepa_fast.nn.vit import check_encoder, create_encoder
+from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
+from jepa_fast.ops.latent_loss import KINDS
 
 Objective = Literal["masked_image", "cross_modal"]
 Words = Tensor | Sequence[str] | Sequence[Sequence[str]]
@@ -72,7 +73,7 @@ class TIJepa(nn.Module):
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        TypeError: ``encoder`` is neither a name nor a module with the protocol's attributes.
+        TypeError: ``encoder`` is neither a name nor a module that follows the protocol.
         ValueError: unknown names, or sizes that are missing or do not divide.
     """
 
@@ -104,9 +105,12 @@ class TIJepa(nn.Module):
         init: str = "released",
     ) -> None:
         super().__init__()
+        if loss is None:
+            loss = "l1" if objective == "masked_image" else "l2"
         for name, value, choices in (
             ("objective", objective, get_args(Objective)),
             ("size", size, tuple(CROSSER_SIZES)),
+            ("loss", loss, KINDS),
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
@@ -117,22 +121,22 @@ class TIJepa(nn.Module):
             )
         module: Any = create_encoder(encoder, img_size) if isinstance(encoder, str) else encoder
         if module is not None:
-            check_encoder(module)
+            check_encoder(module, num_heads=False, keep=encode_masked_image)
             image_dim, grid = module.embed_dim, module.grid
         if image_dim is None or grid is None:
             raise ValueError(
                 "encoder: expected a name or a module, got None; without an encoder pass "
                 "image_dim= and grid= of the image features"
             )
-        width = width or CROSSER_SIZES[size][0]
-        depth = depth or CROSSER_SIZES[size][1]
+        width = CROSSER_SIZES[size][0] if width is None else width
+        depth = CROSSER_SIZES[size][1] if depth is None else depth
         self.encoder = module
         self.text_encoder = text_encoder
         self.objective = objective
         self.image_dim, self.text_dim, self.embed_dim = image_dim, text_dim, width
         self.grid: tuple[int, int] = grid
         self.encode_masked_image = encode_masked_image
-        self.loss = loss or ("l1" if objective == "masked_image" else "l2")
+        self.loss = loss
         self.normalize_target = normalize_target
         self.vicreg = vicreg
         self.energy_pairs = energy_pairs
@@ -244,7 +248,7 @@ class TIJepa(nn.Module):
     def energy(
         self,
         images: Tensor | None,
-        words: Words,
+        texts: Words,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
         *,
@@ -259,7 +263,8 @@ class TIJepa(nn.Module):
 
         Args:
             images: ``[Bi, 3, H, W]``, or None with ``image_features``.
-            words: of ``Bt`` texts, as in :meth:`forward`, like ``word_mask`` and ``caption_mask``.
+            texts: of ``Bt`` texts, what :meth:`forward` calls ``words``.
+            word_mask: of these, as in :meth:`forward`, like ``caption_mask``.
             masks: masked image only: those of the ``Bi`` images. None: the same for all, drawn by
                 :class:`~jepa_fast.masks.BlockMaskSampler` with seed 0.
             image_features: as in :meth:`forward`.
@@ -272,7 +277,7 @@ class TIJepa(nn.Module):
             TypeError, ValueError: as in :meth:`forward`.
         """
         tokens, vectors, word_mask = self.frozen_inputs(
-            images, words, word_mask, caption_mask, image_features=image_features
+            images, texts, word_mask, caption_mask, image_features=image_features
         )
         if self.objective == "cross_modal":
             return self.cross_modal.energy(tokens, vectors, word_mask)
@@ -370,7 +375,9 @@ class TIJepa(nn.Module):
             )
         else:
             with torch.no_grad():
-                context_tokens = self.encoder(images, masks.context, masks.context_mask)
+                context_tokens = encode_patches(
+                    self.encoder, images, masks.context, masks.context_mask
+                )
             context_tokens = context_tokens.to(tokens.dtype)
         # Padding slots ask for the image's targets once more: no token attends to them and the loss
         # leaves them out, but whatever reads the predictions finds nothing made up among them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,10 @@ class Encoder(Protocol):
     ``keep [B, K]`` int64 it gives ``[B, K, embed_dim]``: the tokens of those patches only, computed
     without looking at any other patch, each at its own position. ``keep_mask [B, K]`` bool is False
     at padding slots: no other token may attend to them, and their own outputs are unspecified
-    but finite.
+    but finite. It is passed only where contexts differ in length, so that an encoder without it
+    serves masks of one length.
+
+    ``num_heads`` is read only where a predictor takes as many heads as the encoder.
     """
 
     embed_dim: int
@@ -33,19 +37,48 @@ class Encoder(Protocol):
     ) -> Tensor: ...
 
 
-def check_encoder(encoder: nn.Module) -> None:
-    """Refuse a module that lacks an attribute of :class:`Encoder`.
+def check_encoder(encoder: nn.Module, *, num_heads: bool = True, keep: bool = False) -> None:
+    """Refuse a module that lacks what is needed of :class:`Encoder`.
+
+    Args:
+        encoder: any module.
+        num_heads: whether that attribute is needed.
+        keep: whether it has to encode some patches without looking at the others.
 
     Raises:
-        TypeError: an attribute is missing; names all that are.
+        TypeError: an attribute is missing (names all that are), or the module takes images only.
     """
-    missing = [name for name in ("embed_dim", "grid", "num_heads") if not hasattr(encoder, name)]
+    needed = ("embed_dim", "grid", "num_heads") if num_heads else ("embed_dim", "grid")
+    missing = [name for name in needed if not hasattr(encoder, name)]
     if missing:
         raise TypeError(
-            f"encoder: expected a module with the attributes embed_dim, grid and num_heads, got "
-            f"{type(encoder).__name__} without {', '.join(missing)}; set them, or wrap the model "
-            "with jepa_fast.interop.timm or jepa_fast.interop.transformers"
+            f"encoder: expected a module with the attributes {', '.join(needed[:-1])} and "
+            f"{needed[-1]}, got {type(encoder).__name__} without {', '.join(missing)}; set them, "
+            "or wrap the model with jepa_fast.interop.timm or jepa_fast.interop.transformers"
         )
+    if keep and not _takes_keep(encoder):
+        raise TypeError(
+            f"encoder: expected a module that is called as encoder(images, keep), got "
+            f"{type(encoder).__name__}, which takes images only; the context must be encoded "
+            "without its hidden patches, see jepa_fast.nn.vit.Encoder"
+        )
+
+
+def _takes_keep(encoder: nn.Module) -> bool:
+    try:
+        inspect.signature(encoder.forward).bind(None, None)
+    except ValueError:  # it has no signature to look at
+        return True
+    except TypeError:
+        return False
+    return True
+
+
+def encode_patches(
+    encoder: Any, images: Tensor, keep: Tensor, keep_mask: Tensor | None = None
+) -> Tensor:
+    """Tokens ``[B, K, embed_dim]`` of the patches in ``keep``, as :class:`Encoder` gives them."""
+    return encoder(images, keep) if keep_mask is None else encoder(images, keep, keep_mask)
 
 
 def check_keep(keep: Tensor | None, keep_mask: Tensor | None) -> None:
