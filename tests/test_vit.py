@@ -201,7 +201,7 @@ def test_empty_batch() -> None:
 def test_half_precision_attention_is_as_right_with_gradients_as_without(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64) for _ in range(3))
-    mask = torch.tensor([True, True, False, True, True])
+    mask = torch.tensor([True, True, False, True, True])[None, None, None]
     want = F.scaled_dot_product_attention(q, k, v, mask)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     with torch.autocast("cpu", dtype):
