@@ -56,6 +56,16 @@ def test_values() -> None:
             assert torch.equal(out[m * 2 + b], torch.stack(row))
 
 
+def test_parameters_shapes_and_a_single_block() -> None:
+    context, mask_token, pos, context_index, target_index = _sample("").arguments()
+    want = ops.assemble_predictor_tokens(context, mask_token, pos, context_index, target_index)
+    as_parameters = (mask_token[None, None], pos[None])
+    got = ops.assemble_predictor_tokens(context, *as_parameters, context_index, target_index)
+    assert torch.equal(got, want)
+    got = ops.assemble_predictor_tokens(context, mask_token, pos, context_index, target_index[:, 0])
+    assert torch.equal(got, want[:2])
+
+
 def test_dtypes_promote_and_gradients_return_in_their_own() -> None:
     context, mask_token, pos, *index = _sample("").arguments(torch.float32)
     context = context.detach().bfloat16().requires_grad_()
@@ -73,10 +83,16 @@ def test_dtypes_promote_and_gradients_return_in_their_own() -> None:
 def test_bad_arguments() -> None:
     context, mask_token, pos, context_index, target_index = _sample("").arguments()
     call = ops.assemble_predictor_tokens
-    with pytest.raises(ValueError, match=r"mask_token must be \[d\], got shape \[1, 1, 3\]"):
-        call(context, mask_token[None, None], pos, context_index, target_index)
-    with pytest.raises(ValueError, match=r"pos_embed must be \[N, d\]"):
-        call(context, mask_token, pos[None], context_index, target_index)
+    with pytest.raises(
+        ValueError, match=r"mask_token must be \[d\] or \[1, 1, d\], got .*\[1, 3\]"
+    ):
+        call(context, mask_token[None], pos, context_index, target_index)
+    with pytest.raises(ValueError, match=r"mask_token must be .*, got shape \[2, 1, 3\]"):
+        call(context, mask_token.expand(2, 1, 3), pos, context_index, target_index)
+    with pytest.raises(
+        ValueError, match=r"pos_embed must be \[N, d\] or \[1, N, d\], got .*\[2, 6"
+    ):
+        call(context, mask_token, pos.expand(2, 6, 3), context_index, target_index)
     with pytest.raises(ValueError, match=r"pos_embed.shape\[1\] and context.shape\[2\]"):
         call(context, mask_token, pos[:, 1:], context_index, target_index)
     with pytest.raises(ValueError, match=r"context_index.shape\[1\] and context.shape\[1\]"):

@@ -198,6 +198,10 @@ def test_integer_arithmetic(options: dict[str, Any]) -> None:
         assert (masks.context_mask is None) == sampler.allow_overlap
 
 
+def test_one_number_is_a_square_grid() -> None:
+    assert BlockMaskSampler(6).grid == (6, 6)
+
+
 def test_masks_belong_to_the_sample_not_to_the_batch() -> None:
     sampler = BlockMaskSampler((8, 8))
     ids = torch.tensor([5, 900, 17, 2, 33])

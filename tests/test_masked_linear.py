@@ -55,6 +55,11 @@ def test_masked_weights_get_no_gradient_and_poison_nothing() -> None:
     assert weight.grad is not None
     expected = torch.ones(3, 4).tril(-1) * x.sum(0)
     torch.testing.assert_close(weight.grad, expected)
+    poisoned = weight.detach().masked_fill(torch.ones(3, 4).triu().bool(), torch.nan)
+    clean = ops.masked_linear(x, weight, None, in_degree, out_degree, strict=True)
+    assert torch.equal(
+        ops.masked_linear(x, poisoned, None, in_degree, out_degree, strict=True), clean
+    )
 
 
 def test_under_autocast() -> None:

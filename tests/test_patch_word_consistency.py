@@ -126,6 +126,13 @@ def test_values(options: dict[str, Any]) -> None:
     )
 
 
+def test_layers_may_come_in_one_tensor() -> None:
+    inputs = _inputs()
+    stacked = {n: torch.stack(x) if "layers" in n else x for n, x in inputs.items()}
+    want = ops.patch_word_consistency(**inputs)
+    assert torch.equal(ops.patch_word_consistency(**stacked), want)
+
+
 def test_equal_layers_are_consistent() -> None:
     inputs = _inputs(layers=1)
     inputs["q_layers"] = [inputs["q_layers"][0], 2 * inputs["q_layers"][0]]

@@ -339,6 +339,7 @@ def test_autocast_changes_nothing_inside() -> None:
         ({"v": torch.zeros(3, 3, 4, 11)}, ValueError, "v must have the shape of k"),
         ({"residual": torch.zeros(6, 4, 12)}, ValueError, "residual must have the shape of q"),
         ({"v": torch.zeros(3, 3, 4, 12).double()}, TypeError, "q, k and v must have one dtype"),
+        ({"k": torch.zeros(3, 3, 4, 12).long()}, TypeError, "k must be of a floating dtype"),
         ({"word_mask": torch.ones(3, 3, 4)}, TypeError, "word_mask must be bool.*use .bool"),
         ({"word_mask": torch.ones(3, 3, 5) > 0}, ValueError, r"must have shape \[3, 3, 4\]"),
         ({"caption_mask": torch.ones(3) > 0}, ValueError, r"caption_mask must have .*\[3, 3\]"),

@@ -31,7 +31,7 @@ class BlockMaskSampler:
     every call returns and no context ever holds a target patch unless ``allow_overlap``.
 
     Args:
-        grid: ``(H, W)`` patches of an image.
+        grid: ``(H, W)`` patches of an image, or one number for both.
         num_targets: target blocks ``M`` an image.
         target_scale: smallest and largest share of the patches in a target block.
         target_aspect: smallest and largest height / width of a target block.
@@ -59,7 +59,7 @@ class BlockMaskSampler:
 
     def __init__(
         self,
-        grid: tuple[int, int],
+        grid: int | tuple[int, int],
         num_targets: int = 4,
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
@@ -70,6 +70,8 @@ class BlockMaskSampler:
         allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
+        if isinstance(grid, int):
+            grid = (grid, grid)
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid: expected (H, W), both at least 1, got {tuple(grid)}")
         for name, count in (("num_targets", num_targets), ("min_context", min_context)):

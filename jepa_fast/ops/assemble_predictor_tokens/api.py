@@ -59,10 +59,10 @@ def assemble_predictor_tokens(
 
     Args:
         context: [B, Kc, d] context tokens in the predictor's width.
-        mask_token: [d] the learned vector that stands for a hidden patch.
-        pos_embed: [N, d] position embedding, fixed or learned.
+        mask_token: [d] or [1, 1, d] the learned vector that stands for a hidden patch.
+        pos_embed: [N, d] or [1, N, d] position embedding, fixed or learned.
         context_index: [B, Kc] patch indices in [0, N), int32 or int64.
-        target_index: [B, M, Kt] patch indices in [0, N), int32 or int64.
+        target_index: [B, M, Kt] patch indices in [0, N), int32 or int64; [B, Kt] is one block.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Returns:
@@ -79,10 +79,12 @@ def assemble_predictor_tokens(
     """
     op = "assemble_predictor_tokens"
     check_dim(op, "context", context, 3, "[B, Kc, d]")
-    check_dim(op, "mask_token", mask_token, 1, "[d]")
-    check_dim(op, "pos_embed", pos_embed, 2, "[N, d]")
+    mask_token = _without_ones(op, "mask_token", mask_token, 1, "[d] or [1, 1, d]")
+    pos_embed = _without_ones(op, "pos_embed", pos_embed, 2, "[N, d] or [1, N, d]")
     check_index(op, "context_index", context_index, 2, "[B, Kc]")
-    check_index(op, "target_index", target_index, 3, "[B, M, Kt]")
+    check_index(op, "target_index", target_index, (2, 3), "[B, M, Kt] or [B, Kt]")
+    if target_index.ndim == 2:
+        target_index = target_index[:, None]
     check_same_size(op, "mask_token", mask_token, 0, "context", context, 2)
     check_same_size(op, "pos_embed", pos_embed, 1, "context", context, 2)
     check_same_size(op, "context_index", context_index, 0, "context", context, 0)
@@ -91,3 +93,15 @@ def assemble_predictor_tokens(
     return _AssemblePredictorTokens.apply(
         context, mask_token, pos_embed, context_index, target_index, backend
     )
+
+
+def _without_ones(op: str, argument: str, tensor: Tensor, dims: int, shape: str) -> Tensor:
+    """A tensor of `dims` dimensions from one that may be a module's parameter, [1, .., d].
+
+    Raises:
+        ValueError: another number of dimensions, or a leading one that is not 1.
+    """
+    check_dim(op, argument, tensor, (dims, 3), shape)
+    if any(size != 1 for size in tensor.shape[:-dims]):
+        raise ValueError(f"{op}: {argument} must be {shape}, got shape {list(tensor.shape)}")
+    return tensor.reshape(tensor.shape[-dims:])

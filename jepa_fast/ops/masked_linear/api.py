@@ -46,8 +46,8 @@ def masked_linear(
     """A linear layer in which an output sees only the inputs of no higher degree.
 
     `weight[o, i]` counts where `out_degree[o] >= in_degree[i]` (`>` if `strict`) and is taken as
-    zero elsewhere; its gradient is zero there. Layers whose degrees follow on each other, the last
-    one strict, make an autoregressive network.
+    zero elsewhere, whatever it holds; its gradient is zero there. Layers whose degrees follow on
+    each other, the last one strict, make an autoregressive network.
 
     Args:
         x: [..., I].

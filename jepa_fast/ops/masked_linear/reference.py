@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,4 +18,4 @@ def masked_linear(
     """[..., O] from x [..., I], weight [O, I], bias [O], in_degree [I], out_degree [O]."""
     rows = out_degree.unsqueeze(1)
     mask = rows > in_degree if strict else rows >= in_degree  # [O, I]
-    return F.linear(x, weight * mask, bias)
+    return F.linear(x, torch.where(mask, weight, 0.0), bias)

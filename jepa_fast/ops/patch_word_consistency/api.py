@@ -37,8 +37,8 @@ class _PatchWordConsistency(torch.autograd.Function):
 
 
 def patch_word_consistency(
-    q_layers: Sequence[Tensor],
-    k_layers: Sequence[Tensor],
+    q_layers: Sequence[Tensor] | Tensor,
+    k_layers: Sequence[Tensor] | Tensor,
     word_mask: Tensor | None = None,
     caption_mask: Tensor | None = None,
     num_heads: int = 1,
@@ -55,8 +55,9 @@ def patch_word_consistency(
     leave out, are those of `text_cross_attention`.
 
     Args:
-        q_layers: L tensors [R, T, d], the queries of each layer, R a multiple of B (block-major).
-        k_layers: L tensors [B, C, S, d], the keys of each layer.
+        q_layers: L tensors [R, T, d], the queries of each layer, R a multiple of B (block-major);
+            or [L, R, T, d].
+        k_layers: L tensors [B, C, S, d], the keys of each layer; or [L, B, C, S, d].
         word_mask: [B, C, S] bool, False at padding; None: every word is there.
         caption_mask: [B, C] bool, False at padding; None: every caption is there.
         num_heads: a divisor of d.
@@ -76,7 +77,9 @@ def patch_word_consistency(
     Source: TC-JEPA, arXiv 2605.03245, the consistency regulariser.
     """
     op = "patch_word_consistency"
-    _check_layers(op, q_layers, k_layers, word_mask, caption_mask, token_mask, num_heads)
+    q_layers, k_layers = _check_layers(
+        op, q_layers, k_layers, word_mask, caption_mask, token_mask, num_heads
+    )
     check_similarity(op, similarity, tau)
     return _PatchWordConsistency.apply(
         word_mask, caption_mask, token_mask, num_heads, similarity, tau, backend,
@@ -85,8 +88,8 @@ def patch_word_consistency(
 
 
 def patch_word_similarity(
-    q_layers: Sequence[Tensor],
-    k_layers: Sequence[Tensor],
+    q_layers: Sequence[Tensor] | Tensor,
+    k_layers: Sequence[Tensor] | Tensor,
     word_mask: Tensor | None = None,
     caption_mask: Tensor | None = None,
     num_heads: int = 1,
@@ -106,7 +109,9 @@ def patch_word_similarity(
         TypeError, ValueError: as `patch_word_consistency`.
     """
     op = "patch_word_similarity"
-    _check_layers(op, q_layers, k_layers, word_mask, caption_mask, None, num_heads)
+    q_layers, k_layers = _check_layers(
+        op, q_layers, k_layers, word_mask, caption_mask, None, num_heads
+    )
     check_similarity(op, similarity, tau)
     return reference.patch_word_similarity(
         q_layers, k_layers, word_mask, caption_mask, num_heads, similarity, tau
@@ -115,13 +120,15 @@ def patch_word_similarity(
 
 def _check_layers(
     op: str,
-    q_layers: Sequence[Tensor],
-    k_layers: Sequence[Tensor],
+    q_layers: Sequence[Tensor] | Tensor,
+    k_layers: Sequence[Tensor] | Tensor,
     word_mask: Tensor | None,
     caption_mask: Tensor | None,
     token_mask: Tensor | None,
     num_heads: int,
-) -> None:
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A list of queries and one of keys, as long as each other."""
+    q_layers, k_layers = list(q_layers), list(k_layers)
     if not q_layers or len(q_layers) != len(k_layers):
         raise ValueError(
             f"{op}: q_layers and k_layers must hold one tensor a layer, at least one, "
@@ -141,3 +148,4 @@ def _check_layers(
                     f"{op}: {name}[{i}] must have the dtype of q_layers[0], "
                     f"{q_layers[0].dtype}, got {layer.dtype}"
                 )
+    return q_layers, k_layers

@@ -92,7 +92,7 @@ def text_cross_attention(
         for float64 queries). Everything is computed in float32 or wider.
 
     Raises:
-        TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype.
+        TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype or are not floating.
         ValueError: a shape does not fit, an unknown name, a scale or `tau` that is not positive,
             more than 256 captions for `"max"`.
         BackendError: the requested backend cannot serve the call.
@@ -173,8 +173,13 @@ def check_words(
     num_heads: int,
 ) -> None:
     """Raises unless queries [R, T, d], keys [B, C, S, d] and their masks fit each other."""
-    check_dim(op, query, q, 3, "[R, T, d]")
-    check_dim(op, key, k, 4, "[B, C, S, d]")
+    for argument, tensor, dims, layout in (
+        (query, q, 3, "[R, T, d]"),
+        (key, k, 4, "[B, C, S, d]"),
+    ):
+        check_dim(op, argument, tensor, dims, layout)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {argument} must be of a floating dtype, got {tensor.dtype}")
     check_same_size(op, query, q, 2, key, k, 3)
     batch, captions, words, width = k.shape
     if captions < 1 or words < 1:
