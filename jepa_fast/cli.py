@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jepa_fast.errors import BackendError, CheckpointError
+from jepa_fast.errors import BackendError, CheckpointError, DataError
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"jepa-fast: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
-    except (BackendError, CheckpointError, NonFiniteError, FileNotFoundError, ImportError) as error:
+    except (
+        BackendError,
+        CheckpointError,
+        DataError,
+        NonFiniteError,
+        ImportError,
+        OSError,  # no such file, no permission, a full disk
+    ) as error:
         print(f"jepa-fast: {error}", file=sys.stderr)
         return FAILED
 

@@ -9,3 +9,7 @@ class BackendError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint does not fit; lists what is missing, unexpected or of another shape."""
+
+
+class DataError(ValueError):
+    """A source of data of which no sample can be read; says why."""

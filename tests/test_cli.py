@@ -95,11 +95,21 @@ def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
         ("pretrain RECIPE model.method=tijepa model.encoder_weights=x.pt", WRONG, "which does not"),
         ("pretrain RECIPE model.method=tcjepa text.encoder=./t5", WRONG, "text.encoder: source:"),
         ("eval nowhere.pt", FAILED, "no checkpoint at nowhere.pt"),
+        ("pretrain RECIPE output=tiny.yaml", FAILED, "File exists: 'tiny.yaml'"),
+        (
+            "pretrain RECIPE data={kind: folder, train: broken}",
+            FAILED,
+            "no readable sample in ImageFolder('broken'): 8 samples skipped: "
+            "8 x image cannot be decoded (no known format)",
+        ),
     ],
 )
 def test_what_goes_wrong_is_said_without_a_traceback(
     recipe: str, capsys: Capture, command: str, code: int, message: str
 ) -> None:
+    Path("broken").mkdir()
+    for number in range(8):
+        Path("broken", f"{number}.jpg").write_bytes(b"no picture")
     first, *rest = command.replace("RECIPE", recipe).split(" ", 2)
     arguments = [first, *rest]
     if "{" not in command:

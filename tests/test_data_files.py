@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -103,12 +104,15 @@ def test_broken_samples_in_shards_are_named(tmp_path: Path) -> None:
         "odd.json": b"{not json",
         "list.png": picture(5),
         "list.json": b"[1]",
+        "text.png": b"not found",
+        "text.json": b"{}",
     }
     write_shard(tmp_path / "x.tar", members)
     loader = Loader(ShardSource(str(tmp_path / "x.tar")), 2, train=False)
     assert values(loader) == [1]
     reasons = loader.skips.reasons
-    assert set(reasons) == {"cut", "lone", "blind", "odd", "list"}
+    assert set(reasons) == {"cut", "lone", "blind", "odd", "list", "text"}
+    assert reasons["text"] == "image cannot be decoded (no known format)"
     assert "image cannot be decoded" in reasons["cut"]
     assert reasons["lone"] == "no json, txt or cls beside the image"
     assert reasons["blind"] == "no image"
@@ -137,6 +141,23 @@ def test_a_truncated_shard_gives_what_it_holds_and_is_reported(shards: Path, cut
     training = Loader(ShardSource(str(shards / "part-*.tar"), length=12), 5, train=True)
     assert len(values(training)) == 10
     assert training.skipped == 1
+
+
+def test_a_compressed_shard_is_whole_and_a_cut_one_is_reported(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", {**sample(1), **sample(2)})
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    loader = Loader(ShardSource(str(path)), 2, train=False)
+    assert values(loader) == [1, 2]
+    assert loader.skipped == 0
+    whole = path.read_bytes()
+    cut, flipped = whole[: len(whole) // 2], bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for broken in (cut, bytes(flipped)):
+        path.write_bytes(broken)
+        loader = Loader(ShardSource([str(path), str(tmp_path / "x.tar")]), 2, train=False)
+        assert values(loader)[-2:] == [1, 2]
+        assert "shard cannot be read to its end" in loader.skips.reasons[str(path)]
 
 
 def test_no_shards_and_remote_shards(tmp_path: Path) -> None:
@@ -178,6 +199,11 @@ def test_image_folder(tmp_path: Path) -> None:
     ]
     assert ["a photo of a big dog"] in batch.captions
     assert list(loader.skips.reasons) == ["cat/5.png"]
+    both = ["ant", "big_dog", "cat"]
+    (batch,) = Loader(ImageFolder(tmp_path, classes=both), 9, train=False)
+    assert sorted(batch.labels.tolist()) == [-1, 1, 2, 2]
+    with pytest.raises(ValueError, match=r"must be among the 1 classes, got big_dog"):
+        ImageFolder(tmp_path, classes=["cat"])
     with pytest.raises(FileNotFoundError, match="root must be a folder"):
         ImageFolder(tmp_path / "none")
     (tmp_path / "empty").mkdir()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from jepa_fast.data import (
     Batch,
@@ -19,6 +22,7 @@ from jepa_fast.data import (
     Transform,
     load_in_memory,
 )
+from jepa_fast.errors import DataError
 
 PLAIN = {"captions": ("corner",), "grid": (2, 2)}
 
@@ -218,10 +222,27 @@ def test_training_fills_the_place_of_a_corrupt_sample(source: type[Numbers]) -> 
 
 @pytest.mark.parametrize("source", [Numbers, Streams])
 @pytest.mark.parametrize("train", [True, False])
-def test_an_unreadable_source_is_an_error(source: type[Numbers], train: bool) -> None:
-    loader = Loader(source(6, corrupt=tuple(range(6))), 2, train=train)
-    with pytest.raises(ValueError, match="no readable sample"):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_source_is_an_error(source: type[Numbers], train: bool, workers: int) -> None:
+    loader = Loader(source(6, corrupt=tuple(range(6))), 2, train=train, num_workers=workers)
+    with pytest.raises(DataError, match=r"no readable sample in .*: 6 samples skipped: 6 x broken"):
         list(loader)
+
+
+class Signalled(Numbers):
+    """Each read begins with a signal to the worker's process group and one to every process."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if get_worker_info() is not None:
+            os.killpg(os.getpgrp(), signal.SIGINT)
+            if index == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def test_workers_leave_signals_to_the_main_process() -> None:
+    loader = Loader(Signalled(8), 2, train=False, num_workers=1)
+    assert flat(ids(loader)) == list(range(8))
 
 
 def test_a_worker_whose_part_is_unreadable_does_not_stop_the_others() -> None:
@@ -247,7 +268,7 @@ def test_in_memory_images_are_those_of_the_source() -> None:
             ["5"],
         ]
         assert loader.skipped == 1
-    with pytest.raises(ValueError, match="no readable sample"):
+    with pytest.raises(DataError, match="no readable sample"):
         load_in_memory(Numbers(2, corrupt=(0, 1)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ def decode_image(data: bytes, key: str) -> Tensor:
     # What Pillow raises for broken files: OSError (also UnidentifiedImageError), SyntaxError (PNG),
     # ValueError, struct.error and IndexError from its parsers, DecompressionBombError.
     except Exception as error:
+        if isinstance(error, pil.UnidentifiedImageError):  # it says only where the bytes lie
+            raise CorruptSample(key, "image cannot be decoded (no known format)") from error
         raise CorruptSample(key, f"image cannot be decoded ({_kind(error)})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -46,11 +48,20 @@ class ImageFolder:
 
     Labels number the sub-folders in alphabetical order; images that lie in `root` itself have none.
     captions: a text with `{}` for the class name, underscores as spaces; None for no captions.
+    classes: the sub-folders that labels number, where `root` may lack some of them, as validation
+        images do; None for those that are there.
 
-    Raises FileNotFoundError if `root` is no folder, ValueError if it holds no image.
+    Raises FileNotFoundError if `root` is no folder, ValueError if it holds no image, or images of a
+    class that is not among `classes`.
     """
 
-    def __init__(self, root: str | Path, *, captions: str | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        captions: str | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"root must be a folder of images, {self.root} is none")
@@ -58,7 +69,13 @@ class ImageFolder:
         self.paths = sorted(path.relative_to(self.root) for path in found)
         if not self.paths:
             raise ValueError(f"root must hold images ({', '.join(IMAGE_SUFFIXES)}): {self.root}")
-        self.classes = sorted({path.parts[0] for path in self.paths if len(path.parts) > 1})
+        present = {path.parts[0] for path in self.paths if len(path.parts) > 1}
+        self.classes = sorted(present if classes is None else classes)
+        if unknown := sorted(present - set(self.classes)):
+            raise ValueError(
+                f"sub-folders of {self.root} must be among the {len(self.classes)} classes, got "
+                f"{', '.join(unknown[:5])}"
+            )
         self._label = {name: label for label, name in enumerate(self.classes)}
         self.captions = captions
 

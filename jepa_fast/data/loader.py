@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +26,7 @@ from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
 from jepa_fast.data.sources import BatchSource, IndexedSource, Source, StreamedSource
 from jepa_fast.data.transforms import Transform
+from jepa_fast.errors import DataError
 
 _log = logging.getLogger("jepa_fast.data")
 _ORDER, _SUBSTITUTE, _BUFFER = range(3)
@@ -47,8 +50,8 @@ class Loader:
 
     Corrupt samples are counted in `skipped` and reported in the log.
 
-    Raises ValueError naming the argument if a value is out of range, or, on iteration, if no sample
-    of the source can be read.
+    Raises ValueError naming the argument if a value is out of range, and, on iteration, DataError
+    if no sample of the source can be read.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Loader:
             readable = True
             yield batch
         if not readable:
-            raise ValueError(f"no readable sample in {source}: {self.skips.summary()}")
+            raise self._nothing_readable()
         if self.skipped > before:
             _log.warning("epoch %d: %s", self.epoch, self.skips.summary())
         self.epoch += 1
@@ -169,6 +172,9 @@ class Loader:
         self._turn = 0
         self._consumed = [0] * max(self.num_workers, 1)
 
+    def _nothing_readable(self) -> DataError:
+        return DataError(f"no readable sample in {self.source}: {self.skips.summary()}")
+
     def _workers(self, dataset: Dataset[Any], sampler: Any = None) -> Iterator[Any]:
         """What worker processes make of `dataset`, without touching the global random state."""
         return iter(
@@ -179,6 +185,7 @@ class Loader:
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),
+                worker_init_fn=_leave_signals_to_the_main_process,
             )
         )
 
@@ -195,6 +202,8 @@ class Loader:
             self.position += 1
             if batch is not None:
                 yield batch
+            elif self.train:
+                raise self._nothing_readable()
 
     def _streamed(self, source: StreamedSource) -> Iterator[Batch]:
         workers, idle = len(self._consumed), 0
@@ -221,10 +230,26 @@ class Loader:
             self._consumed[worker], self._turn = consumed, (self._turn + 1) % workers
             idle = 0 if batch is not None else idle + 1
             if idle > workers:
-                raise ValueError(f"no readable sample in {source}: {self.skips.summary()}")
+                raise self._nothing_readable()
             if batch is not None:
                 self.position += 1
                 yield batch
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Keeps a worker alive until the main process, told to stop as well, has ended its step.
+
+    Ctrl-C, torchrun and `timeout` signal a whole process group, so a worker leaves it. Schedulers
+    signal every process, so the first SIGTERM passes; a second one, as from a main process that has
+    waited in vain for the worker to end, kills.
+    """
+
+    def pass_once(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, pass_once)
 
 
 @dataclass
@@ -249,8 +274,14 @@ class _Reader(Dataset[tuple[Batch | None, dict[str, str]]]):
                     )
                 batch = replace(batch, images=self.transform(batch.images, batch.ids, self.epoch))
             return batch, skipped
-        samples = [self._read(self.source, number, skipped) for number in chunk.tolist()]
-        return _assemble([s for s in samples if s is not None], self.transform, self.epoch), skipped
+        samples: list[Sample] = []
+        for number in chunk.tolist():
+            sample = self._read(self.source, number, skipped)
+            if sample is not None:
+                samples.append(sample)
+            elif self.train:  # none of all can be read
+                return None, skipped
+        return _assemble(samples, self.transform, self.epoch), skipped
 
     def _read(self, source: IndexedSource, number: int, skipped: dict[str, str]) -> Sample | None:
         """Sample `number`; if that is corrupt and we train, the next good one at a random place."""
@@ -264,10 +295,6 @@ class _Reader(Dataset[tuple[Batch | None, dict[str, str]]]):
                 return source[place]
             except CorruptSample as corrupt:
                 skipped[corrupt.key] = corrupt.reason
-        if self.train:
-            raise ValueError(
-                f"no readable sample in {source}, such as {next(iter(skipped.items()))}"
-            )
         return None
 
 

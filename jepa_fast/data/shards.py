@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import itertools
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -123,7 +125,7 @@ def _count(path: str) -> int:
         with tarfile.open(path, "r:*") as shard:
             for member in shard:
                 count += member.name.lower().endswith(IMAGE_SUFFIXES)
-    except (tarfile.TarError, OSError, EOFError):
+    except (tarfile.TarError, zlib.error, OSError, EOFError):
         return count  # reading it reports what is wrong with it
     return count
 
@@ -139,23 +141,28 @@ def _read(shard: str) -> Iterator[dict[str, Any] | CorruptSample]:
         return False
 
     try:
-        with _Tail(gopen(shard)) as stream:
+        with _Pushback(gopen(shard), 2) as raw:
+            plain: Any = raw
+            if raw.head == b"\x1f\x8b":
+                plain = gzip.GzipFile(fileobj=plain)
+            stream = _Tail(plain)
             files = tariterators.tar_file_expander([{"url": shard, "stream": stream}], note)
             yield from tariterators.group_by_keys(files, handler=note)
             if not broken and any(stream.tail):
                 broken.append(EOFError("no end-of-archive mark"))
-    except OSError as error:
-        broken.append(error)
+    except OSError as unopened:
+        broken.append(unopened)
     if broken:
-        said = str(broken[0].args[0]).partition(" @ ")[0] if broken[0].args else ""
-        kind = type(broken[0]).__name__
+        error = broken[0]
+        said = getattr(error, "strerror", None) or str(error.args[0] if error.args else "")
+        said, kind = said.partition(" @ ")[0], type(error).__name__
         yield CorruptSample(shard, f"shard cannot be read to its end ({kind}: {said})")
 
 
 class _Tail:
     """A stream that remembers its last bytes: tarfile takes a cut between members for the end."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Any) -> None:
         self.stream, self.tail = stream, b""
 
     def read(self, size: int = -1) -> bytes:
@@ -163,7 +170,21 @@ class _Tail:
         self.tail = (self.tail + data)[-512:]
         return data
 
-    def __enter__(self) -> _Tail:
+
+class _Pushback:
+    """A stream, perhaps of a pipe, whose first `size` bytes can be seen before they are read."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        self.stream, self.head = stream, stream.read(size)
+
+    def read(self, size: int = -1) -> bytes:
+        if not self.head:
+            return self.stream.read(size)
+        taken = self.head if size < 0 else self.head[:size]
+        self.head = self.head[len(taken) :]
+        return taken + self.stream.read(size if size < 0 else size - len(taken))
+
+    def __enter__(self) -> _Pushback:
         return self
 
     def __exit__(self, *error: object) -> None:

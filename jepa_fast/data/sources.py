@@ -17,6 +17,7 @@ from torch import Tensor
 from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
 from jepa_fast.data.transforms import Transform
+from jepa_fast.errors import DataError
 
 _log = logging.getLogger("jepa_fast.data")
 
@@ -127,7 +128,8 @@ def load_in_memory(source: IndexedSource | StreamedSource, size: int | None = No
     size: pixels a side that the images are brought to (the centre square, resized); None if all
         have one size already.
 
-    Raises ValueError if no sample can be read, or if the images differ in size and `size` is None.
+    Raises DataError if no sample can be read, ValueError if the images differ in size and `size` is
+    None.
     """
     skips = SkipLog()
     resize = None if size is None else Transform(size)
@@ -140,7 +142,7 @@ def load_in_memory(source: IndexedSource | StreamedSource, size: int | None = No
             read["image"] = resize.crop([read["image"]], torch.tensor([read["id"]]))[0]
         samples.append(read)
     if not samples:
-        raise ValueError(f"no readable sample in {source}: {skips.summary()}")
+        raise DataError(f"no readable sample in {source}: {skips.summary()}")
     if len(skips):
         _log.warning("%s", skips.summary())
     whole = collate(samples)

@@ -144,7 +144,9 @@ def build_source(config: Config, split: Split) -> Source:
         if data.kind == "shards":
             source = ShardSource(path, getattr(data, f"{name}_length"))
         elif data.kind == "folder":
-            source = ImageFolder(path, captions=data.captions)
+            # Labels mean the same in both folders, even if one lacks a class.
+            classes = ImageFolder(data.train).classes if split == "val" else None
+            source = ImageFolder(path, captions=data.captions, classes=classes)
         else:
             source = CocoCaptions(path, getattr(data, f"{name}_images") or Path(path).parent)
         return load_in_memory(source, data.memory_size) if data.in_memory else source
