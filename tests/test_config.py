@@ -89,6 +89,8 @@ def test_a_configuration_survives_being_written(name: str) -> None:
         ("train.batch_size=0", "train.batch_size: expected greater than 0, got 0 (int)"),
         ("train.weight_decay=fast", "train.weight_decay.start: expected a valid number"),
         ("train=3", "train: expected keys with values, got 3"),
+        ("train.lr.peak=.inf", "train.lr.peak: expected a finite number"),
+        ("zzz=1", "zzz: unknown key; known: data, device, eval, masks, model, output"),
     ],
 )
 def test_a_bad_override_is_named(override: str, problem: str) -> None:
@@ -119,12 +121,22 @@ def test_options_of_a_head_are_checked_by_its_signature() -> None:
         message("model.head_options={hidden_dim: wide}", model=flow)
     )
     parse_config({**VALUES, "model": {**flow, "head_options": {"hidden_dim": 8}}})
+    # These options reach the head as YAML gives them.
+    mixture = {"method": "probijepa", "head": "mixture"}
+    config = parse_config({**VALUES, "model": mixture}, ["model.head_options.scale_floor=1e-2"])
+    assert config.model.head_options == {"scale_floor": 0.01}
 
 
 def test_cached_features_and_augmentation_exclude_each_other() -> None:
     model = {"method": "tijepa", "cache_features": True}
     parse_config({**VALUES, "model": model})
     assert "model.cache_features: expected false" in message("data.augment.flip=.5", model=model)
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not valid YAML: 'utf-8' codec"):
+        load_config(str(tmp_path / "x.yaml"))
 
 
 def test_what_is_missing_is_named() -> None:

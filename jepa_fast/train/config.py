@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -55,7 +56,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Named values; an unknown name is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _section_of(
@@ -409,6 +410,19 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), source: 
         raise ConfigError("\n".join([f"{source}:", *(f"  {p}" for p in problems)])) from None
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3, which has no dot, for a text; here it is the number that is meant."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _from_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)
+
+
 def _find(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
@@ -427,8 +441,8 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in extended_by:
         raise ConfigError(f"{path}: extends itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = _from_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys with values, got {values!r}")
@@ -451,7 +465,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override: expected key=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = _from_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
     *sections, name = key.split(".")
@@ -473,7 +487,12 @@ def _describe(problem: Any, root: Any = None, prefix: str = "") -> str:
     if kind == "extra_forbidden":
         # A key of another kind of data or model is unknown here, too.
         known = [name for name in _keys(root or Config, prefix) if name != key]
-        return f"{key}: unknown key{_nearest(key, known)}"
+        near = _nearest(key, known)
+        if not near:
+            section = key.rpartition(".")[0]
+            beside = sorted({k for k in known if k.rpartition(".")[0] == section})
+            near = f"; known: {', '.join(beside)}"
+        return f"{key}: unknown key{near}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "union_tag_not_found":
