@@ -86,6 +86,14 @@ def test_resuming_may_start_from_an_older_checkpoint_and_tells_what_differs(
     assert [row["step"] for row in read_rows(tmp_path)] == [5, 10, 11, 22]
 
 
+def test_the_optimizer_of_a_resumed_run_has_its_present_options(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path, "train.steps=1"))
+    trainer = trainer_of(tiny(tmp_path, "train.betas=[0.8, 0.9]", "train.eps=1e-6"))
+    trainer.restore(load_checkpoint(tmp_path))
+    for group in trainer.optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         pretrain(tiny(tmp_path), resume="")

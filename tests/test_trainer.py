@@ -160,6 +160,8 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path: Path, number: signal.
     def told_to_stop(batch: Any, step: int) -> Any:
         if step == 3:
             os.kill(os.getpid(), number)
+            if number == signal.SIGTERM:  # `timeout`, or torchrun and a scheduler, send two
+                os.kill(os.getpid(), number)
         return prepare(batch, step)
 
     trainer.prepare = told_to_stop

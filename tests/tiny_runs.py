@@ -55,9 +55,9 @@ def write_recipe(path: Path) -> str:
     return str(path)
 
 
-def trainer_of(config: Config) -> Trainer:
-    """What `pretrain` builds of a configuration, in one process on the CPU."""
-    world = World(torch.device("cpu"))
+def trainer_of(config: Config, world: World | None = None) -> Trainer:
+    """What `pretrain` builds of a configuration; without a world, for one process on the CPU."""
+    world = world or World(torch.device("cpu"))
     torch.manual_seed(config.seed)
     model = build_model(config)
     torch.manual_seed(config.seed)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_runs import tiny
+from tiny_runs import tiny, trainer_of
 from torch import nn
 
 from jepa_fast.train.distributed import World, average_gradients, join_world, on_any_rank
@@ -38,9 +38,19 @@ def check_collectives(world: World) -> None:
     assert not on_any_rank(False, world)
 
 
+def check_skips(world: World, folder: Path) -> None:
+    """What one rank could not read is known to the first, which speaks for all."""
+    trainer = trainer_of(tiny(folder / "skips"), world)
+    trainer.loader.skips.add({f"of rank {world.rank}": "broken"})
+    trainer.save()
+    if world.is_main:
+        assert list(trainer.loader.skips.reasons) == ["of rank 0", "of rank 1"]
+
+
 def main(folder: Path) -> None:
     with join_world("cpu") as world:
         check_collectives(world)
+        check_skips(world, folder)
         for name, overrides in RUNS.items():
             pretrain(tiny(folder / name, *overrides))
 

@@ -67,6 +67,8 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         if world.is_main:
             (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
         trainer.fit()
+        if trainer.loader.skipped:
+            _log.warning("%s", trainer.loader.skips.summary())
         rows = read_rows(folder) if world.is_main else []
         if not rows:  # another rank, or resumed at the end of the run and into a new folder
             return []

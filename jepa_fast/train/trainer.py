@@ -169,6 +169,8 @@ class Trainer:
         self._check_finite()
         mine = {"loader": self.loader.state_dict(), "rng": rng_state()}
         ranks = gather_objects(mine, self.world)
+        for rank in ranks:  # the main process speaks for all
+            self.loader.skips.add(rank["loader"]["skipped"])
         if self.world.is_main:
             self.checkpoints.save(
                 {
@@ -200,6 +202,8 @@ class Trainer:
             self.loader.load_state_dict(mine["loader"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
+        for group in self.optimizer.param_groups:  # the checkpoint has them, too
+            group["betas"], group["eps"] = self.config.betas, self.config.eps
         set_rng_state(mine["rng"])
         self.step = state["step"]
 
@@ -262,7 +266,10 @@ class Trainer:
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT is noted; a second one acts as it would elsewhere."""
+        """SIGTERM and SIGINT are noted; a second Ctrl-C acts as it would elsewhere.
+
+        A second SIGTERM does not: `timeout`, and a scheduler together with torchrun, send two.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
@@ -270,7 +277,8 @@ class Trainer:
 
         def note(number: int, frame: Any) -> None:
             self._signal = number
-            signal.signal(number, before[signal.Signals(number)])
+            if number == signal.SIGINT:
+                signal.signal(number, before[signal.SIGINT])
 
         for number in before:
             signal.signal(number, note)
