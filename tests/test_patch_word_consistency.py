@@ -105,9 +105,10 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_values(options: dict[str, Any]) -> None:
-    inputs = _inputs()
+def test_values(options: dict[str, Any], dtype: torch.dtype, rel: float) -> None:
+    inputs = _inputs(dtype=dtype)
     layers = _naive_similarity(inputs, **options)
     mean = sum(layers) / len(layers)
     total, count = 0.0, 0
@@ -118,8 +119,8 @@ def test_values(options: dict[str, Any]) -> None:
                 count += len(layers)
                 total += sum(float((O - mean)[r, n, t].abs().sum()) for O in layers)
     loss = ops.patch_word_consistency(**inputs, **options)
-    assert float(loss) == pytest.approx(total / count, rel=1e-6)
-    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(total / count, rel=rel)
+    assert loss.dtype == dtype
     del inputs["token_mask"]
     torch.testing.assert_close(
         ops.patch_word_similarity(**inputs, **options).double(), mean, rtol=0, atol=1e-6

@@ -176,6 +176,14 @@ def test_values(options: dict[str, Any]) -> None:
     assert sparsity.dtype == torch.float32
 
 
+def test_float64_is_kept_throughout() -> None:
+    inputs = _inputs(torch.float64)
+    expected = _naive(**inputs)
+    features, sparsity = ops.text_cross_attention(**inputs)
+    torch.testing.assert_close(features, expected["features"], rtol=0, atol=1e-14)
+    assert float(sparsity) == pytest.approx(expected["sparsity"], rel=1e-13)
+
+
 def test_statistics() -> None:
     inputs = _inputs()
     expected = _naive(**inputs, num_heads=2, scale=1.0)

@@ -369,6 +369,16 @@ def test_bad_options(options: dict[str, object], text: str) -> None:
         build(**options)
 
 
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 3)])
+def test_energy_without_masks_on_small_grids(grid: tuple[int, int]) -> None:
+    sizes = {"width": 8, "depth": 1, "num_heads": 2, "predictor_dim": 12, "predictor_depth": 1}
+    model = TIJepa(None, image_dim=8, grid=grid, text_dim=12, predictor_heads=2, **sizes)
+    features = torch.randn(3, grid[0] * grid[1], 8)
+    energy = model.energy(None, torch.randn(2, 4, 12), image_features=features)
+    assert energy.shape == (3, 2)
+    assert energy.isfinite().all()
+
+
 class ImagesOnly(nn.Module):
     embed_dim, grid = 8, (4, 4)
 

@@ -283,7 +283,11 @@ class TIJepa(nn.Module):
             return self.cross_modal.energy(tokens, vectors, word_mask)
         count = len(tokens)
         if masks is None:
-            masks = BlockMaskSampler(self.grid)(0, torch.zeros(count, dtype=torch.int64))
+            # At least one patch a target block, whatever the grid; any context is better than none.
+            low = max(0.15, 1 / (self.grid[0] * self.grid[1]))
+            scale = (low, max(0.2, low))
+            sampler = BlockMaskSampler(self.grid, target_scale=scale, min_context=1)
+            masks = sampler(0, torch.zeros(count, dtype=torch.int64))
         view = self._hide(tokens, images, masks)
         energies = tokens.new_zeros(count, len(vectors), dtype=torch.float32)
         for t, text in enumerate(vectors):

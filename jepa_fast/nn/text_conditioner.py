@@ -92,7 +92,8 @@ class Captions:
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over S of ``x [..., S, D]`` where ``mask [..., S]``; zero where there is none."""
-    share = mask / mask.sum(-1, keepdim=True).clamp_min(1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    share = mask.to(wide) / mask.sum(-1, keepdim=True).clamp_min(1)
     return (share.to(x.dtype)[..., None, :] @ x)[..., 0, :]
 
 

@@ -34,7 +34,8 @@ def patch_word_consistency(
     valid = valid_words(k_layers[0], word_mask, caption_mask)
     layers = _similarities(q_layers, k_layers, valid, num_heads, similarity, tau)
     deviation = (layers - layers.mean(0)).abs().mean(0).sum(2)  # [B, C, P]
-    weight = pair_weights(valid.any(3, keepdim=True), token_mask, batch, deviation.shape[-1])
+    has_words = valid.any(3, keepdim=True)
+    weight = pair_weights(has_words, token_mask, batch, deviation.shape[-1], deviation.dtype)
     return (deviation * weight[:, 0]).sum()
 
 

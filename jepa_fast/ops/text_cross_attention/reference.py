@@ -58,7 +58,7 @@ def text_cross_attention(
         residual = residual[:, None]
     features = (residual + by_row(y, rows, tokens)).to(residual.dtype)
 
-    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1])
+    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1], scores.dtype)
     cosine = cosines(scores, q, k)
     sparsity = (similarities(cosine, valid, similarity, tau).sum(3) * weight).sum() / num_heads
     return features, sparsity, winner
@@ -108,7 +108,7 @@ def text_cross_attention_backward(
     dscores = attention * (da - (attention * da).sum(3, keepdim=True))
 
     # cosine = score / (|q| |k|): once through the score, once through the lengths.
-    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1]) / num_heads
+    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1], scores.dtype) / num_heads
     cosine = cosines(scores, q, k)
     dcosine = _similarity_slopes(cosine, valid, similarity, tau)
     dcosine = dcosine * (grad_sparsity * weight)[:, :, :, None]
@@ -140,8 +140,8 @@ def attention_statistics(
     valid = valid_words(k, word_mask, caption_mask)
     q, k = by_image(q, batch, num_heads), by_head(k, num_heads, valid)
     scores = dot_products(q, k)
-    weight = pair_weights(valid.any(3, keepdim=True), token_mask, batch, scores.shape[-1])
-    weight = weight / num_heads
+    has_words = valid.any(3, keepdim=True)
+    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1], scores.dtype) / num_heads
     # A missing word's score is zero, never positive.
     words = valid.sum(3)  # [B, 1, C, 1]
     counted = (weight * words).sum() * num_heads
@@ -245,9 +245,11 @@ def _similarity_slopes(cosine: Tensor, valid: Tensor, similarity: str, tau: floa
     return torch.sigmoid(cosine / tau) * valid / tau
 
 
-def pair_weights(has_words: Tensor, token_mask: Tensor | None, batch: int, tokens: int) -> Tensor:
+def pair_weights(
+    has_words: Tensor, token_mask: Tensor | None, batch: int, tokens: int, dtype: torch.dtype
+) -> Tensor:
     """[B, 1, C, P]: one over their number for pairs of an existing caption and token, else 0."""
     pairs = has_words[:, :, :, :, 0].expand(-1, -1, -1, tokens)
     if token_mask is not None:
         pairs = pairs & by_image(token_mask[..., None], batch, 1)[:, :, None, :, 0]
-    return pairs / pairs.sum().clamp_min(1)
+    return pairs.to(dtype) / pairs.sum().clamp_min(1)
