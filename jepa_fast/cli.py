@@ -74,14 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as train.lr.peak=1e-3"
     )
-    pretrain.add_argument(
+    start = pretrain.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="CHECKPOINT",
         help="continue bit for bit from the output folder's last.pt, or from CHECKPOINT",
     )
-    pretrain.add_argument(
+    start.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in the output folder"
     )
     pretrain.add_argument(

@@ -125,6 +125,7 @@ def test_an_unknown_command_is_refused(capsys: Capture) -> None:
         ["pretrian"],
         ["info", "more"],
         ["pretrain", "demo", "--overwrit", "seed=3", "--dry-run"],
+        ["pretrain", "demo", "--overwrite", "--resume"],
     ):
         with pytest.raises(SystemExit) as stopped:
             main(command)

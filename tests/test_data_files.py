@@ -231,7 +231,8 @@ def test_coco_captions(tmp_path: Path) -> None:
     (batch,) = loader
     assert batch.ids.tolist() == [7, 8]
     assert batch.captions == [["one", "uno"], []]
-    assert "FileNotFoundError" in loader.skips.reasons["c.png"]
+    reason = "image cannot be read (FileNotFoundError: No such file or directory)"
+    assert loader.skips.reasons["c.png"] == reason
     with pytest.raises(CorruptSample, match="image cannot be read"):
         source[2]
     annotations.write_text('{"images": [{"id": 1}]}')

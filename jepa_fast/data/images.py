@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jepa_fast.data.batch import UNKNOWN, Sample
 from jepa_fast.data.extras import require
-from jepa_fast.data.skips import CorruptSample
+from jepa_fast.data.skips import CorruptSample, describe
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -30,7 +30,7 @@ def decode_image(data: bytes, key: str) -> Tensor:
     except Exception as error:
         if isinstance(error, pil.UnidentifiedImageError):  # it says only where the bytes lie
             raise CorruptSample(key, "image cannot be decoded (no known format)") from error
-        raise CorruptSample(key, f"image cannot be decoded ({_kind(error)})") from error
+        raise CorruptSample(key, f"image cannot be decoded ({describe(error)})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -39,7 +39,7 @@ def read_image(path: Path, key: str) -> Tensor:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CorruptSample(key, f"image cannot be read ({_kind(error)})") from error
+        raise CorruptSample(key, f"image cannot be read ({describe(error)})") from error
     return decode_image(data, key)
 
 
@@ -125,7 +125,7 @@ class CocoCaptions:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 'annotations must be COCO captions, with "images" (id, file_name) and '
-                f'"annotations" (image_id, caption); {self.annotations}: {_kind(error)}'
+                f'"annotations" (image_id, caption); {self.annotations}: {describe(error)}'
             ) from error
         if not self._files:
             raise ValueError(f"annotations must list images, {self.annotations} lists none")
@@ -144,7 +144,3 @@ class CocoCaptions:
 
     def __repr__(self) -> str:
         return f"CocoCaptions({str(self.annotations)!r}, {str(self.images)!r})"
-
-
-def _kind(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

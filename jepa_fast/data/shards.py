@@ -21,7 +21,7 @@ from jepa_fast.data import counter
 from jepa_fast.data.batch import UNKNOWN, Sample
 from jepa_fast.data.extras import require
 from jepa_fast.data.images import IMAGE_SUFFIXES, decode_image
-from jepa_fast.data.skips import CorruptSample
+from jepa_fast.data.skips import CorruptSample, describe
 
 _SHARDS = 0
 _IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -153,10 +153,7 @@ def _read(shard: str) -> Iterator[dict[str, Any] | CorruptSample]:
     except OSError as unopened:
         broken.append(unopened)
     if broken:
-        error = broken[0]
-        said = getattr(error, "strerror", None) or str(error.args[0] if error.args else "")
-        said, kind = said.partition(" @ ")[0], type(error).__name__
-        yield CorruptSample(shard, f"shard cannot be read to its end ({kind}: {said})")
+        yield CorruptSample(shard, f"shard cannot be read to its end ({describe(broken[0])})")
 
 
 class _Tail:

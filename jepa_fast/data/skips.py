@@ -21,6 +21,13 @@ class CorruptSample(Exception):
         return f"{self.key}: {self.reason}"
 
 
+def describe(error: Exception) -> str:
+    """Kind and text of an error, without the path in it, so that equal reasons count as one."""
+    text = getattr(error, "strerror", None) or str(error.args[0] if error.args else error)
+    text = text.partition(" @ ")[0]  # webdataset adds the path so
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class SkipLog:
     """Which samples were skipped and why; each is counted once and logged as a warning."""
 
