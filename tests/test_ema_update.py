@@ -309,6 +309,7 @@ X = torch.zeros(4)
         ([X], [torch.ones(4)], 0.5, [torch.ones(2)], ValueError, r"shadows\[0\] must have the"),
         ([X, 3], [X, X], 0.5, None, TypeError, r"targets\[1\] must be a tensor, got int"),
         ([X], [torch.ones(4).int()], 0.5, None, TypeError, r"sources\[0\] must be of a floating"),
+        ([X], [torch.ones(4)], "1", None, TypeError, "must be a float or a tensor, got str"),
         ([X], [torch.ones(4)], 1.5, None, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
         ([X], [torch.ones(4)], float("nan"), None, ValueError, r"in \[0, 1\], got nan"),
         ([X], [torch.ones(4)], torch.tensor(-0.5), None, ValueError, r"in \[0, 1\], got -0.5"),

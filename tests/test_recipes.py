@@ -92,6 +92,56 @@ def test_a_recipe_trains_at_reduced_size(name: str, tmp_path: Path) -> None:
     assert math.isfinite(row["loss"])
 
 
+# Epochs, warm-up epochs, batch size, peak learning rate, depth of the predictor.
+SCHEDULES = {
+    "ijepa_vith14_in1k": (300, 40, 2048, 1e-3, 12),
+    "tcjepa_vitb16_in1k": (600, 40, 2048, 1e-3, 6),
+    "tcjepa_vitl16_in1k": (600, 40, 2048, 1e-3, 12),
+    "tcjepa_vitl14_cc27m": (50, 10, 2048, 1e-3, 12),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_recipe_has_the_papers_numbers(name: str) -> None:
+    config = load_config(name)
+    model, train = config.model, config.train
+    lr = train.lr
+    numbers = (train.epochs, lr.warmup_epochs, train.batch_size, lr.peak, model.predictor_depth)
+    assert numbers == SCHEDULES[name]
+    assert (lr.start, lr.final, train.betas, train.clip_grad) == (2e-4, 1e-6, (0.9, 0.999), None)
+    assert [train.weight_decay.at(at, 2) for at in (0, 1, 2)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [train.momentum.at(at, 2) for at in (0, 1, 2)] == pytest.approx([0.996, 0.998, 1])
+    assert (model.predictor_dim, model.img_size, train.precision) == (384, 224, "bfloat16")
+    assert (config.data.augment.crop_scale, config.data.augment.flip) == ((0.3, 1.0), 0.0)
+    masks = config.masks
+    assert (masks.num_targets, masks.target_scale, masks.target_aspect, masks.min_context) == (
+        4,
+        (0.15, 0.2),
+        (0.75, 1.5),
+        10,
+    )
+    assert (masks.context_scale, masks.max_context) == ((0.85, 1.0), None)
+    if model.method == "tcjepa":
+        assert (model.loss, config.text.captions) == ("l2_norm", 8)
+        assert (model.sparsity_weight, model.consistency_weight) == (0.1, 0.5)
+
+
+def test_the_tijepa_and_probabilistic_recipes_have_the_papers_numbers() -> None:
+    for size, name in (("small", "tijepa_small_coco"), ("large", "tijepa_large_coco")):
+        model = load_config(name).model
+        assert (model.size, model.block, model.loss) == (size, "self_cross", "l1")
+        predictor = (model.predictor_dim, model.predictor_depth, model.predictor_heads)
+        assert predictor == (384, 12, 12)
+    for name in (name for name in NAMES if name.startswith("tiny_imagenet100")):
+        config = load_config(name)
+        with torch.device("meta"):
+            encoder = build_model(config).encoder
+        assert (encoder.grid, encoder.embed_dim, encoder.num_heads) == ((8, 8), 384, 8)
+        assert (len(encoder.blocks), config.train.clip_grad) == (10, 3.0)
+        momentum = config.train.momentum
+        assert (momentum.start, momentum.final, momentum.shape) == (0.998, 1.0, "cosine")
+
+
 def test_the_cifar10_run_is_the_peers() -> None:
     config = load_config("cifar10_ijepa")
     model, train = config.model, config.train

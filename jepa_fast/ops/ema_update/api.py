@@ -82,6 +82,10 @@ def _check_tensors(name: str, tensors: list[Tensor], targets: list[Tensor]) -> N
 
 def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
     if not isinstance(momentum, Tensor):
+        if not isinstance(momentum, (int, float)):
+            raise TypeError(
+                f"ema_update_: momentum must be a float or a tensor, got {type(momentum).__name__}"
+            )
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"ema_update_: momentum must be in [0, 1], got {momentum}")
         return torch.tensor(momentum, dtype=torch.float64)
