@@ -192,6 +192,7 @@ def test_runs_under_autocast_with_energies_in_full_precision() -> None:
         out = model(None, None, words, WORD_MASK, image_features=images)
         out.loss.backward()
     torch.testing.assert_close(out.loss, expected.loss, rtol=0.05, atol=0)
+    assert out.target.dtype == torch.float32
     prediction, target = torch.randn(2, 5, 64) + 30, torch.randn(3, 5, 64) + 30
     exact = (prediction[:, None].double() - target.double()).square().sum(-1).mean(-1)
     with torch.autocast("cpu", torch.bfloat16):

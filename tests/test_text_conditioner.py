@@ -299,6 +299,11 @@ def test_word_shape_errors(shape: tuple[int, ...]) -> None:
         Captions.of(torch.zeros(shape), images=2, text_dim=5)
 
 
+def test_captions_that_no_encoder_has_seen() -> None:
+    with pytest.raises(TypeError, match=r"words: expected a tensor \[2, C, S, 5\], got list"):
+        Captions.of([["a dog"], ["two cats"]], images=2, text_dim=5)
+
+
 def test_mask_errors() -> None:
     words, sizes = torch.zeros(2, 3, 4, 5), {"images": 2, "text_dim": 5}
     with pytest.raises(TypeError, match=r"word_mask: expected bool, got torch.float32; use .bool"):

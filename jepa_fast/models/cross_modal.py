@@ -15,6 +15,7 @@ from jepa_fast.models.output import JepaOutput
 from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.cross_modal import CrossModalPredictor, ModalityEncoder, pairwise_energy, pool
 from jepa_fast.nn.position import sincos_position_embedding
+from jepa_fast.nn.precision import widened
 
 Representation = Literal["pooled", "token"]
 
@@ -186,8 +187,9 @@ class CrossModal(nn.Module):
         targets = self._represent(self.target_encoder, image, words, word_mask)
         if not self.normalize_target:
             return targets
+        # As in latent_loss: under autocast half-precision targets would be rounded once more.
         return {
-            name: _Tokens(F.layer_norm(tokens, tokens.shape[-1:]), mask)
+            name: _Tokens(F.layer_norm(widened(tokens), tokens.shape[-1:]), mask)
             for name, (tokens, mask) in targets.items()
         }
 

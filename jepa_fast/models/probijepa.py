@@ -12,7 +12,7 @@ from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.heads import LatentDistribution, create_head
-from jepa_fast.nn.heads.interface import widened
+from jepa_fast.nn.precision import widened
 from jepa_fast.nn.vit import encode_patches
 
 

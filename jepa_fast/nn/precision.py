@@ -15,3 +15,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is: what targets, samples and densities are kept in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -55,9 +55,14 @@ class Captions:
             images, text_dim: B and Dt, which the words must have.
 
         Raises:
-            TypeError: a mask is not bool.
+            TypeError: the words are no tensor, or a mask is not bool.
             ValueError: a shape does not fit.
         """
+        if not isinstance(words, Tensor):
+            raise TypeError(
+                f"words: expected a tensor [{images}, C, S, {text_dim}], got "
+                f"{type(words).__name__}; a text encoder makes it, see jepa_fast.interop"
+            )
         fits = words.ndim == 4 and words.shape[0] == images and words.shape[3] == text_dim
         if not fits or 0 in words.shape[1:3]:
             raise ValueError(

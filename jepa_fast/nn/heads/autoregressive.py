@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive, widened
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
 from jepa_fast.nn.heads.mixture import init_mixture_projection
+from jepa_fast.nn.precision import widened
 from jepa_fast.ops.mixture_nll import check_mixture_options, split_mixture_parameters
 
 

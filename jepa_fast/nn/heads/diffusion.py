@@ -9,8 +9,9 @@ from torch import Tensor
 
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.flow import standard_normal_log_prob
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive, widened
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
 from jepa_fast.nn.heads.ode import integrate_with_divergence
+from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import check_choice
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from jepa_fast import ops
 from jepa_fast.nn.heads.adaln import AdaLNMlp
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive, widened
+from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
 from jepa_fast.nn.heads.ode import integrate, integrate_with_divergence
+from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import check_choice
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from jepa_fast.nn.precision import widened
+
 
 class LatentDistribution(ABC):
     """A distribution over the embedding of each of T target patches, [T, D].
@@ -132,11 +134,6 @@ class Head(nn.Module, ABC):
                 f"{name}: target must be [T, D] = [{condition.shape[0]}, {self.target_dim}], got "
                 f"{list(target.shape)}"
             )
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or float64 if it is: what targets, samples and densities are kept in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_positive(owner: str, **values: int) -> None:
