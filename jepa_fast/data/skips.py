@@ -23,7 +23,7 @@ class CorruptSample(Exception):
 
 def describe(error: Exception) -> str:
     """Kind and text of an error, without the path in it, so that equal reasons count as one."""
-    text = getattr(error, "strerror", None) or str(error.args[0] if error.args else error)
+    text = getattr(error, "strerror", None) or str(error)
     text = text.partition(" @ ")[0]  # webdataset adds the path so
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
