@@ -138,6 +138,7 @@ def test_a_truncated_shard_gives_what_it_holds_and_is_reported(shards: Path, cut
     assert values(loader) == [0, 1, 2, 3, *held, 8, 9, 10, 11]
     assert loader.skipped == 1
     assert "shard cannot be read to its end" in loader.skips.reasons[str(path)]
+    assert not any(text in loader.skips.reasons[str(path)] for text in ("object at", path.name))
     training = Loader(ShardSource(str(shards / "part-*.tar"), length=12), 5, train=True)
     assert len(values(training)) == 10
     assert training.skipped == 1
@@ -158,6 +159,7 @@ def test_a_compressed_shard_is_whole_and_a_cut_one_is_reported(tmp_path: Path) -
         loader = Loader(ShardSource([str(path), str(tmp_path / "x.tar")]), 2, train=False)
         assert values(loader)[-2:] == [1, 2]
         assert "shard cannot be read to its end" in loader.skips.reasons[str(path)]
+        assert "object at" not in loader.skips.reasons[str(path)]
 
 
 def test_no_shards_and_remote_shards(tmp_path: Path) -> None:
