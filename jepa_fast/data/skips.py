@@ -23,11 +23,11 @@ class CorruptSample(Exception):
 
 def describe(error: Exception) -> str:
     """Kind and text of an error, without the path in it, so that equal reasons count as one."""
-    # webdataset adds the path to the arguments of what it passes on, and " @ ..." to the first.
+    # webdataset adds the path to the arguments of an error, or " @ ..." to the first of them.
     first, *more = error.args or ("",)
     passed_on = more and isinstance(first, str) and not isinstance(error, UnicodeError)
-    text = first.partition(" @ ")[0] if passed_on else str(error)
-    text = getattr(error, "strerror", None) or text
+    text = getattr(error, "strerror", None) or (first if passed_on else str(error))
+    text = text.partition(" @ ")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
