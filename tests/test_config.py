@@ -83,7 +83,7 @@ def test_a_configuration_survives_being_written(name: str) -> None:
         ("masks.min_contxt=8", "masks.min_contxt: unknown key; nearest: masks.min_context"),
         ("model.method=ijeppa", "got 'ijeppa'; nearest: ijepa"),
         ("data.kind=imagenet", "data.kind: expected one of ['shards', 'folder', 'coco', 'digits']"),
-        ("train.precision=bf16", "'float32' or 'bfloat16', got 'bf16' (str); nearest: bfloat16"),
+        ("train.precision=bf16", "'float32', 'bfloat16' or 'auto', got 'bf16' (str); nearest"),
         ("train.batch_size=many", "train.batch_size: expected a valid integer"),
         ("train.batch_size=many", "got 'many' (str)"),
         ("train.batch_size=0", "train.batch_size: expected greater than 0, got 0 (int)"),

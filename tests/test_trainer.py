@@ -14,6 +14,7 @@ from jepa_fast.nn.attention import Block
 from jepa_fast.train.build import build_model
 from jepa_fast.train.checkpoint import load_checkpoint
 from jepa_fast.train.config import TrainConfig
+from jepa_fast.train.distributed import resolve_precision
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import failures, pretrain
@@ -84,6 +85,16 @@ def test_one_step_is_adamw_and_the_moving_average(tmp_path: Path) -> None:
     )
     for p, before, student in moved:
         assert torch.allclose(p, 0.996 * before + 0.004 * student, atol=1e-7)
+
+
+@pytest.mark.parametrize(("amx", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_precision_takes_what_is_fast_here(
+    amx: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_precision("auto", torch.device("cpu")) == expected
+    assert resolve_precision("auto", torch.device("cuda")) == "bfloat16"
+    assert resolve_precision("float32", torch.device("cuda")) == "float32"
 
 
 def test_clipping_and_bfloat16(tmp_path: Path) -> None:

@@ -38,10 +38,11 @@ class BlockMaskSampler:
         context_scale: the share of the context block, before targets are removed.
         context_aspect: height / width of the context block.
         min_context: fewest context patches an image may be left with.
-        max_context: most context patches an image keeps, drawn at random from those it has; None
-            keeps all. With ``max_context = min_context`` all contexts have that length and need
-            no padding: the cost of the public code's truncated contexts, without their bias
-            towards the top of the image.
+        max_context: most context patches an image keeps: those nearest to one of its four sides,
+            drawn for every image; None keeps all. With ``max_context = min_context`` all contexts
+            have that length and need no padding: the cost of the public code's truncated contexts,
+            and as compact, without their bias towards the top of the image. (Patches kept at random
+            lie beside every target, and make the task too easy: features collapse.)
         allow_overlap: leave the target patches in the context.
         seed: any integer in ``[0, 2**63)``.
 
@@ -188,11 +189,14 @@ class BlockMaskSampler:
         return context.flatten(1)
 
     def _kept(self, keys: Tensor, context: Tensor) -> Tensor:
-        """``[B, H * W]`` bool, True for ``max_context`` patches of every image's context."""
-        patches = torch.arange(context.shape[1], device=keys.device)
-        # Draws in [0, 2**31), made distinct by the patch so that sorting has no ties to break.
-        draws = _shift(_stream(_fold(keys, torch.tensor(-1))[:, None], patches), 33)
-        order = torch.where(context, draws * len(patches) + patches, torch.iinfo(draws.dtype).max)
+        """``[B, H * W]`` bool, True for the ``max_context`` patches that an image keeps."""
+        height, width = self.grid
+        patches = torch.arange(height * width, device=keys.device)
+        by_row, by_column = patches, patches % width * height + patches // width
+        last = height * width - 1
+        from_side = torch.stack([by_row, last - by_row, by_column, last - by_column])
+        side = _shift(_stream(_fold(keys, torch.tensor(-1)), torch.tensor(0)), 62)
+        order = torch.where(context, from_side[side], height * width)
         kept = order.argsort(dim=1)[:, : self.max_context]
         return torch.zeros_like(context).scatter_(1, kept, True)
 

@@ -268,6 +268,8 @@ class TrainConfig(Section):
 
     steps: length of the run, instead of `epochs`.
     batch_size: of all processes together.
+    precision: "bfloat16" is autocast; "auto" takes it where it is the faster: on GPUs, and on CPUs
+        with AMX.
     clip_grad: largest norm of the gradient; None for no clipping.
     compile: `torch.compile` every transformer block.
     log_every: steps between rows of the logs, which are means over them.
@@ -285,7 +287,7 @@ class TrainConfig(Section):
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip_grad: PositiveFloat | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     compile: bool = False
     log_every: Positive = 50
     checkpoint_every: Positive | None = None

@@ -52,6 +52,15 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`precision`, or for "auto" what multiplies matrices faster on this device."""
+    if precision != "auto":
+        return precision
+    # Without AMX a CPU takes about twice as long in bfloat16 as in float32; with it a tenth.
+    has_units = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_units else "float32"
+
+
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """The processes that torchrun started, or this one alone; nests.

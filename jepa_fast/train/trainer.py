@@ -30,6 +30,7 @@ from jepa_fast.train.distributed import (
     broadcast_state,
     gather_objects,
     on_any_rank,
+    resolve_precision,
     wait_for_all,
 )
 from jepa_fast.train.errors import Interrupted, NonFiniteError
@@ -81,6 +82,7 @@ class Trainer:
             eps=self.config.eps,
             fused=True,
         )
+        self.precision = resolve_precision(self.config.precision, self.world.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.checkpoints = CheckpointFolder(self.folder, self.config.keep_checkpoints)
         self._sums = _DeviceSums()
@@ -142,9 +144,8 @@ class Trainer:
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
         images, masks, text = self.prepare(batch, self.step)
-        with torch.autocast(
-            self.world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-        ):
+        halved = self.precision == "bfloat16"
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=halved):
             output = self.model(images, masks, **text)
         output.loss.backward()
         average_gradients(self.parameters, self.world)
