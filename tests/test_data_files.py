@@ -54,6 +54,13 @@ def values(loader: Loader) -> list[int]:
     return [int(image[0, 0, 0]) for batch in loader for image in batch.images]
 
 
+def test_samples_of_one_key_in_two_shards_have_two_ids(tmp_path: Path) -> None:
+    for shard in range(2):
+        write_shard(tmp_path / f"{shard}.tar", sample(0))
+    (batch,) = Loader(ShardSource(str(tmp_path / "*.tar")), 2, train=False)
+    assert batch.ids.unique().numel() == 2
+
+
 def test_shards(shards: Path) -> None:
     source = ShardSource(str(shards / "part-*.tar"))
     assert len(source) == 12
@@ -67,6 +74,11 @@ def test_shards(shards: Path) -> None:
     assert len({i for batch in batches for i in batch.ids.tolist()}) == 12
     again = load_in_memory(source)
     assert torch.equal(again.ids[:5], batches[0].ids)
+    (shards / "elsewhere").mkdir()
+    (shards / "part-1.tar").rename(shards / "elsewhere" / "part-1.tar")
+    moved = load_in_memory(ShardSource(str(shards / "elsewhere" / "*.tar")))
+    assert torch.equal(moved.ids, again.ids[4:8])  # the folder does not matter
+    (shards / "elsewhere" / "part-1.tar").rename(shards / "part-1.tar")
 
     training = Loader(source, 4, train=True, shuffle_buffer=5)
     first, second = values(training), values(training)

@@ -36,7 +36,7 @@ class ShardSource:
     length: samples in all shards. None counts them in local files.
 
     A sample that is incomplete, or a shard that ends too early, is reported as corrupt. The id of a
-    sample is a hash of its key.
+    sample is a hash of its shard's file name and its key, since keys may begin anew in every shard.
 
     Raises FileNotFoundError if no shard matches, ValueError if remote shards come without `length`.
     """
@@ -86,11 +86,12 @@ class ShardSource:
         if image is None:
             raise CorruptSample(key, "no image")
         label, captions = _describe(record, key)
+        shard = record["__url__"].rpartition("/")[2]
         return {
             "image": decode_image(image, key),
             "label": label,
             "captions": captions,
-            "id": counter.text_key(key),
+            "id": counter.text_key(f"{shard}/{key}"),
         }
 
 
