@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _device
 
 from jepa_fast import ProbIJepa
 from jepa_fast.masks import BlockMaskSampler
@@ -170,10 +171,16 @@ def test_images_of_another_size_are_not_matched_with_the_wrong_patches() -> None
 
 
 @each_head
-def test_on_the_meta_device(name: str) -> None:
+@pytest.mark.parametrize("hidden", [set(), {torch.linspace}], ids=["", "after_transformers"])
+def test_on_the_meta_device(name: str, hidden: set[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where transformers has hidden `linspace` from the first device context."""
+    constructors = _device._device_constructors() - hidden
+    monkeypatch.setattr(_device, "_device_constructors", lambda: constructors)
     images, masks = make_batch()
     with torch.device("meta"):
         model = make_model(name, **OPTIONS[name])
+    assert all(t.is_meta for t in model.state_dict().values())
+    assert all(b.is_meta for b in model.buffers())
     out = model(images.to("meta"), masks.to("meta"))
     assert out.loss.is_meta
     out.loss.backward()

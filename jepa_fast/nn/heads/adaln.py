@@ -67,8 +67,10 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, num_frequencies: int = 128) -> None:
         super().__init__()
-        # From 1000 down to 0.1 radians over the unit interval.
-        frequencies = 1000 * torch.exp(-math.log(10_000) * torch.linspace(0, 1, num_frequencies))
+        # From 1000 down to 0.1 radians over the unit interval. Not `linspace`: transformers puts it
+        # on the CPU while it loads a model, and `with torch.device("meta")` may miss it ever after.
+        share = torch.arange(num_frequencies) / (num_frequencies - 1)
+        frequencies = 1000 * torch.exp(-math.log(10_000) * share)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.fc1 = nn.Linear(2 * num_frequencies, width)
         self.fc2 = nn.Linear(width, width)

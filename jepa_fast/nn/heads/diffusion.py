@@ -22,10 +22,10 @@ def alpha_bar(schedule: str, timesteps: int) -> Tensor:
     scaled to the same total. `"cosine"`: arXiv 2102.09672, equation 17, beta cut at 0.999.
     """
     if schedule == "linear":
-        scale = 1000 / timesteps
-        beta = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
+        share = torch.arange(timesteps, dtype=torch.float64) / max(timesteps - 1, 1)
+        beta = (1e-4 + (0.02 - 1e-4) * share) * (1000 / timesteps)
     else:
-        time = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         level = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
         beta = 1 - level[1:] / level[:-1]
     return torch.cumprod(1 - beta.clamp(max=0.999), 0)
