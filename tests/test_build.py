@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_runs import tiny, trainer_of
 
 from jepa_fast.data import HashedWords
+from jepa_fast.errors import CheckpointError
 from jepa_fast.train.build import (
     Prepare,
     build_loader,
@@ -171,6 +172,12 @@ def test_tijepa_stands_on_the_teacher_of_a_run(tmp_path: Path) -> None:
     probes = evaluate(folder)
     assert {probe.name for probe in probes} == {"knn", "linear", "patch"}
     assert "knn" in format_probes(probes)
+
+    pretrain(tiny(tmp_path / "ijepa", "train.steps=3"), overwrite=True)
+    with pytest.raises(CheckpointError, match="frozen encoder has other weights"):
+        evaluate(folder)
+    with pytest.raises(CheckpointError, match="frozen encoder has other weights"):
+        pretrain(tiny(folder, *TIJEPA, weights, "train.steps=4"), resume="")
 
 
 def test_tijepa_without_weights_warns_and_keeps_its_random_encoder(

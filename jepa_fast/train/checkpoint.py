@@ -6,6 +6,7 @@ name only when it is whole and on the disk; `last.pt` changes in one atomic step
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from pathlib import Path
@@ -109,12 +110,31 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
     """Load the model of a checkpoint, wholly.
 
     Raises:
-        CheckpointError: anything missing, unexpected or of another shape; lists it.
+        CheckpointError: anything missing, unexpected or of another shape; lists it. Or the model's
+            frozen encoder is not the one of the run.
     """
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint is of another model: {error}") from None
+    if state["frozen"] != frozen_digest(model):
+        raise CheckpointError(
+            "the frozen encoder has other weights now than when the checkpoint was written; name "
+            "the old ones by model.encoder_weights, or train anew"
+        )
+
+
+def frozen_digest(model: nn.Module) -> str | None:
+    """SHA-256 of the weights that the model's state dict leaves out; None if it holds them all."""
+    saved = model.state_dict().keys()
+    left_out = [(name, p) for name, p in model.named_parameters() if name not in saved]
+    if not left_out:
+        return None
+    digest = hashlib.sha256()
+    for name, p in left_out:
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:

@@ -21,7 +21,13 @@ from jepa_fast.data.loader import Loader
 from jepa_fast.errors import CheckpointError
 from jepa_fast.masks import BlockMasks
 from jepa_fast.optim.groups import parameter_groups
-from jepa_fast.train.checkpoint import CheckpointFolder, load_weights, rng_state, set_rng_state
+from jepa_fast.train.checkpoint import (
+    CheckpointFolder,
+    frozen_digest,
+    load_weights,
+    rng_state,
+    set_rng_state,
+)
 from jepa_fast.train.config import TrainConfig
 from jepa_fast.train.distributed import (
     World,
@@ -85,6 +91,7 @@ class Trainer:
         self.precision = resolve_precision(self.config.precision, self.world.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.checkpoints = CheckpointFolder(self.folder, self.config.keep_checkpoints)
+        self._frozen = frozen_digest(self.model)
         self._sums = _DeviceSums()
         self._bad_step = torch.tensor(-1, device=self.world.device)
         self._signal: int | None = None
@@ -177,6 +184,7 @@ class Trainer:
                 {
                     "config": self.described,
                     "model": self.model.state_dict(),
+                    "frozen": self._frozen,
                     "optimizer": self.optimizer.state_dict(),
                     "ranks": ranks,
                 },
