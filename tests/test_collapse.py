@@ -37,10 +37,21 @@ def test_effective_rank_is_the_entropy_of_the_singular_values(shape: tuple[int, 
             assert got == pytest.approx(rank_from_singular_values(tokens), rel=0.02), (name, scale)
 
 
-def test_effective_rank_of_many_wide_tokens_looks_at_128_of_them() -> None:
-    tokens = torch.randn(1000, 200)
+def test_effective_rank_of_many_wide_tokens_is_that_of_a_sample_of_128() -> None:
+    tokens = torch.randn(1024, 200)
     expected = rank_from_singular_values(tokens[::8])
     assert effective_rank(tokens).item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("slots", [12, 16, 32, 36])
+@pytest.mark.parametrize("width", [96, 384])
+def test_effective_rank_looks_at_every_place_of_a_block(slots: int, width: int) -> None:
+    """Whatever varies, the place in the block or the block, and however counts divide."""
+    directions = torch.linalg.qr(torch.randn(width, width)).Q
+    by_slot = directions[:slots].expand(512, -1, -1).flatten(0, 1)
+    assert effective_rank(by_slot).item() == pytest.approx(slots, rel=0.15)
+    by_block = directions[:64].repeat(8, 1)[:, None].expand(-1, slots, -1).flatten(0, 1)
+    assert effective_rank(by_block).item() == pytest.approx(64, rel=0.15)
 
 
 def test_effective_rank_of_nothing_but_zeros_is_near_zero() -> None:

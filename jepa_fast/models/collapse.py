@@ -9,6 +9,7 @@ from torch import Tensor
 
 _GRAM_SIDE = 128  # the Gram matrix is at most this wide, so a step pays about a millisecond
 _NARROW_ROWS = 1024  # tokens looked at where the width itself is at most _GRAM_SIDE
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 fill the unit interval evenly
 
 # Nodes of the trapezoid rule in effective_rank: u from log of the smallest share that counts up to
 # where a resolvent of a trace-one matrix equals exp(-u); beyond, that is summed in closed form.
@@ -45,8 +46,8 @@ def collapse_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
 def effective_rank(tokens: Tensor) -> Tensor:
     """RankMe: the exponential of the entropy of the normalised singular values (arXiv 2210.02885).
 
-    Cheap enough for every step: 128 evenly spaced tokens are looked at (up to 1024 where the width
-    is at most 128), so the value is at most ``min(128, D)``. torch's eigensolvers make the host
+    Cheap enough for every step: 128 tokens are looked at (up to 1024 where the width is at most
+    128), one from each equal stretch, so the value is at most ``min(128, D)``. torch's eigensolvers make the host
     wait for the GPU, inverses do not, so both sums that the entropy needs are taken as integrals of
     resolvents of the Gram matrix ``G`` (scaled to trace one, eigenvalues ``s^2``)::
 
@@ -64,8 +65,13 @@ def effective_rank(tokens: Tensor) -> Tensor:
     """
     count, width = tokens.shape
     rows = _NARROW_ROWS if width <= _GRAM_SIDE else _GRAM_SIDE
-    stride = max(1, -(-count // rows))
-    tokens = tokens.detach()[::stride].double()
+    tokens = tokens.detach()
+    if count > rows:
+        # At equal distances they could all have the same place in a block of patches.
+        place = torch.arange(rows, dtype=torch.float64, device=tokens.device)
+        place = (place + place * _GOLDEN % 1) * (count / rows)
+        tokens = tokens[place.long()]
+    tokens = tokens.double()
     gram = tokens.T @ tokens if width <= _GRAM_SIDE else tokens @ tokens.T
     gram = gram / gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
 
