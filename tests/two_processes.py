@@ -12,16 +12,24 @@ from torch import nn
 from jepa_fast.train.distributed import World, average_gradients, join_world, on_any_rank
 from jepa_fast.train.run import pretrain
 
+TIJEPA = ("model.method=tijepa", "model.width=16", "model.depth=1", "model.num_heads=2")
+PROBABILISTIC = ("model.method=probijepa", "model.head_options.hidden_dim=8")
+# Captions, words and contexts of different numbers: the ranks' halves of a batch weigh differently.
+UNEVEN = ("data.uncaptioned=0.5",)
+
 RUNS = {
-    "ijepa": ("train.steps=4", "train.log_every=1"),
-    # Its ActNorm initialises itself from the first batch, which differs between ranks.
-    "flow": (
-        "train.steps=2",
-        "train.log_every=1",
-        "model.method=probijepa",
-        "model.head=flow",
-        "model.head_options.hidden_dim=8",
-    ),
+    name: ("train.steps=4", "train.log_every=1", *overrides)
+    for name, overrides in {
+        "ijepa": (),
+        "tcjepa": ("model.method=tcjepa", *UNEVEN),
+        "tijepa": (*TIJEPA, *UNEVEN, "model.vicreg=[25,25,1]"),
+        "cross_modal": (*TIJEPA, *UNEVEN, "model.objective=cross_modal"),
+        "mixture": ("model.method=probijepa",),
+        "autoregressive": (*PROBABILISTIC, "model.head=autoregressive"),
+        # Its ActNorm initialises itself from the first batch, which differs between ranks, and so
+        # that its gradients are zero but for rounding, which AdamW would blow up to whole steps.
+        "flow": (*PROBABILISTIC, "model.head=flow", "train.eps=1e-4"),
+    }.items()
 }
 
 

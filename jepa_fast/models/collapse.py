@@ -47,9 +47,9 @@ def effective_rank(tokens: Tensor) -> Tensor:
     """RankMe: the exponential of the entropy of the normalised singular values (arXiv 2210.02885).
 
     Cheap enough for every step: 128 tokens are looked at (up to 1024 where the width is at most
-    128), one from each equal stretch, so the value is at most ``min(128, D)``. torch's eigensolvers make the host
-    wait for the GPU, inverses do not, so both sums that the entropy needs are taken as integrals of
-    resolvents of the Gram matrix ``G`` (scaled to trace one, eigenvalues ``s^2``)::
+    128), one from each equal stretch, so the value is at most ``min(128, D)``. torch's eigensolvers
+    make the host wait for the GPU, inverses do not, so both sums that the entropy needs are taken
+    as integrals of resolvents of the Gram matrix ``G`` (scaled to trace one, eigenvalues ``s^2``)::
 
         sum s        = 1/pi * integral exp(u/2)     trace(G (G + e^u)^-1) du
         sum s log s  = 1/pi * integral exp(u/2) u/2 trace(G (G + e^u)^-1) du

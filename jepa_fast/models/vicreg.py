@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_fast.nn.precision import without_autocast
+from jepa_fast.nn.ranks import share_of_batch, sum_over_ranks
 
 VICREG_WEIGHTS = (25.0, 25.0, 1.0)
 """The paper's weights of invariance (here the prediction loss), variance and covariance."""
@@ -45,6 +46,8 @@ def insured_loss(
         normalize_target=normalize_target,
         target_mask=mask,
     )
+    if mask is not None:
+        loss = loss * share_of_batch(mask.sum())
     parts = {"prediction_loss": loss.detach()}
     if weights is not None:
         variance, covariance = variance_covariance(prediction, mask)
@@ -63,16 +66,16 @@ def variance_covariance(tokens: Tensor, mask: Tensor | None = None) -> tuple[Ten
     Returns:
         Scalars float32: mean over dimensions of ``relu(1 - sqrt(variance + 1e-4))`` (equation 1),
         and the sum of squared covariances of different dimensions over D (equations 3 and 4). Both
-        are over the real tokens, with ``n - 1`` in the denominator.
+        are over the real tokens of all processes, with ``n - 1`` in the denominator.
     """
     # Squares of half-precision covariances would keep two digits.
     with without_autocast(tokens):
         x = tokens.float().flatten(0, -2)
         real = x.new_ones(len(x), 1) if mask is None else mask.flatten()[:, None].float()
-        count = real.sum()
+        count = sum_over_ranks(real.sum())
         x = x.where(real > 0, 0.0)
-        centred = (x - x.sum(0) / count.clamp(min=1)) * real
-        covariance = centred.T @ centred / (count - 1).clamp(min=1)
+        centred = (x - sum_over_ranks(x.sum(0)) / count.clamp(min=1)) * real
+        covariance = sum_over_ranks(centred.T @ centred) / (count - 1).clamp(min=1)
         variance = covariance.diagonal()
         apart = covariance.square().sum() - variance.square().sum()
         return F.relu(1 - (variance + 1e-4).sqrt()).mean(), apart / x.shape[1]

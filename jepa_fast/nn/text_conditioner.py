@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.nn.attention import Mlp
 from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.ops.text_cross_attention.api import check_similarity
 
 POOLS = ("max", "mean", "attention")
@@ -197,8 +198,21 @@ class WordConditioner(nn.Module):
         projected = self.keys_values(captions.words).unflatten(-1, (2 * len(self.layers), -1))
         keys_values = projected.unbind(-2)
         return WordConditioning(
-            self, keys_values[::2], keys_values[1::2], captions.word_mask, token_mask
+            self,
+            keys_values[::2],
+            keys_values[1::2],
+            captions.word_mask,
+            token_mask,
+            share_of_batch(_count_pairs(captions.word_mask, token_mask)),
         )
+
+
+def _count_pairs(word_mask: Tensor, token_mask: Tensor | None) -> Tensor:
+    """How many pairs of a caption and a token of its image there are, up to a factor."""
+    captions = word_mask.any(2).sum(1)  # [B]
+    if token_mask is not None:
+        captions = captions * token_mask.sum(1).reshape(-1, max(len(captions), 1)).sum(0)
+    return captions.sum()
 
 
 class MeanWordConditioner(WordConditioner):
@@ -233,6 +247,7 @@ class WordConditioning(Conditioning):
         keys, values: a tensor ``[B, C, S, d]`` a layer.
         word_mask: ``[B, C, S]`` bool.
         token_mask: ``[R, T]`` bool or None.
+        share: what the regularisers, means over pairs of caption and token, are multiplied by.
         queries: ``[R, T, d]`` of the layers that have been called.
         sparsities: a scalar of each of these layers.
     """
@@ -242,6 +257,7 @@ class WordConditioning(Conditioning):
     values: Sequence[Tensor]
     word_mask: Tensor
     token_mask: Tensor | None
+    share: Tensor | float
     queries: list[Tensor] = field(default_factory=list)
     sparsities: list[Tensor] = field(default_factory=list)
 
@@ -289,12 +305,12 @@ class WordConditioning(Conditioning):
 
     def sparsity(self) -> Tensor:
         """Mean over captions, tokens and layers of ``sum_w O``."""
-        return torch.stack(self.sparsities).mean()
+        return torch.stack(self.sparsities).mean() * self.share
 
     def consistency(self) -> Tensor:
         """Mean over captions, tokens and layers of ``sum_w |O^l - mean_l O^l|``."""
         c = self.conditioner
-        return ops.patch_word_consistency(
+        consistency = ops.patch_word_consistency(
             self.queries,
             self.keys,
             self.word_mask,
@@ -303,6 +319,7 @@ class WordConditioning(Conditioning):
             similarity=c.similarity,
             tau=c.tau,
         )
+        return consistency * self.share
 
     def similarity_map(self) -> Tensor:
         """``mean_l O^l``, ``[R, C, T, S]``."""

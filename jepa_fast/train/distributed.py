@@ -1,7 +1,9 @@
 """One process or several (torchrun): the same code, the same numbers.
 
 Every rank takes an equal slice of the global batch, so the mean over ranks of a mean over a slice
-is the mean over the batch, and gradients are averaged after the backward pass.
+is the mean over the batch, and gradients are averaged after the backward pass. (Where a loss counts
+words or ragged blocks, `nn/ranks.py` weighs the slices. Heads that train on random noise draw their
+own on every rank, and agree with one process in expectation.)
 (`DistributedDataParallel` would overlap the two, but it stops at a parameter that got no gradient
 on one rank only, as a text conditioner's does where no image of that rank has a caption.)
 """
