@@ -123,12 +123,64 @@ def test_broken_samples_in_shards_are_named(tmp_path: Path) -> None:
     loader = Loader(ShardSource(str(tmp_path / "x.tar")), 2, train=False)
     assert values(loader) == [1]
     reasons = loader.skips.reasons
-    assert set(reasons) == {"cut", "lone", "blind", "odd", "list", "text"}
-    assert reasons["text"] == "image cannot be decoded (no known format)"
-    assert "image cannot be decoded" in reasons["cut"]
-    assert reasons["lone"] == "no json, txt or cls beside the image"
-    assert reasons["blind"] == "no image"
-    assert "JSONDecodeError" in reasons["odd"]
+    names = ("cut", "lone", "blind", "odd", "list", "text")
+    assert set(reasons) == {f"x.tar/{name}" for name in names}
+    assert reasons["x.tar/text"] == "image cannot be decoded (no known format)"
+    assert "image cannot be decoded" in reasons["x.tar/cut"]
+    assert reasons["x.tar/lone"] == "no json, txt or cls beside the image"
+    assert reasons["x.tar/blind"] == "no image"
+    assert "JSONDecodeError" in reasons["x.tar/odd"]
+
+
+@pytest.mark.parametrize(
+    ("about", "reason"),
+    [
+        (b'{"label": Infinity}', "label must be a whole number from -1 to 2147483647, got inf"),
+        (b'{"label": NaN}', "label must be a whole number"),
+        (b'{"label": 99999999999999999999}', "label must be a whole number"),
+        (b'{"label": 2147483648}', "label must be a whole number"),
+        (b'{"label": 3.7}', "label must be a whole number from -1 to 2147483647, got 3.7"),
+        (b'{"label": true}', "label must be a whole number"),
+        (b'{"label": -7}', "label must be a whole number"),
+        (b'{"label": [1]}', "label must be a whole number"),
+        (b'{"captions": [null]}', "captions must be a text or a list of texts"),
+        (b'{"captions": [["a"]]}', "captions must be a text or a list of texts"),
+        (b'{"caption": {"a": 1}}', "captions must be a text or a list of texts"),
+        (b'{"caption": "\\ud800"}', "UnicodeEncodeError"),
+        (b"[" * 100_000, "RecursionError"),
+    ],
+)
+def test_a_description_that_means_nothing_is_a_corrupt_sample(
+    tmp_path: Path, about: bytes, reason: str
+) -> None:
+    write_shard(tmp_path / "x.tar", {**sample(1), "odd.png": picture(5), "odd.json": about})
+    source = load_in_memory(ShardSource(str(tmp_path / "x.tar")))
+    assert len(source) == 1
+    assert list(source.skipped) == ["x.tar/odd"]
+    assert reason in source.skipped["x.tar/odd"]
+
+
+def test_whole_numbers_are_labels_however_they_are_written(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for name, label in (("a", b"3.0"), ("b", b'"4"'), ("c", b"-1"), ("d", b"2147483647")):
+        members |= {f"{name}.png": picture(1), f"{name}.json": b'{"label": %s}' % label}
+    write_shard(tmp_path / "x.tar", members)
+    source = load_in_memory(ShardSource(str(tmp_path / "x.tar")))
+    assert source.labels.tolist() == [3, 4, -1, 2**31 - 1]
+
+
+def test_skips_of_one_key_in_two_shards_are_two(tmp_path: Path) -> None:
+    for shard in range(2):
+        write_shard(tmp_path / f"{shard}.tar", {**sample(shard), "s9.json": b"{}"})
+    source = load_in_memory(ShardSource(str(tmp_path / "*.tar")))
+    assert set(source.skipped) == {"0.tar/s9", "1.tar/s9"}
+
+
+def test_a_file_name_that_is_no_utf8_is_a_key(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", {"\udcff.png": picture(5), "\udcff.json": b"{}"})
+    source = load_in_memory(ShardSource(str(tmp_path / "x.tar")))
+    assert len(source) == 1
+    assert not source.skipped
 
 
 @pytest.mark.parametrize("cut", ["header", "content", "between", "empty", "noise"])
@@ -149,11 +201,50 @@ def test_a_truncated_shard_gives_what_it_holds_and_is_reported(shards: Path, cut
     held = [] if cut in ("empty", "noise") else [4, 5]
     assert values(loader) == [0, 1, 2, 3, *held, 8, 9, 10, 11]
     assert loader.skipped == 1
-    assert "shard cannot be read to its end" in loader.skips.reasons[str(path)]
+    assert "shard cannot be read in full" in loader.skips.reasons[str(path)]
     assert not any(text in loader.skips.reasons[str(path)] for text in ("object at", path.name))
     training = Loader(ShardSource(str(shards / "part-*.tar"), length=12), 5, train=True)
     assert len(values(training)) == 10
     assert training.skipped == 1
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("damage", ["noise", "zeros"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_damaged_header_costs_its_own_sample_and_is_reported(
+    tmp_path: Path, kind: int, damage: str, number: int
+) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=kind) as shard:
+        for i in range(3):
+            for name, data in sample(i).items():
+                # A fraction of a second takes an extended header before the file's own.
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(data), 0.5 if kind == tarfile.PAX_FORMAT else 0
+                shard.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as shard:
+        at = shard.getmembers()[2 * number].offset_data - 512
+    data = bytearray(path.read_bytes())
+    data[at : at + 512] = b"\x9a" * 512 if damage == "noise" else bytes(512)
+    path.write_bytes(data)
+    source = load_in_memory(ShardSource(str(path)))
+    assert source.images[:, 0, 0, 0].tolist() == [i for i in range(3) if i != number]
+    assert set(source.skipped) == {str(path), f"x.tar/s{number}"}
+    expected = f"shard cannot be read in full (ReadError: damaged header at byte {at})"
+    assert source.skipped[str(path)] == expected
+
+
+def test_zeros_in_place_of_whole_files_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    write_shard(path, {name: data for i in range(3) for name, data in sample(i).items()})
+    with tarfile.open(path) as shard:
+        begin, end = (shard.getmembers()[i].offset for i in (2, 4))
+    data = bytearray(path.read_bytes())
+    data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    source = load_in_memory(ShardSource(str(path)))
+    assert source.images[:, 0, 0, 0].tolist() == [0, 2]
+    assert f"damaged header at byte {begin}" in source.skipped[str(path)]
 
 
 def test_a_compressed_shard_is_whole_and_a_cut_one_is_reported(tmp_path: Path) -> None:
@@ -170,7 +261,7 @@ def test_a_compressed_shard_is_whole_and_a_cut_one_is_reported(tmp_path: Path) -
         path.write_bytes(broken)
         loader = Loader(ShardSource([str(path), str(tmp_path / "x.tar")]), 2, train=False)
         assert values(loader)[-2:] == [1, 2]
-        assert "shard cannot be read to its end" in loader.skips.reasons[str(path)]
+        assert "shard cannot be read in full" in loader.skips.reasons[str(path)]
         assert "object at" not in loader.skips.reasons[str(path)]
 
 
@@ -179,6 +270,27 @@ def test_no_shards_and_remote_shards(tmp_path: Path) -> None:
         ShardSource(str(tmp_path / "none-*.tar"))
     with pytest.raises(ValueError, match="length must say how many samples remote shards hold"):
         ShardSource("pipe:cat x.tar")
+    with pytest.raises(FileNotFoundError, match="urls must match at least one shard"):
+        ShardSource([])
+
+
+def test_each_shard_of_a_range_must_be_there(tmp_path: Path) -> None:
+    for name in "ac":
+        write_shard(tmp_path / f"k{name}.tar", sample(0))
+    with pytest.raises(FileNotFoundError, match=r"kb\.tar, \S*kd\.tar match none"):
+        ShardSource(str(tmp_path / "k{a,b,c,d}.tar"))
+    assert len(ShardSource(str(tmp_path / "k{a,c}.tar"))) == 2
+    with pytest.raises(FileNotFoundError, match=r"n19\.tar and 5 more match none"):
+        ShardSource(str(tmp_path / "n{0..24}.tar"))
+
+
+def test_brackets_and_braces_in_the_name_of_a_shard(tmp_path: Path) -> None:
+    for number, folder in enumerate(("br[1]", "{x,y}")):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "a.tar", sample(number))
+        assert len(ShardSource(str(tmp_path / folder / "a.tar"))) == 1
+    write_shard(tmp_path / "br[1]" / "b.tar", sample(1))
+    assert len(ShardSource(str(tmp_path / "br[1]" / "{a,b}.tar"))) == 2
 
 
 def test_shards_through_a_pipe(shards: Path) -> None:

@@ -53,5 +53,6 @@ def permutation(n: int, *keys: int) -> NDArray[np.int64]:
 
 def text_key(text: str) -> int:
     """A key for a string, the same in every process (unlike `hash`), in [0, 2^63)."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # A file name that is no UTF-8 has surrogates in their place.
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

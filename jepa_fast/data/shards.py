@@ -12,6 +12,9 @@ import glob
 import gzip
 import itertools
 import json
+import lzma
+import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,12 +23,18 @@ from typing import IO, Any
 from jepa_fast.data import counter
 from jepa_fast.data.batch import UNKNOWN, Sample
 from jepa_fast.data.extras import require
+from jepa_fast.data.fields import integer, texts
 from jepa_fast.data.images import IMAGE_SUFFIXES, decode_image
 from jepa_fast.data.skips import CorruptSample, describe
 
 _SHARDS = 0
 _IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+_METADATA = re.compile(r"__[^/]*__($|/)")  # which webdataset leaves out, too
 _REMOTE = ("pipe:", "http:", "https:", "s3:", "gs:")
+_LARGEST_LABEL = 2**31 - 1
+_MISSING_NAMED = 20
+# What reading a broken, cut or unreachable shard raises.
+_BROKEN = (tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
 
 
 class ShardSource:
@@ -35,17 +44,19 @@ class ShardSource:
         opens (`https:...`, `pipe:...`); one or several.
     length: samples in all shards. None counts them in local files.
 
-    A sample that is incomplete, or a shard that ends too early, is reported as corrupt. The id of a
-    sample is a hash of its shard's file name and its key, since keys may begin anew in every shard.
+    A sample that is incomplete or has a broken description, and a shard that is damaged or ends too
+    early, are reported as corrupt; reading goes on behind a damaged header. The id of a sample is a
+    hash of its shard's file name and its key, since keys may begin anew in every shard.
 
-    Raises FileNotFoundError if no shard matches, ValueError if remote shards come without `length`.
+    Raises FileNotFoundError naming each path, after expansion of braces, that matches no shard,
+    ValueError if remote shards come without `length`.
     """
 
     def __init__(self, urls: str | Sequence[str], length: int | None = None) -> None:
         patterns = [urls] if isinstance(urls, str) else list(urls)
         self.shards = sorted(itertools.chain.from_iterable(map(_expand, patterns)))
         if not self.shards:
-            raise FileNotFoundError(f"urls must match at least one shard, {patterns} match none")
+            raise FileNotFoundError(f"urls must match at least one shard, got {patterns}")
         if length is None:
             remote = [shard for shard in self.shards if shard.startswith(_REMOTE)]
             if remote:
@@ -81,17 +92,16 @@ class ShardSource:
 
     def decode(self, record: dict[str, Any]) -> Sample:
         """Raises CorruptSample if the record has no image, no description, or broken ones."""
-        key = record["__key__"]
+        key = f"{record['__url__'].rpartition('/')[2]}/{record['__key__']}"
         image = next((record[name] for name in record if name.rpartition(".")[2] in _IMAGES), None)
         if image is None:
             raise CorruptSample(key, "no image")
         label, captions = _describe(record, key)
-        shard = record["__url__"].rpartition("/")[2]
         return {
             "image": decode_image(image, key),
             "label": label,
             "captions": captions,
-            "id": counter.text_key(f"{shard}/{key}"),
+            "id": counter.text_key(key),
         }
 
 
@@ -102,71 +112,133 @@ def _describe(record: dict[str, Any], key: str) -> tuple[int, list[str]]:
     try:
         content = json.loads(record.get("json", b"{}"))
         label = content.get("label")
-        label = int(record.get("cls", UNKNOWN) if label is None else label)
-        captions = content.get("captions") or content.get("caption") or []
-        captions = [captions] if isinstance(captions, str) else [str(text) for text in captions]
+        label = record.get("cls", UNKNOWN) if label is None else label
+        label = integer("label", label, UNKNOWN, _LARGEST_LABEL)
+        captions = texts("captions", content.get("captions") or content.get("caption") or None)
         if not captions and "txt" in record:
             captions = [record["txt"].decode()]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptSample(key, f"broken description ({type(error).__name__}: {error})") from error
     return label, captions
 
 
 def _expand(pattern: str) -> list[str]:
+    """The shards of a pattern. Raises FileNotFoundError naming what matches none."""
     if pattern.startswith(_REMOTE):
         return require("webdataset.shardlists", "reading shards").expand_urls(pattern)
-    braces = require("braceexpand", "reading shards").braceexpand(pattern)
-    return [path for expanded in braces for path in glob.glob(expanded)]
+    if os.path.exists(pattern):  # whatever brackets and braces are in its name
+        return [pattern]
+    shards, missing = [], []
+    for path in require("braceexpand", "reading shards").braceexpand(pattern):
+        found = [path] if os.path.exists(path) else glob.glob(path)
+        shards += found
+        if not found:
+            missing.append(path)
+    if missing:
+        more = f" and {len(missing) - _MISSING_NAMED} more" if len(missing) > _MISSING_NAMED else ""
+        raise FileNotFoundError(
+            f"urls must match at least one shard each, {', '.join(missing[:_MISSING_NAMED])}{more} "
+            "match none"
+        )
+    return shards
+
+
+class _Member(tarfile.TarInfo):
+    """A file of a shard, whose header notes in its archive what is wrong with the shard."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> Any:
+        at = archive.fileobj.tell()
+        try:
+            member = super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.zeros_from = at if archive.zeros_from is None else archive.zeros_from
+            raise
+        except (
+            tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+            tarfile.SubsequentHeaderError,  # type: ignore[attr-defined]
+        ) as error:
+            archive.note_damage(at)
+            # Of this kind alone `ignore_zeros` takes it to look for a header in the next block.
+            raise tarfile.InvalidHeaderError(str(error)) from error  # type: ignore[attr-defined]
+        if archive.zeros_from is not None:
+            archive.note_damage(at)  # zeros may have replaced files, or two archives be one file
+        archive.lost = False
+        return member
+
+
+class _Archive(tarfile.TarFile):
+    """A tar file that is read past damaged headers; tarfile itself would take them for the end.
+
+    zeros_from: the byte since which there has been nothing but zeros, or None.
+    lost: no header has been found since a damaged one.
+    damaged: the bytes at which something is wrong.
+    """
+
+    tarinfo = _Member
+    ignore_zeros = True
+    zeros_from: int | None = None
+    lost = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.damaged: list[int] = []
+        super().__init__(*args, **options)  # reads the first header
+
+    def note_damage(self, at: int) -> None:
+        if not self.lost:
+            self.damaged.append(at if self.zeros_from is None else self.zeros_from)
+        self.zeros_from, self.lost = None, True
 
 
 def _count(path: str) -> int:
     """Images in a local shard. A broken one counts as far as it can be read."""
     count = 0
     try:
-        with tarfile.open(path, "r:*") as shard:
+        with _Archive.open(path, "r:*") as shard:
             for member in shard:
                 count += member.name.lower().endswith(IMAGE_SUFFIXES)
-    except (tarfile.TarError, zlib.error, OSError, EOFError):
+    except _BROKEN:
         return count  # reading it reports what is wrong with it
     return count
 
 
 def _read(shard: str) -> Iterator[dict[str, Any] | CorruptSample]:
-    """Undecoded samples of one shard, then, if it cannot be read to its end, why."""
+    """Undecoded samples of one shard, then, if something is wrong with it, what."""
     gopen = require("webdataset.gopen", "reading shards").gopen
-    tariterators = require("webdataset.tariterators", "reading shards")
+    group_by_keys = require("webdataset.tariterators", "reading shards").group_by_keys
     broken: list[Exception] = []
 
     def note(error: Exception) -> bool:
         broken.append(error)
         return False
 
+    def files(stream: Any) -> Iterator[dict[str, Any]]:
+        try:
+            archive: Any = _Archive.open(fileobj=stream, mode="r|*")
+            while (member := archive.next()) is not None:
+                if member.isreg() and not _METADATA.match(member.name):
+                    data = archive.extractfile(member).read()
+                    yield {"fname": member.name, "data": data, "__url__": shard}
+                archive.members = []  # it would keep them all
+            if archive.damaged:
+                first, *others = archive.damaged
+                more = f" and {len(others)} more" if others else ""
+                note(tarfile.ReadError(f"damaged header at byte {first}{more}"))
+            elif archive.zeros_from is None:
+                note(EOFError("no end-of-archive mark"))
+        except _BROKEN as error:
+            note(error)
+
     try:
         with _Pushback(gopen(shard), 2) as raw:
-            plain: Any = raw
+            stream: Any = raw
             if raw.head == b"\x1f\x8b":
-                plain = gzip.GzipFile(fileobj=plain)
-            stream = _Tail(plain)
-            files = tariterators.tar_file_expander([{"url": shard, "stream": stream}], note)
-            yield from tariterators.group_by_keys(files, handler=note)
-            if not broken and any(stream.tail):
-                broken.append(EOFError("no end-of-archive mark"))
-    except OSError as unopened:
-        broken.append(unopened)
+                stream = gzip.GzipFile(fileobj=stream)
+            yield from group_by_keys(files(stream), handler=note)
+    except _BROKEN as error:
+        note(error)
     if broken:
-        yield CorruptSample(shard, f"shard cannot be read to its end ({describe(broken[0])})")
-
-
-class _Tail:
-    """A stream that remembers its last bytes: tarfile takes a cut between members for the end."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.tail = stream, b""
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.tail = (self.tail + data)[-512:]
-        return data
+        yield CorruptSample(shard, f"shard cannot be read in full ({describe(broken[0])})")
 
 
 class _Pushback:
