@@ -17,6 +17,7 @@ from jepa_fast.eval import (
     patch_accuracy,
     probe_all,
 )
+from jepa_fast.eval.text_image import weighted_f1
 
 
 def blobs(n: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,18 @@ def test_linear_probe_chooses_its_penalty_and_repeats_itself() -> None:
     assert probe.accuracy(x, y) == 1.0
     assert torch.equal(probe.weight, fit_linear_probe(x, y).weight)
     assert not probe.weight[:, 1].any()
+
+
+def test_labels_may_be_any_numbers() -> None:
+    (x, y), (val, val_y) = blobs(40, 1.5, 0), blobs(25, 1.5, 1)
+    far = torch.tensor([5, 1000, 2**31 - 1])
+    assert knn_accuracy(x, far[y], val, far[val_y]) == knn_accuracy(x, y, val, val_y)
+    near, probe = fit_linear_probe(x, y), fit_linear_probe(x, far[y])
+    assert torch.equal(probe.weight, near.weight)
+    assert torch.equal(probe.predict(val), far[near.predict(val)])
+    assert torch.equal(
+        weighted_f1(far[val_y], far[val_y.flip(0)]), weighted_f1(val_y, val_y.flip(0))
+    )
 
 
 class Patchwise(nn.Module):

@@ -21,7 +21,8 @@ _ITERATIONS = 100
 class LinearProbe:
     """Logistic regression on standardised features: `(x - mean) / std @ weight.T + bias`.
 
-    weight [classes, D], bias [classes], mean [D], std [D]; penalty: the one it was fitted with.
+    weight [C, D], bias [C], mean [D], std [D]; penalty: the one it was fitted with; classes [C]
+    int64: the labels that the rows stand for, ascending.
     """
 
     weight: Tensor
@@ -29,11 +30,12 @@ class LinearProbe:
     mean: Tensor
     std: Tensor
     penalty: float
+    classes: Tensor
 
     def predict(self, features: Tensor) -> Tensor:
         """The class of every feature, [n] int64."""
         x = (features.float() - self.mean) / self.std
-        return (x @ self.weight.T + self.bias).argmax(1)
+        return self.classes[(x @ self.weight.T + self.bias).argmax(1)]
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Share of features whose class is their label."""
@@ -61,7 +63,7 @@ def fit_linear_probe(
     std, mean = torch.std_mean(features, dim=0, correction=0)
     std = torch.where(std > 1e-8, std, 1.0)  # a constant dimension becomes zero
     x = (features - mean) / std
-    classes = int(labels.max()) + 1
+    classes, labels = labels.unique(return_inverse=True)  # labels may have large gaps
 
     best, start = max(penalties), None
     if len(penalties) > 1:
@@ -71,13 +73,13 @@ def fit_linear_probe(
         lowest = math.inf
         fitted = None
         for penalty in sorted(penalties, reverse=True):
-            fitted = _fit(x[train], labels[train], classes, penalty, fitted)
+            fitted = _fit(x[train], labels[train], len(classes), penalty, fitted)
             loss = float(F.cross_entropy(F.linear(x[val], *fitted), labels[val]))
             if loss >= lowest:
                 break  # as a function of the penalty the loss has one valley
             best, start, lowest = penalty, fitted, loss
-    weight, bias = _fit(x, labels, classes, best, start)
-    return LinearProbe(weight, bias, mean, std, best)
+    weight, bias = _fit(x, labels, len(classes), best, start)
+    return LinearProbe(weight, bias, mean, std, best, classes)
 
 
 def _fit(

@@ -154,7 +154,8 @@ def weighted_f1(predicted: Tensor, labels: Tensor) -> Tensor:
 
     predicted, labels: [n] int64. A class that is never right has F1 0.
     """
-    classes = int(torch.maximum(predicted.max(), labels.max())) + 1
+    found, numbers = torch.cat([predicted, labels]).unique(return_inverse=True)
+    (predicted, labels), classes = numbers.split(len(labels)), len(found)
     asked, told = (torch.bincount(x, minlength=classes).double() for x in (labels, predicted))
     right = torch.bincount(labels[predicted == labels], minlength=classes).double()
     f1 = 2 * right / (asked + told).clamp(min=1)  # 2 TP / (2 TP + FN + FP)
