@@ -21,6 +21,7 @@ from jepa_fast.data import (
     Transform,
     load_in_memory,
 )
+from jepa_fast.errors import DataError
 
 
 def picture(value: int, size: tuple[int, int] = (6, 4), kind: str = "PNG") -> bytes:
@@ -265,6 +266,12 @@ def test_a_compressed_shard_is_whole_and_a_cut_one_is_reported(tmp_path: Path) -
         assert "object at" not in loader.skips.reasons[str(path)]
 
 
+def test_an_empty_shard_has_no_readable_sample(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", {})
+    with pytest.raises(DataError, match=r"no readable sample in .*x\.tar.*: it is empty"):
+        load_in_memory(ShardSource(str(tmp_path / "x.tar")))
+
+
 def test_no_shards_and_remote_shards(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="urls must match at least one shard"):
         ShardSource(str(tmp_path / "none-*.tar"))
@@ -335,6 +342,84 @@ def test_image_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="root must hold images"):
         ImageFolder(tmp_path / "empty")
+
+
+def test_image_folders_leave_out_what_is_hidden_or_no_file(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/2.png", ".cache/3.png", "cat/.thumbs/4.png", "dog/._5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / "dog" / "folder.jpg").mkdir()
+    (tmp_path / "dog" / "lost.png").symlink_to(tmp_path / "nowhere")
+    source = ImageFolder(tmp_path)
+    assert source.classes == ["cat", "dog"]
+    assert list(map(str, source.paths)) == ["cat/1.png", "dog/2.png", "dog/lost.png"]
+    assert list(load_in_memory(source).skipped) == ["dog/lost.png"]  # a file that should be there
+
+
+@pytest.mark.parametrize("captions", ["a {name}", "{", "{0} {1}", "{:d}", "{0.x}", "{0[x]}"])
+def test_captions_of_a_folder_take_the_class_name_alone(tmp_path: Path, captions: str) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(picture(1))
+    with pytest.raises(ValueError, match=r"captions must be a text with \{\} for the class name"):
+        ImageFolder(tmp_path, captions=captions)
+    assert ImageFolder(tmp_path, captions="a {} {{sic}}")[0]["captions"] == ["a cat {sic}"]
+
+
+def test_sixteen_bits_are_brought_to_eight(tmp_path: Path) -> None:
+    values = torch.arange(0, 65536, 257, dtype=torch.int32).reshape(16, 16)
+    grey = Image.fromarray(values.numpy().astype("uint16"))
+    grey.save(tmp_path / "grey.png")
+    image = ImageFolder(tmp_path)[0]["image"]
+    assert torch.equal(
+        image, torch.arange(256, dtype=torch.uint8).reshape(16, 16).expand(3, 16, 16)
+    )
+
+
+def test_a_bad_entry_of_a_coco_file_costs_itself_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture(1))
+    files = ("a.png", "b.png", 5, None, "a\0b.png")
+    images: list[object] = [{"id": i, "file_name": name} for i, name in enumerate(files)]
+    images += [{"id": 5}, {"id": 10**20, "file_name": "a.png"}, {"file_name": "a.png"}, 7]
+    captions = ("first", None, 4, ["listed"])
+    told: list[object] = [{"image_id": 0, "caption": caption} for caption in captions]
+    told += [{"image_id": 99, "caption": "lost"}, {"image_id": 1}, {"caption": "whose"}, None]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": told}))
+    source = CocoCaptions(path, tmp_path)
+    skipped = {f"captions.json images[{i}]" for i in (2, 3, 5, 6, 7, 8)}
+    skipped |= {f"captions.json annotations[{i}]" for i in range(1, 8)}
+    assert set(source.skipped) == skipped
+    reason = source.skipped["captions.json annotations[4]"]
+    assert reason == "unusable (ValueError: image_id is of none of the images)"
+    assert "skipped captions.json images[2]: unusable (ValueError: file_name" in caplog.text
+    assert "13 samples skipped" in caplog.text
+
+    loader = Loader(source, 3, train=False)
+    assert loader.skipped == 13
+    (batch,) = loader
+    assert batch.captions == [["first"], []]
+    assert "embedded null" in loader.skips.reasons["a\0b.png"]
+    assert set(load_in_memory(source).skipped) == {*skipped, "a\0b.png"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"images": null, "annotations": []}',
+        '{"images": [], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": 2}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"bbox": [1, 2]}]}',
+    ],
+)
+def test_a_file_of_another_kind_is_no_coco_captions(tmp_path: Path, content: str) -> None:
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(ValueError, match="annotations must be COCO captions"):
+        CocoCaptions(tmp_path / "captions.json", tmp_path)
 
 
 def test_coco_captions(tmp_path: Path) -> None:

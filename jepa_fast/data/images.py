@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from jepa_fast.data.batch import UNKNOWN, Sample
 from jepa_fast.data.extras import require
-from jepa_fast.data.skips import CorruptSample, describe
+from jepa_fast.data.fields import integer, texts
+from jepa_fast.data.skips import CorruptSample, SkipLog, describe
 
+_log = logging.getLogger("jepa_fast.data")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -24,7 +27,11 @@ def decode_image(data: bytes, key: str) -> Tensor:
     pil = require("PIL.Image", "decoding images")
     try:
         with pil.open(io.BytesIO(data)) as picture:
-            pixels = np.array(picture.convert("RGB"))
+            if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                grey = (np.asarray(picture) / 257).round().astype(np.uint8)
+                pixels = np.repeat(grey[..., None], 3, axis=2)
+            else:
+                pixels = np.array(picture.convert("RGB"))
     # What Pillow raises for broken files: OSError (also UnidentifiedImageError), SyntaxError (PNG),
     # ValueError, struct.error and IndexError from its parsers, DecompressionBombError.
     except Exception as error:
@@ -38,7 +45,7 @@ def read_image(path: Path, key: str) -> Tensor:
     """The picture in a file, [3, H, W] uint8. Raises CorruptSample if it cannot be read."""
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
         raise CorruptSample(key, f"image cannot be read ({describe(error)})") from error
     return decode_image(data, key)
 
@@ -47,12 +54,13 @@ class ImageFolder:
     """Images below `root`, each sub-folder a class: `root/<class>/**/<name>.jpg`.
 
     Labels number the sub-folders in alphabetical order; images that lie in `root` itself have none.
+    Files and folders whose names begin with a dot are left out.
     captions: a text with `{}` for the class name, underscores as spaces; None for no captions.
     classes: the sub-folders that labels number, where `root` may lack some of them, as validation
         images do; None for those that are there.
 
     Raises FileNotFoundError if `root` is no folder, ValueError if it holds no image, or images of a
-    class that is not among `classes`.
+    class that is not among `classes`, or if `captions` asks for more than the class name.
     """
 
     def __init__(
@@ -65,8 +73,20 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"root must be a folder of images, {self.root} is none")
-        found = (p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.paths = sorted(path.relative_to(self.root) for path in found)
+        if captions is not None:
+            try:
+                captions.format("class")
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    "captions must be a text with {} for the class name, and {{ for a brace, got "
+                    f"{captions!r} ({describe(error)})"
+                ) from error
+        found = (
+            path.relative_to(self.root)
+            for path in self.root.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+        )
+        self.paths = sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
         if not self.paths:
             raise ValueError(f"root must hold images ({', '.join(IMAGE_SUFFIXES)}): {self.root}")
         present = {path.parts[0] for path in self.paths if len(path.parts) > 1}
@@ -78,6 +98,7 @@ class ImageFolder:
             )
         self._label = {name: label for label, name in enumerate(self.classes)}
         self.captions = captions
+        self.has_captions = captions is not None and bool(present)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,9 +126,11 @@ class CocoCaptions:
     annotations: JSON with "images" (id, file_name) and "annotations" (image_id, caption).
     images: folder of the image files.
 
-    An image keeps its COCO id and all its captions.
+    An image keeps its COCO id and all its captions. Entries of the file that cannot be used are
+    left out, logged, and kept in `skipped`, `{entry: reason}`.
 
-    Raises FileNotFoundError if a path is missing and ValueError if the file is not in that form.
+    Raises FileNotFoundError if a path is missing and ValueError if the file is not in that form, or
+    none of its images or none of its annotations can be used.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path) -> None:
@@ -116,19 +139,45 @@ class CocoCaptions:
             raise FileNotFoundError(f"annotations must be a JSON file, {annotations} is none")
         if not self.images.is_dir():
             raise FileNotFoundError(f"images must be a folder, {images} is none")
+        expected = (
+            'annotations must be COCO captions, with "images" (id, file_name) and "annotations" '
+            f"(image_id, caption); {self.annotations}: "
+        )
         try:
             content: Mapping[str, Any] = json.loads(self.annotations.read_text(encoding="utf-8"))
-            self._files = [(int(entry["id"]), entry["file_name"]) for entry in content["images"]]
-            self._captions: dict[int, list[str]] = {number: [] for number, _ in self._files}
-            for entry in content["annotations"]:
-                self._captions[int(entry["image_id"])].append(entry["caption"].strip())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                'annotations must be COCO captions, with "images" (id, file_name) and '
-                f'"annotations" (image_id, caption); {self.annotations}: {describe(error)}'
-            ) from error
-        if not self._files:
-            raise ValueError(f"annotations must list images, {self.annotations} lists none")
+            pictures, told = list(content["images"]), list(content["annotations"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(expected + describe(error)) from error
+
+        self._files: list[tuple[int, str]] = []
+        self._captions: dict[int, list[str]] = {}
+        skips = SkipLog()
+        for i, entry in enumerate(pictures):
+            try:
+                number = integer("id", entry["id"])
+                (name,) = texts("file_name", [entry["file_name"]])
+            except (ValueError, KeyError, TypeError) as error:
+                skips.add({f"{self.annotations.name} images[{i}]": f"unusable ({describe(error)})"})
+                continue
+            self._files.append((number, name))
+            self._captions[number] = []
+        for i, entry in enumerate(told):
+            try:
+                number = integer("image_id", entry["image_id"])
+                (caption,) = texts("caption", [entry["caption"]])
+                if number not in self._captions:
+                    raise ValueError("image_id is of none of the images")
+            except (ValueError, KeyError, TypeError) as error:
+                key = f"{self.annotations.name} annotations[{i}]"
+                skips.add({key: f"unusable ({describe(error)})"})
+                continue
+            self._captions[number].append(caption.strip())
+        self.has_captions = any(self._captions.values())
+        if not self._files or (told and not self.has_captions):
+            raise ValueError(expected + skips.summary())
+        self.skipped = skips.reasons
+        if self.skipped:
+            _log.warning("%s", skips.summary())
 
     def __len__(self) -> int:
         return len(self._files)

@@ -26,7 +26,6 @@ from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
 from jepa_fast.data.sources import BatchSource, IndexedSource, Source, StreamedSource
 from jepa_fast.data.transforms import Transform
-from jepa_fast.errors import DataError
 
 _log = logging.getLogger("jepa_fast.data")
 _ORDER, _SUBSTITUTE, _BUFFER = range(3)
@@ -114,7 +113,7 @@ class Loader:
             readable = True
             yield batch
         if not readable:
-            raise self._nothing_readable()
+            raise self.skips.nothing_readable(self.source)
         if self.skipped > before:
             _log.warning("epoch %d: %s", self.epoch, self.skips.summary())
         self.epoch += 1
@@ -172,9 +171,6 @@ class Loader:
         self._turn = 0
         self._consumed = [0] * max(self.num_workers, 1)
 
-    def _nothing_readable(self) -> DataError:
-        return DataError(f"no readable sample in {self.source}: {self.skips.summary()}")
-
     def _workers(self, dataset: Dataset[Any], sampler: Any = None) -> Iterator[Any]:
         """What worker processes make of `dataset`, without touching the global random state."""
         return iter(
@@ -203,7 +199,7 @@ class Loader:
             if batch is not None:
                 yield batch
             elif self.train:
-                raise self._nothing_readable()
+                raise self.skips.nothing_readable(self.source)
 
     def _streamed(self, source: StreamedSource) -> Iterator[Batch]:
         workers, idle = len(self._consumed), 0
@@ -230,7 +226,7 @@ class Loader:
             self._consumed[worker], self._turn = consumed, (self._turn + 1) % workers
             idle = 0 if batch is not None else idle + 1
             if idle > workers:
-                raise self._nothing_readable()
+                raise self.skips.nothing_readable(self.source)
             if batch is not None:
                 self.position += 1
                 yield batch

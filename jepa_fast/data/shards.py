@@ -215,7 +215,7 @@ def _read(shard: str) -> Iterator[dict[str, Any] | CorruptSample]:
     def files(stream: Any) -> Iterator[dict[str, Any]]:
         try:
             archive: Any = _Archive.open(fileobj=stream, mode="r|*")
-            while (member := archive.next()) is not None:
+            for member in archive:
                 if member.isreg() and not _METADATA.match(member.name):
                     data = archive.extractfile(member).read()
                     yield {"fname": member.name, "data": data, "__url__": shard}

@@ -6,6 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 
+from jepa_fast.errors import DataError
+
 _log = logging.getLogger("jepa_fast.data")
 _TOLD_ONE_BY_ONE = 20
 
@@ -50,6 +52,11 @@ class SkipLog:
                 _log.warning("skipped %s: %s", key, reason)
             if len(self) == _TOLD_ONE_BY_ONE:
                 _log.warning("further skipped samples appear in the summary only")
+
+    def nothing_readable(self, source: object) -> DataError:
+        """The error of a source that gave not one sample."""
+        why = self.summary() if self.reasons else "it is empty"
+        return DataError(f"no readable sample in {source}: {why}")
 
     def summary(self) -> str:
         """How many were skipped, by reason, with one example each."""

@@ -3,6 +3,9 @@
 `IndexedSource`: samples by number, read from disk (image folders, COCO).
 `StreamedSource`: samples in the order of the files they come in (WebDataset shards).
 `BatchSource`: whole batches by number, without a disk (digit scenes, images in memory).
+
+A source may also have `skipped`, what it could not use as `{key: reason}`, logged already, and
+`has_captions`, whether any of its samples has a caption, if it knows that without reading them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from torch import Tensor
 from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
 from jepa_fast.data.transforms import Transform
-from jepa_fast.errors import DataError
 
 _log = logging.getLogger("jepa_fast.data")
 
@@ -97,6 +99,7 @@ class MemorySource:
         self.captions = [[] for _ in range(n)] if captions is None else list(captions)
         self.ids = torch.arange(n) if ids is None else ids
         self.patch_labels = patch_labels
+        self.has_captions = any(self.captions)
         self.skipped = dict(skipped or {})
         for name, value in (
             ("labels", self.labels),
@@ -132,6 +135,7 @@ def load_in_memory(source: IndexedSource | StreamedSource, size: int | None = No
     None.
     """
     skips = SkipLog()
+    skips.reasons.update(getattr(source, "skipped", {}))
     resize = None if size is None else Transform(size)
     samples: list[Sample] = []
     for read in _read_all(source):
@@ -142,7 +146,7 @@ def load_in_memory(source: IndexedSource | StreamedSource, size: int | None = No
             read["image"] = resize.crop([read["image"]], torch.tensor([read["id"]]))[0]
         samples.append(read)
     if not samples:
-        raise DataError(f"no readable sample in {source}: {skips.summary()}")
+        raise skips.nothing_readable(source)
     if len(skips):
         _log.warning("%s", skips.summary())
     whole = collate(samples)
