@@ -50,6 +50,7 @@ def test_overrides_are_typed_by_yaml_and_reach_every_depth() -> None:
             "train.weight_decay=0.05",
             "train.momentum.shape=cosine",
             "data.augment.crop_scale=[0.3, 1]",
+            "data.train_length=1e6",
             "output=runs/a=b",
         ],
     )
@@ -58,6 +59,7 @@ def test_overrides_are_typed_by_yaml_and_reach_every_depth() -> None:
     assert list(config.data.captions) == ["rule"]
     assert config.train.weight_decay.at(7, 10) == 0.05
     assert config.data.augment.crop_scale == (0.3, 1.0)
+    assert config.data.train_length == 1_000_000  # whole, though YAML has it as a float
     assert config.output == "runs/a=b"
 
 
@@ -89,6 +91,17 @@ def test_a_configuration_survives_being_written(name: str) -> None:
         ("train.batch_size=0", "train.batch_size: expected greater than 0, got 0 (int)"),
         ("train.weight_decay=fast", "train.weight_decay.start: expected a valid number"),
         ("train=3", "train: expected keys with values, got 3"),
+        ("train.epochs=true", "train.epochs: expected a valid integer, got True (bool)"),
+        ("seed=true", "seed: expected a valid integer, got True (bool)"),
+        ('train.batch_size="8"', "train.batch_size: expected a valid integer, got '8' (str)"),
+        ("train.lr.peak=true", "train.lr.peak: expected a valid number, got True (bool)"),
+        ("train.momentum=true", "train.momentum.start: expected a valid number, got True (bool)"),
+        ("train.betas=[0.9, true]", "train.betas.1: expected a valid number, got True (bool)"),
+        ("model.predictor_depth='3'", "model.predictor_depth: expected a valid integer, got '3'"),
+        ("data.background=[true, 1]", "data.background.0: expected a valid number, got True"),
+        ("data.steps=[1, true]", "data.steps.1: expected a valid integer, got True (bool)"),
+        ("seed=9223372036854775808", "seed: expected less than 9223372036854776000, got 9"),
+        ("device=cpu:foo", "device: expected auto, cpu, cuda or cuda:<number>, got 'cpu:foo'"),
         ("train.lr.peak=.inf", "train.lr.peak: expected a finite number"),
         ("zzz=1", "zzz: unknown key; known: data, device, eval, masks, model, output"),
     ],

@@ -12,9 +12,19 @@ import copy
 import difflib
 import inspect
 import re
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 try:
     import yaml
@@ -27,6 +37,7 @@ try:
         create_model,
         model_validator,
     )
+    from pydantic_core import PydanticKnownError
 except ImportError as error:
     raise ImportError(
         f'the configuration of a run needs {error.name}: pip install "jepa-fast[train]"'
@@ -45,12 +56,27 @@ from jepa_fast.train.schedules import cosine, linear
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+def _no_number(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Refuses what pydantic would turn into a number: truth values, and numbers in quotes."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (bool, str)):
+            raise PydanticKnownError(kind)
+        return value
+
+    return BeforeValidator(check)
+
+
+Integer = Annotated[int, _no_number("int_type")]
+Float = Annotated[float, _no_number("float_type")]
+Positive = Annotated[Integer, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=0)]
+Seed = Annotated[Integer, Field(ge=0, lt=2**63)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -68,11 +94,26 @@ def _section_of(
     """
     hints = get_type_hints(constructor.__init__)  # type: ignore[misc]
     fields = {
-        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        name: (
+            _exact(hints[name]),
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
         for name, parameter in inspect.signature(constructor).parameters.items()
         if name not in skip
     }
     return create_model(constructor.__name__, __base__=base, **{**fields, **more})
+
+
+def _exact(hint: Any) -> Any:
+    """A type with every `int` and `float` in it as `Integer` and `Float`."""
+    if hint in (int, float):
+        return Integer if hint is int else Float
+    inner = tuple(_exact(each) for each in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[inner]  # noqa: UP007, the members are in a tuple
+    if get_origin(hint) in (tuple, Sequence):
+        return get_origin(hint)[inner]
+    return hint
 
 
 # Model -------------------------------------------------------------------------------------------
@@ -328,12 +369,12 @@ class Config(Section):
     """One run.
 
     output: folder for logs, checkpoints and results.
-    device: "auto", "cpu" or "cuda"; "auto" takes a GPU where there is one.
+    device: "auto", "cpu", "cuda" or "cuda:<number>"; "auto" takes a GPU where there is one.
     tensorboard: also write TensorBoard events.
     """
 
     output: str
-    seed: Count = 0
+    seed: Seed = 0
     device: str = "auto"
     tensorboard: bool = True
     model: ModelSection
@@ -348,6 +389,10 @@ class Config(Section):
         """What one section alone cannot know."""
         model: Any = self.model
         augment: Any = self.data.augment
+        if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
+            raise ValueError(
+                f"device: expected auto, cpu, cuda or cuda:<number>, got {self.device!r}"
+            )
         if model.method == "probijepa":
             _check_head_options(HEADS[model.head], model.head_options)
         caches = model.method == "tijepa" and model.cache_features
@@ -402,14 +447,23 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), source: 
     Raises:
         ConfigError: lists every unknown key and wrong value; `source` says where they come from.
     """
-    values = copy.deepcopy(values)
-    for override in overrides:
-        _apply(values, override)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(overridden(values, overrides))
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join([f"{source}:", *(f"  {p}" for p in problems)])) from None
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of plain values with `key=value` overrides, unchecked.
+
+    Raises:
+        ConfigError: an override that is no `key=value`, or whose value is not YAML.
+    """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 class _Yaml(yaml.SafeLoader):
