@@ -50,10 +50,16 @@ def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
 
 
-def test_damage_inside_the_file_is_not_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_rows(tmp_path)
+@pytest.mark.parametrize("damage", [b'{"st', b"3", b'{"loss": 1.0}', b"\0\0\xff", b"[]"])
+def test_a_damaged_line_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    assert read_rows(tmp_path) == [{"step": 1}, {"step": 3}]
+    (message,) = caplog.messages
+    assert "metrics.jsonl, line 2: no logged row, left out" in message
+    write(tmp_path, 3, 4)
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 3, 4]
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:

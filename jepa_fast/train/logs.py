@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
 
@@ -14,20 +17,23 @@ Row = dict[str, float | None]
 def read_rows(folder: str | Path) -> list[Row]:
     """The logged rows of a run, oldest first; a value that was not finite is None.
 
-    Raises:
-        ValueError: a line is damaged, other than the last, which a killed run leaves half written.
+    A damaged line is left out, with a warning unless it is the last, which a killed run leaves half
+    written.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    rows = []
+    lines = path.read_text(errors="replace").splitlines()
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from None
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            _log.warning("%s, line %d: no logged row, left out: %.80r", path, number, line)
     return rows
 
 
