@@ -39,10 +39,11 @@ def picture(grey: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_shard(path: Path) -> None:
+def make_shard(path: Path, captions: list[str] | None = None) -> None:
     with tarfile.open(path, "w") as shard:
         for i in range(4):
-            told = json.dumps({"label": i % 2, "captions": [f"grey {i}"]}).encode()
+            some = [f"grey {i}"] if captions is None else captions
+            told = json.dumps({"label": i % 2, "captions": some}).encode()
             for name, content in ((f"{i}.jpg", picture(i * 60)), (f"{i}.json", told)):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -92,6 +93,54 @@ def test_every_kind_of_data_gives_batches(
     assert all(len(some) == 1 for batch in batches for some in batch.captions)
     with pytest.raises(ConfigError, match=r"data\.val: expected a path, got none"):
         build_source(config, "val")
+
+
+def test_data_without_a_sample_say_why(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    (tmp_path / "noise.tar").write_bytes(b"noise" * 500)
+    make_shard(tmp_path / "a.tar")
+    for shard, reason in (
+        ("empty.tar", "it is empty"),
+        ("noise.tar", "damaged header at byte 0"),
+        ("", "IsADirectoryError"),
+    ):
+        bad, good = tmp_path / shard, tmp_path / "a.tar"
+        told = f"data={{kind: shards, train: {bad}, val: {good}}}"
+        with pytest.raises(ConfigError, match=rf"^data\.train: no readable sample in .*{reason}"):
+            build_loader(tiny(tmp_path / "run", told), World(CPU))
+        told = f"data={{kind: shards, train: {good}, val: {bad}}}"
+        with pytest.raises(ConfigError, match=rf"^data\.val: no readable sample in .*{reason}"):
+            build_probe_loader(tiny(tmp_path / "run", told), "val", CPU)
+
+
+def test_a_model_of_text_wants_captions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "folder")
+    make_coco(tmp_path / "coco")
+    untold = tmp_path / "coco" / "captions.json"
+    untold.write_text(json.dumps({**json.loads(untold.read_text()), "annotations": []}))
+    make_shard(tmp_path / "a.tar", captions=[])
+    shards = f"kind: shards, train: {tmp_path / 'a.tar'}"
+    for data in (
+        f"kind: folder, train: {tmp_path / 'folder'}",
+        f"kind: coco, train: {untold}, train_images: {tmp_path / 'coco'}",
+        f"{shards}, in_memory: true",
+        "kind: digits, uncaptioned: 1.0",
+    ):
+        told = (f"data={{{data}}}", "train.batch_size=2")
+        build_loader(tiny(tmp_path / "run", *told), World(CPU))  # I-JEPA reads none
+        for method in (("model.method=tcjepa",), TIJEPA):
+            with pytest.raises(ConfigError, match=r"data\.train: expected images with captions"):
+                build_loader(tiny(tmp_path / "run", *told, *method), World(CPU))
+
+    # Shards that are not read yet may hold captions, so that only the first batch tells.
+    config = tiny(
+        tmp_path / "run", f"data={{{shards}}}", "model.method=tcjepa", "train.batch_size=2"
+    )
+    prepare = Prepare(config, build_model(config), build_text(config, CPU), CPU)
+    for step, batch in enumerate(build_loader(config, World(CPU))):
+        prepare(batch, step)
+    assert caplog.text.count("no image of the first batch has a caption") == 1
 
 
 def test_probes_see_plain_images_and_patch_labels(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny_runs import tiny, trainer_of
 
 from jepa_fast import CheckpointError
+from jepa_fast.train.build import build_model
 from jepa_fast.train.checkpoint import CheckpointFolder, load_checkpoint, rng_state, set_rng_state
 
 
@@ -51,9 +54,46 @@ def test_a_crash_while_writing_leaves_the_last_good_one(tmp_path: Path, monkeypa
 def test_clear_removes_checkpoints_and_leaves_other_files(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     folder.save({}, 1)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "step-000000002.tmp").touch()
+    (tmp_path / "last.tmp").touch()
+    mine = ["last.json", "notes.txt", "step-2-notes.txt", "step-best.pt"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     folder.clear()
-    assert names(tmp_path) == ["notes.txt"]
+    assert names(tmp_path) == mine
+
+
+def test_a_folder_without_the_link_has_its_highest_step_as_the_last(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in (5, 10):
+        folder.save({}, step)
+    os.utime(tmp_path / "step-000000010.pt", (1, 1))  # copied first
+    (tmp_path / "last.pt").unlink()
+    assert folder.last == tmp_path / "step-000000010.pt"
+    assert load_checkpoint(tmp_path)["step"] == 10
+    (tmp_path / "last.pt").symlink_to("gone.pt")
+    assert load_checkpoint(tmp_path)["step"] == 10
+
+
+def test_a_frozen_encoder_comes_from_a_folder_without_the_link(tmp_path: Path) -> None:
+    teacher = trainer_of(tiny(tmp_path))
+    teacher.save()
+    (tmp_path / "last.pt").unlink()
+    crosser = ("model.method=tijepa", "model.width=16", "model.depth=1", "model.num_heads=2")
+    model = build_model(tiny(tmp_path, *crosser, f"model.encoder_weights={tmp_path}", "seed=1"))
+    for name, p in teacher.model.target_encoder.named_parameters():
+        assert torch.equal(p, model.encoder.get_parameter(name)), name
+
+
+def test_going_on_from_an_older_checkpoint_drops_the_later_ones(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in (5, 10, 15):
+        folder.save({}, step)
+    folder.rewind(7)  # there is none, as where a run goes on from another folder
+    assert load_checkpoint(tmp_path)["step"] == 15
+    folder.rewind(5)
+    assert names(tmp_path) == ["last.pt", "step-000000005.pt"]
+    assert load_checkpoint(tmp_path)["step"] == 5
 
 
 def test_missing_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
@@ -83,9 +123,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 def test_random_state_survives_the_file(tmp_path: Path) -> None:
     CheckpointFolder(tmp_path, keep=0).save({"rng": rng_state()}, 1)
-    first = (torch.rand(3), random.random(), torch.randn(3))
+    first = (torch.rand(3), random.random(), torch.randn(3), np.random.standard_normal(3).tolist())
     set_rng_state(load_checkpoint(tmp_path)["rng"])
-    again = (torch.rand(3), random.random(), torch.randn(3))
+    again = (torch.rand(3), random.random(), torch.randn(3), np.random.standard_normal(3).tolist())
     assert torch.equal(first[0], again[0])
     assert first[1] == again[1]
     assert torch.equal(first[2], again[2])
+    assert first[3] == again[3]

@@ -14,6 +14,7 @@ from jepa_fast import CheckpointError
 from jepa_fast.train.checkpoint import load_checkpoint
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import pretrain
+from jepa_fast.train.trainer import Trainer
 
 METHODS = {
     "ijepa": ("model.method=ijepa",),
@@ -34,6 +35,19 @@ class Killed(Exception):
     """Nothing is saved on the way out of a process that is killed."""
 
 
+def fit_until_killed(trainer: Trainer, at: int) -> None:
+    prepare = trainer.prepare
+
+    def killed(batch: Any, step: int) -> Any:
+        if step == at:
+            raise Killed
+        return prepare(batch, step)
+
+    trainer.prepare = killed
+    with pytest.raises(Killed):
+        trainer.fit()
+
+
 def tensors(state: Any) -> list[Tensor]:
     """Every tensor of a nested state, in a fixed order."""
     if isinstance(state, Tensor):
@@ -49,16 +63,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, method: str) -> None:
     pretrain(straight)
 
     broken = trainer_of(tiny(tmp_path / "killed", *METHODS[method]))
-    prepare = broken.prepare
-
-    def killed_at_13(batch: Any, step: int) -> Any:
-        if step == 13:
-            raise Killed
-        return prepare(batch, step)
-
-    broken.prepare = killed_at_13
-    with pytest.raises(Killed):
-        broken.fit()
+    fit_until_killed(broken, 13)
     assert load_checkpoint(tmp_path / "killed")["step"] == 10
     torch.manual_seed(999)  # another process has another random state
     resumed = tiny(tmp_path / "killed", *METHODS[method])
@@ -84,6 +89,48 @@ def test_resuming_may_start_from_an_older_checkpoint_and_tells_what_differs(
     assert "train.steps is 22 here, and was 20 before" in caplog.text
     assert "resumed at step 10 of 22" in caplog.text
     assert [row["step"] for row in read_rows(tmp_path)] == [5, 10, 11, 22]
+
+
+def test_rows_that_span_a_checkpoint_are_those_of_the_straight_run(tmp_path: Path) -> None:
+    odd = ("train.checkpoint_every=7", "train.log_every=10")
+    pretrain(tiny(tmp_path / "straight", *odd))
+    fit_until_killed(trainer_of(tiny(tmp_path / "killed", *odd)), 9)
+    resumed = tiny(tmp_path / "killed", *odd)
+    window = load_checkpoint(tmp_path / "killed")["ranks"][0]["window"]
+    assert window["count"] == 7
+    assert window["seconds"] > 0
+    pretrain(resumed, resume="")
+
+    straight, killed = (read_rows(tmp_path / name) for name in ("straight", "killed"))
+    for row in (*straight, *killed):
+        del row["images_per_second"]  # the clock's
+    assert [row["step"] for row in straight] == [10, 20]
+    assert killed == straight
+
+
+def test_a_run_killed_after_going_back_stays_on_its_new_course(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed_at_once(trainer: Trainer) -> None:
+        raise Killed
+
+    pretrain(tiny(tmp_path))
+    monkeypatch.setattr(Trainer, "fit", killed_at_once)
+    with pytest.raises(Killed):
+        pretrain(tiny(tmp_path), resume=str(tmp_path / "step-000000010.pt"))
+    monkeypatch.undo()
+    with caplog.at_level("INFO"):
+        pretrain(tiny(tmp_path), resume="")
+    assert "resumed at step 10 of 20" in caplog.text
+
+
+def test_a_resumed_run_leaves_out_a_damaged_row(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path))
+    log = tmp_path / "metrics.jsonl"
+    first, _, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([first, '{"step": 1', *rest, ""]))
+    pretrain(tiny(tmp_path, "train.steps=25"), resume="")
+    assert [row["step"] for row in read_rows(tmp_path)] == [5, 15, 20, 25]
 
 
 def test_the_optimizer_of_a_resumed_run_has_its_present_options(tmp_path: Path) -> None:

@@ -191,6 +191,29 @@ def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds a run already; --resume .* --overwrite"):
         pretrain(config)
     pretrain(config, overwrite=True)
+    (tmp_path / "last.pt").unlink()  # as in a copy without symbolic links
+    with pytest.raises(ConfigError, match="holds a run already"):
+        pretrain(config)
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("wrong", ["model.predictor_heads=5", "train.batch_size=64"])
+def test_a_run_that_cannot_start_leaves_the_one_it_was_to_replace(
+    tmp_path: Path, wrong: str
+) -> None:
+    pretrain(tiny(tmp_path, "train.steps=1"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError):
+        pretrain(tiny(tmp_path, wrong), overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("steps", "told"), [(6, True), (7, False)])
+def test_a_warm_up_as_long_as_the_run_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, told: bool
+) -> None:
+    trainer_of(tiny(tmp_path, f"train.steps={steps}"))  # an epoch of warm-up is 6 steps
+    assert ("train.lr.warmup_epochs: the warm-up takes 6 steps" in caplog.text) is told
 
 
 def rows_of(losses: list[float], rank: float = 9.0, std: float = 1.0) -> list[dict[str, Any]]:

@@ -121,6 +121,7 @@ class DigitScenes:
         self.cell, self.shift, self.patch, self.seed = cell, shift, patch, seed
         self.background, self.contrast, self.noise = background, contrast, noise
         self.captions = tuple(captions)
+        self.has_captions = bool(captions) and uncaptioned < 1
         # Position jitter slides a cell-sized window over the padded digit.
         self._ink, self._of_class = _digits(split, cell, margin, shift)
         self._key = (seed, int(split == "val"))

@@ -21,6 +21,7 @@ from jepa_fast.interop.text import TextEncoder, load_text_encoder
 from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.vit import create_encoder
+from jepa_fast.train.checkpoint import find_last
 from jepa_fast.train.config import Config, DataBase
 from jepa_fast.train.distributed import World
 from jepa_fast.train.errors import ConfigError
@@ -82,7 +83,7 @@ def _load_frozen(encoder: nn.Module, weights: str | None) -> None:
             f"expected a checkpoint, or the output folder of a run, got {weights}, which does not "
             "exist; `jepa-fast pretrain` with an I-JEPA recipe makes one, null takes random weights"
         )
-    content = read_checkpoint(path / "last.pt" if path.is_dir() else path)
+    content = read_checkpoint((find_last(path) or path / "last.pt") if path.is_dir() else path)
     if "format" in content:  # written by `jepa-fast pretrain`: one state dict for the whole model
         prefix = "target_encoder."
         state = content["model"].items()

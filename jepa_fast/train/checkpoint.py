@@ -1,7 +1,8 @@
 """Checkpoints that survive a crash at any moment and load with `weights_only=True`.
 
 A folder holds `step-<n>.pt` files and `last.pt`, a link to the newest. A file appears under its
-name only when it is whole and on the disk; `last.pt` changes in one atomic step.
+name only when it is whole and on the disk; `last.pt` changes in one atomic step. Where the link is
+gone, as from a copy without symbolic links, the file of the highest step is the newest.
 """
 
 from __future__ import annotations
@@ -9,15 +10,30 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from jepa_fast.errors import CheckpointError
 
 FORMAT = 1
+_OURS = re.compile(r"last\.(pt|tmp)|step-(\d+)\.(pt|tmp)")
+
+
+def find_last(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder, or None if there is none."""
+    link = folder / "last.pt"
+    return link if link.exists() else max(_by_step(folder).items(), default=(0, None))[1]
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints of a folder."""
+    found = ((_OURS.fullmatch(path.name), path) for path in folder.glob("step-*.pt"))
+    return {int(match[2]): path for match, path in found if match is not None}
 
 
 class CheckpointFolder:
@@ -36,8 +52,7 @@ class CheckpointFolder:
     @property
     def last(self) -> Path | None:
         """The newest checkpoint's name, or None before the first."""
-        link = self.path / "last.pt"
-        return link if link.exists() else None
+        return find_last(self.path)
 
     def save(self, state: dict[str, Any], step: int) -> Path:
         """Write `state` atomically, point `last.pt` at it, drop the oldest beyond `keep`."""
@@ -48,25 +63,41 @@ class CheckpointFolder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        self._point_last_to(path)
+        for old in self._oldest_first()[: -1 - self.keep]:
+            old.unlink()
+        return path
+
+    def rewind(self, step: int) -> None:
+        """Make the checkpoint of `step` the last: a run goes on from it, so later ones are dropped.
+
+        Nothing happens where there is none of that step.
+        """
+        found = _by_step(self.path)
+        if step not in found:
+            return
+        self._point_last_to(found[step])
+        for later in (path for number, path in found.items() if number > step):
+            later.unlink()
+
+    def clear(self) -> None:
+        """Remove every checkpoint, whole or unfinished, and nothing else."""
+        for path in self.path.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+
+    def _oldest_first(self) -> list[Path]:
+        # By time, not by step: a run resumed from elsewhere may find newer numbers here.
+        return sorted(
+            _by_step(self.path).values(), key=lambda path: (path.stat().st_mtime_ns, path.name)
+        )
+
+    def _point_last_to(self, path: Path) -> None:
         link = self.path / "last.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
         os.replace(link, self.path / "last.pt")
         self._sync()
-        for old in self._oldest_first()[: -1 - self.keep]:
-            old.unlink()
-        return path
-
-    def clear(self) -> None:
-        """Remove every checkpoint, whole or unfinished."""
-        for path in [*self.path.glob("last.*"), *self.path.glob("step-*")]:
-            path.unlink()
-
-    def _oldest_first(self) -> list[Path]:
-        # By time, not by step: a run resumed from an older checkpoint may overtake newer numbers.
-        return sorted(
-            self.path.glob("step-*.pt"), key=lambda path: (path.stat().st_mtime_ns, path.name)
-        )
 
     def _sync(self) -> None:
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -84,7 +115,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "last.pt"
+        path = find_last(path) or path / "last.pt"
     if not path.exists():
         raise CheckpointError(
             f"no checkpoint at {path}: expected a file, or the output folder of a run with last.pt"
@@ -133,14 +164,20 @@ def frozen_digest(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, p in left_out:
         digest.update(name.encode())
-        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:
     """State of every global random generator a training step may draw from."""
     version, words, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    generator: Any = np.random.get_state()
+    name, key, *place = generator
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [name, key.tolist(), *place],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -151,5 +188,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"].cpu())
+    if "numpy" in state:  # checkpoints written before it was saved lack it
+        np.random.set_state(tuple(state["numpy"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from jepa_fast.train.build import Prepare, build_loader, build_model, build_text
-from jepa_fast.train.checkpoint import CheckpointFolder, load_checkpoint
+from jepa_fast.train.checkpoint import find_last, load_checkpoint
 from jepa_fast.train.config import Config, TrainConfig
 from jepa_fast.train.distributed import join_world
 from jepa_fast.train.errors import ConfigError
@@ -27,8 +27,9 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
 
     Args:
         config: of the run.
-        resume: checkpoint, or folder with `last.pt`, to continue from; "" for the output folder.
-        overwrite: replace an earlier run in the output folder.
+        resume: checkpoint, or folder of a run, to continue from; "" for the output folder. Later
+            checkpoints in the output folder are dropped, as the run then takes another course.
+        overwrite: replace an earlier run in the output folder, once the new one is ready to start.
 
     Returns:
         Why the finished run counts as failed (`failures`); empty if it does not, and on all ranks
@@ -44,8 +45,11 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         if resume is not None:
             state = load_checkpoint(resume or folder)
             _tell_differences(state["config"], config.as_dict())
-        elif world.is_main:
-            _make_room(folder, overwrite)
+        elif world.is_main and not overwrite and find_last(folder) is not None:
+            raise ConfigError(
+                f"output: {folder} holds a run already; --resume continues it, --overwrite "
+                "replaces it, output=FOLDER starts another one"
+            )
         torch.manual_seed(config.seed)
         model = build_model(config).to(world.device)
         # The ranks start from the same weights, and draw different noise.
@@ -65,6 +69,11 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
             trainer.restore(state)
             _log.info("resumed at step %d of %d", trainer.step, trainer.total_steps)
         if world.is_main:
+            # Not earlier: a run that cannot start must leave the one before it as it was.
+            if state is None:
+                trainer.checkpoints.clear()
+            elif _is_of(folder, Path(resume or folder)):
+                trainer.checkpoints.rewind(trainer.step)
             (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
         trainer.fit()
         if trainer.loader.skipped:
@@ -76,14 +85,9 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         return failures(rows, config.train)
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    checkpoints = CheckpointFolder(folder, keep=0)
-    if checkpoints.last is not None and not overwrite:
-        raise ConfigError(
-            f"output: {folder} holds a run already; --resume continues it, --overwrite replaces "
-            "it, output=FOLDER starts another one"
-        )
-    checkpoints.clear()
+def _is_of(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint, or the folder of one, is that of a run's folder."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.resolve().parent).samefile(folder)
 
 
 def _tell_differences(saved: dict[str, Any], present: dict[str, Any], prefix: str = "") -> None:

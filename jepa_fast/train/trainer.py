@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -43,6 +44,8 @@ from jepa_fast.train.errors import Interrupted, NonFiniteError
 from jepa_fast.train.logs import Logs
 from jepa_fast.train.schedules import warmup_cosine
 
+_log = logging.getLogger(__name__)
+
 Inputs = tuple[Tensor, BlockMasks, dict[str, Tensor]]
 
 
@@ -51,8 +54,9 @@ class Trainer:
     """Trains a model from `step` to `total_steps`.
 
     What is random in a step is a function of (seed, step, sample id) or comes from the global
-    generators; a checkpoint holds their state, the loader's, the model's and the optimizer's, so a
-    resumed run is the uninterrupted one, bit for bit (one process, float32, same machine).
+    generators; a checkpoint holds their state, the loader's, the model's, the optimizer's and the
+    sums of the row to be logged next, so a resumed run is the uninterrupted one, bit for bit (one
+    process, float32, same machine).
 
     Args:
         model: on `world.device`; `model(images, masks, **text)` gives a `JepaOutput`, and
@@ -95,7 +99,15 @@ class Trainer:
         self._sums = _DeviceSums()
         self._bad_step = torch.tensor(-1, device=self.world.device)
         self._signal: int | None = None
-        self._window_start = 0.0
+        self._window_start = time.perf_counter()
+        self._window_seconds = 0.0  # that the window took before this process
+        if self.warmup_steps >= self.total_steps and self.world.is_main:
+            _log.warning(
+                "train.lr.warmup_epochs: the warm-up takes %d steps and the run %d, so that it "
+                "ends before the learning rate comes down from train.lr.peak; lower it",
+                self.warmup_steps,
+                self.total_steps,
+            )
 
     def fit(self) -> None:
         """Train to the end of the schedule.
@@ -175,7 +187,14 @@ class Trainer:
             NonFiniteError: instead of writing it.
         """
         self._check_finite()
-        mine = {"loader": self.loader.state_dict(), "rng": rng_state()}
+        mine = {
+            "loader": self.loader.state_dict(),
+            "rng": rng_state(),
+            "window": {
+                "seconds": time.perf_counter() - self._window_start,
+                **self._sums.state_dict(),
+            },
+        }
         ranks = gather_objects(mine, self.world)
         for rank in ranks:  # the main process speaks for all
             self.loader.skips.add(rank["loader"]["skipped"])
@@ -214,6 +233,9 @@ class Trainer:
         for group in self.optimizer.param_groups:  # the checkpoint has them, too
             group["betas"], group["eps"] = self.config.betas, self.config.eps
         set_rng_state(mine["rng"])
+        if "window" in mine:  # checkpoints written before it was saved lack it
+            self._window_seconds = mine["window"]["seconds"]
+            self._sums.load_state_dict(mine["window"], self.world.device)
         self.step = state["step"]
 
     def _batches(self) -> Iterator[Batch]:
@@ -251,7 +273,7 @@ class Trainer:
 
     @contextmanager
     def _logs(self) -> Iterator[Logs | None]:
-        self._window_start = time.perf_counter()
+        self._window_start = time.perf_counter() - self._window_seconds
         if not self.world.is_main:
             yield None
             return
@@ -319,3 +341,14 @@ class _DeviceSums:
         means = average(self._sum / self._count, world).tolist()
         count, self._sum, self._count = self._count, None, 0
         return count, dict(zip(self._names, means, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "names": self._names,
+            "sum": None if self._sum is None else self._sum.cpu(),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._names, self._count = list(state["names"]), state["count"]
+        self._sum = None if state["sum"] is None else state["sum"].to(device)
