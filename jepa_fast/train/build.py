@@ -150,14 +150,18 @@ def build_source(config: Config, split: Split) -> Source:
             source = ImageFolder(path, captions=data.captions, classes=classes)
         else:
             source = CocoCaptions(path, getattr(data, f"{name}_images") or Path(path).parent)
-        return load_in_memory(source, data.memory_size) if data.in_memory else source
+        if data.in_memory or len(source) == 0:  # of an empty source, it says what is wrong with it
+            return load_in_memory(source, data.memory_size)
+        return source
 
 
 def build_loader(config: Config, world: World) -> Loader:
     """Training batches: this rank's share.
 
     Raises:
-        ConfigError: the data are not there, or the batch cannot be shared evenly.
+        ConfigError: the data are not there, the batch cannot be shared evenly, or a model of images
+            and text would get no caption at all. Shards that are read while training do not tell
+            beforehand: there `Prepare` warns.
     """
     batch_size = config.train.batch_size
     if batch_size % world.size:
@@ -165,6 +169,12 @@ def build_loader(config: Config, world: World) -> Loader:
             f"train.batch_size: expected a multiple of the {world.size} processes, got {batch_size}"
         )
     source = build_source(config, "train")
+    method = config.model.method
+    if method in WITH_TEXT and not getattr(source, "has_captions", True):
+        raise ConfigError(
+            f"data.train: expected images with captions, which model.method={method} learns from, "
+            "got none with any; for a folder, data.captions='a photo of a {}' makes them"
+        )
     with _naming("train.batch_size"):
         return Loader(
             source,
@@ -217,6 +227,7 @@ class Prepare:
     def __init__(self, config: Config, model: Any, text: Text | None, device: torch.device) -> None:
         self.model, self.text, self.device = model, text, device
         self.captions = config.text.captions
+        self._first_batch = True
         grid = model.encoder.grid
         with _naming("masks"):
             self.sampler = BlockMaskSampler(grid, seed=config.seed, **config.masks.model_dump())
@@ -229,6 +240,12 @@ class Prepare:
         images = batch.images.to(self.device, non_blocking=True)
         more: dict[str, Tensor] = {}
         if self.text is not None:
+            if self._first_batch and not any(batch.captions):
+                _log.warning(
+                    "no image of the first batch has a caption: without captions this model learns "
+                    "nothing of text; shards hold them in json (captions) or txt files"
+                )
+            self._first_batch = False
             text = self.text(batch.captions, self.captions, ids=batch.ids, step=step)
             text = text.to(self.device, non_blocking=True)
             more = {
