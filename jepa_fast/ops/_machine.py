@@ -45,7 +45,11 @@ def _interpreted(backend: str) -> bool:
 
 @functools.cache
 def _missing_triton() -> list[str]:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook that hides it
+        found = False
+    if not found:
         return ["triton is not installed: pip install triton"]
     if not _interpreted("triton") and not torch.cuda.is_available():
         return ["no CUDA device is visible"]
