@@ -203,8 +203,8 @@ def test_options_are_checked_when_the_model_is_built() -> None:
     with pytest.raises(ValueError, match=r"loss: expected one of \('smooth_l1', .* got 'mse'"):
         build(loss="mse")
     narrow = {"predictor_dim": 16, "predictor_heads": 2}
-    model = IJepa(PlainEncoder(), predictor_depth=0, **narrow)  # not the default depth
-    assert len(model.predictor.predictor_blocks) == 0
+    with pytest.raises(ValueError, match="predictor_depth: expected at least one block, got 0"):
+        IJepa(PlainEncoder(), predictor_depth=0, **narrow)
     with pytest.raises(ValueError, match="num_heads: expected a positive divisor"):
         IJepa(PlainEncoder(), **{**narrow, "predictor_heads": 0})
 

@@ -109,8 +109,14 @@ class DigitScenes:
             )
         if not 0 <= empty < 1:
             raise ValueError(f"empty must be in [0, 1), got {empty}")
-        if not 0 <= uncaptioned <= 1:
-            raise ValueError(f"uncaptioned must be in [0, 1], got {uncaptioned}")
+        for argument, share in (("uncaptioned", uncaptioned), ("noise", noise)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{argument} must be in [0, 1], got {share}")
+        for argument, (low, high) in (("background", background), ("contrast", contrast)):
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"{argument} must be a range (low, high) within [0, 1], got {low}, {high}"
+                )
         if patch is not None and (patch < 1 or cell % patch):
             raise ValueError(
                 f"patch must divide cell={cell}, so that it has one label, got {patch}"

@@ -53,7 +53,7 @@ class CrossModal(nn.Module):
         init: see :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        ValueError: unknown names, or sizes that do not divide.
+        ValueError: unknown names, or sizes that do not divide or are not positive.
     """
 
     def __init__(
@@ -79,6 +79,14 @@ class CrossModal(nn.Module):
                 f"representation: expected one of {get_args(Representation)}, "
                 f"got {representation!r}"
             )
+        for name, size in (
+            ("width", width),
+            ("depth", depth),
+            ("predictor_dim", predictor_dim),
+            ("predictor_depth", predictor_depth),
+        ):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         self.representation = representation
         self.loss = loss
         self.normalize_target = normalize_target

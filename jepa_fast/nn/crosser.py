@@ -145,7 +145,7 @@ class Crosser(nn.Module):
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        ValueError: an unknown ``block`` or ``init``, or widths that do not fit.
+        ValueError: an unknown ``block`` or ``init``, widths that do not fit, or no blocks.
     """
 
     def __init__(
@@ -162,6 +162,9 @@ class Crosser(nn.Module):
         super().__init__()
         if block not in get_args(BlockKind):
             raise ValueError(f"block: expected one of {get_args(BlockKind)}, got {block!r}")
+        for name, size in (("width", width), ("depth", depth)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         make = SelfCrossBlock if block == "self_cross" else CrossBlock
         self.width = width
         self.vision_proj = nn.Linear(image_dim, width)

@@ -23,14 +23,14 @@ class VisionTransformerPredictor(nn.Module):
         grid: (H, W) patches of the image.
         embed_dim: width of the encoder's tokens, in and out.
         predictor_dim: width inside, a multiple of 4 and of ``num_heads``.
-        depth: number of blocks.
+        depth: number of blocks, at least one.
         num_heads: attention heads; I-JEPA takes the encoder's.
         mlp_ratio: hidden width of the MLPs over ``predictor_dim``.
         init: ``"released"``, ``"rescaled"`` or ``"fan_in"``, see
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown ``init``.
+        ValueError: sizes that do not divide or are not positive, or an unknown ``init``.
     """
 
     def __init__(
@@ -44,6 +44,13 @@ class VisionTransformerPredictor(nn.Module):
         init: str = "released",
     ) -> None:
         super().__init__()
+        if predictor_dim < 1 or predictor_dim % 4:
+            raise ValueError(
+                f"predictor_dim: expected a positive multiple of 4, got {predictor_dim}; its "
+                "position embedding is sine and cosine of two axes"
+            )
+        if depth < 1:
+            raise ValueError(f"predictor_depth: expected at least one block, got {depth}")
         self.grid = grid
         self.embed_dim = embed_dim
         self.predictor_dim = predictor_dim

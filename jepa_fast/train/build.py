@@ -134,10 +134,11 @@ def build_source(config: Config, split: Split) -> Source:
         if data.kind == "digits":
             own = {"kind", "train_length", "val_length", "probe_length", *DataBase.model_fields}
             options = data.model_dump(exclude=own)
-            if split == "train":
-                options["patch"] = None  # only probes look at the labels of patches
             length = getattr(data, f"{split}_length")
-            return DigitScenes(length, split=name, seed=config.seed, **options)
+            scenes = DigitScenes(length, split=name, seed=config.seed, **options)
+            if split == "train":
+                scenes.patch = None  # only probes look at the labels of patches
+            return scenes
         path = getattr(data, name)
         if path is None:
             raise ValueError("expected a path, got none")
