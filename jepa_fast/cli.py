@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jepa_fast.errors import BackendError, CheckpointError, DataError
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
@@ -139,7 +139,8 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     problems = pretrain(config, resume=resume, overwrite=options.overwrite)
     if options.report and _is_first():
-        _evaluate(config.output, [], REPORT_SEEDS, None, report=True)
+        # The checkpoint's configuration is the one given here.
+        _evaluate(config.output, [], REPORT_SEEDS, None, True, trusted=config.as_dict())
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return FAILED if problems else DONE
@@ -169,11 +170,23 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _evaluate(
-    checkpoint: str, overrides: list[str], seeds: int, output: str | None, report: bool
+    checkpoint: str,
+    overrides: list[str],
+    seeds: int,
+    output: str | None,
+    report: bool,
+    trusted: dict[str, Any] | None = None,
 ) -> None:
     from jepa_fast.train.evaluate import evaluate, format_probes
 
-    probes = evaluate(checkpoint, overrides, untrained_seeds=seeds, output=output, report=report)
+    probes = evaluate(
+        checkpoint,
+        overrides,
+        untrained_seeds=seeds,
+        output=output,
+        report=report,
+        trusted=trusted,
+    )
     print(format_probes(probes))
 
 

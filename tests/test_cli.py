@@ -5,18 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
-from tiny_runs import write_recipe
+from PIL import Image
+from tiny_runs import tiny, write_recipe
 
 import jepa_fast
 from jepa_fast.cli import DONE, FAILED, WRONG, main
-from jepa_fast.ops import _build
+from jepa_fast.ops import _build, _machine
 from jepa_fast.train.checkpoint import load_checkpoint
 from jepa_fast.train.config import parse_config
+from jepa_fast.train.run import pretrain
 
 Capture = pytest.CaptureFixture[str]
 
@@ -91,6 +96,21 @@ def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
             WRONG,
             "data.train: urls must match at least one shard",
         ),
+        ("pretrain RECIPE model.predictor_dim=-5", WRONG, "model: predictor_dim: expected a pos"),
+        ("pretrain RECIPE model.predictor_depth=0", WRONG, "model: predictor_depth: expected at l"),
+        ("pretrain RECIPE model.predictor_depth=-1", WRONG, "expected at least one block, got -1"),
+        ("pretrain RECIPE model.method=tijepa model.depth=0", WRONG, "depth: expected at least 1"),
+        ("pretrain RECIPE model.method=tijepa model.width=-8", WRONG, "width: expected at least"),
+        (
+            "pretrain RECIPE model.method=tijepa model.objective=cross_modal model.predictor_dim=0",
+            WRONG,
+            "model: predictor_dim: expected at least 1, got 0",
+        ),
+        ("pretrain RECIPE data.noise=-3", WRONG, "data.train: noise must be in [0, 1], got -3.0"),
+        ("pretrain RECIPE data.background=[5,-1]", WRONG, "background must be a range (low, high)"),
+        ("pretrain RECIPE data.patch=3", WRONG, "data.train: patch must divide cell=8"),
+        ("pretrain RECIPE seed=99999999999999999999999", WRONG, "seed: expected less than 9"),
+        ("pretrain RECIPE device=cpu:foo", WRONG, "device: expected auto, cpu, cuda or cuda:<num"),
         ("pretrain RECIPE --resume", FAILED, "no checkpoint at"),
         ("pretrain RECIPE model.method=tijepa model.encoder_weights=x.pt", WRONG, "which does not"),
         ("pretrain RECIPE model.method=tcjepa text.encoder=./t5", WRONG, "text.encoder: source:"),
@@ -118,6 +138,105 @@ def test_what_goes_wrong_is_said_without_a_traceback(
     printed = capsys.readouterr()
     assert message in printed.err
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--untrained-seeds", "-1"], "untrained_seeds: expected 0 or more, got -1"),
+        (["data.probe_length=1"], "data: expected at least 2 images for probes to learn from, got"),
+        (["data.patch=8"], "data.patch: expected one label for each of the encoder's (8, 8) patch"),
+        (["data.augment.centre=0.5"], "data.augment.centre: expected 1 where patches have labels"),
+        (["device=cpu:foo"], "device: expected auto, cpu, cuda or cuda:<number>, got 'cpu:foo'"),
+        (["--output", "nowhere/x.json"], "output: expected a file in a folder that exists, got n"),
+        (["--output", "runs"], "output: expected a file in a folder that exists, got runs"),
+    ],
+)
+def test_what_cannot_be_probed_is_said_before_the_probes(
+    recipe: str,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    monkeypatch.setattr("jepa_fast.train.evaluate._probe", lambda *arguments: pytest.fail("began"))
+    assert main(["eval", "runs", *arguments]) == WRONG
+    assert message in capsys.readouterr().err
+
+
+def test_eval_without_labels_of_patches_takes_any_patch_size(recipe: str, capsys: Capture) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    assert main(["eval", "runs", "data.patch=null", "data.augment.centre=0.5"]) == DONE
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["knn", "linear"]
+
+
+def change_config(checkpoint: Path, section: str, **values: Any) -> None:
+    """Give the configuration in a checkpoint other values, as somebody who sends one could."""
+    state = load_checkpoint(checkpoint)
+    state["config"][section] |= values
+    torch.save(state, checkpoint)
+
+
+def test_a_checkpoint_runs_no_command_that_the_user_does_not_repeat(
+    recipe: str, capsys: Capture
+) -> None:
+    with tarfile.open("digits.tar", "w") as shard:
+        for number in range(16):
+            Image.new("RGB", (32, 32), (15 * number, 0, 0)).save("image.png")
+            Path("label").write_text(str(number % 2))
+            shard.add("image.png", f"{number}.png")
+            shard.add("label", f"{number}.cls")
+    piped = ["data.train=pipe:cat digits.tar", "data.val=pipe:cat digits.tar"]
+    data = "data={kind: shards, train: '', train_length: 16, val_length: 16}"
+    # The command that the user gives now is the user's own.
+    assert main(["pretrain", recipe, data, *piped, "train.steps=1", "--report"]) == DONE
+    assert main(["eval", "runs/tiny"]) == WRONG
+    error = capsys.readouterr().err
+    assert 'data.train: the checkpoint\'s configuration has "pipe:cat digits.tar", which' in error
+    assert "repeat it as an override, data.train=" in error
+    assert main(["eval", "runs/tiny", piped[0]]) == WRONG
+    assert "data.val: the checkpoint's" in capsys.readouterr().err
+    assert main(["eval", "runs/tiny", *piped]) == DONE
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:touch pwned", "https://x/a.tar::PIPE:touch pwned", "s3://a::{p,}ipe:touch pwned"]
+)
+def test_commands_are_found_however_they_are_written(
+    recipe: str, capsys: Capture, url: str
+) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    state = load_checkpoint("runs")
+    state["config"]["data"] = {"kind": "shards", "train": url, "train_length": 8, "val": "x.tar"}
+    torch.save(state, "evil.pt")
+    assert main(["eval", "evil.pt"]) == WRONG
+    assert "data.train: the checkpoint's configuration has" in capsys.readouterr().err
+    assert main(["eval", "evil.pt", "data={kind: digits, val_length: 8, probe_length: 8}"]) == DONE
+    assert not Path("pwned").exists()
+
+
+def test_a_checkpoint_cannot_ask_to_trust_remote_code(recipe: str, capsys: Capture) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    change_config(Path("runs/last.pt"), "text", trust_remote_code=True)
+    assert main(["eval", "runs"]) == WRONG
+    error = capsys.readouterr().err
+    assert "text.trust_remote_code: the checkpoint's configuration has true" in error
+    assert "repeat it as an override, text.trust_remote_code=true" in error
+    assert main(["eval", "runs", "text.trust_remote_code=true"]) == DONE
+
+
+def test_a_report_tells_of_skipped_samples(recipe: str) -> None:
+    for name in ("a", "b"):
+        Path("images", name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (32, 32), (9 * number, 0, 0)).save(f"images/{name}/{number}.png")
+    Path("images/a/0.png").write_bytes(b"no picture")
+    data = "data={kind: folder, train: images, val: images}"
+    assert main(["pretrain", recipe, data, "train.steps=2", "--report"]) == DONE
+    html = Path("runs/tiny/report.html").read_text()
+    for name in ("Training", "Images that probes learn from", "Images that probes are tested on"):
+        assert f"{name}: 1 samples skipped: 1 x image cannot be decoded" in html
 
 
 def test_an_unknown_command_is_refused(capsys: Capture) -> None:
@@ -155,6 +274,24 @@ def test_info_needs_torch_alone(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     error = capsys.readouterr().err
     assert error.startswith("jepa-fast: the configuration of a run needs ")
     assert error.endswith('pip install "jepa-fast[train]"\n')
+
+
+def test_an_import_hook_may_hide_triton(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    class Hidden:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+            if name == "triton":
+                raise ImportError("hidden")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hidden, *sys.meta_path])
+    _machine._missing_triton.cache_clear()
+    try:
+        assert main(["info"]) == DONE
+    finally:
+        _machine._missing_triton.cache_clear()
+    assert "triton is not installed" in capsys.readouterr().out
 
 
 def test_build_says_what_it_built_and_what_not(

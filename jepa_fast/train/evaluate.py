@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jepa_fast.data import Batch, HashedWords, Loader
+from jepa_fast.data import Batch, DigitScenes, HashedWords, Loader
+from jepa_fast.data.skips import SkipLog
 from jepa_fast.eval.figures import MaskExample, WordMap
 from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
 from jepa_fast.eval.report import write_report
@@ -23,13 +25,15 @@ from jepa_fast.train.build import (
     build_transform,
 )
 from jepa_fast.train.checkpoint import load_checkpoint, load_weights
-from jepa_fast.train.config import Config, parse_config
+from jepa_fast.train.config import Config, overridden, parse_config
 from jepa_fast.train.distributed import resolve_device
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import failures, summary
 
 _PICTURES = 4  # images shown in a report
+# `::` joins URLs, and may hide a pipe behind braces.
+_RUNS_A_COMMAND = re.compile(r"pipe:|::", re.IGNORECASE)
 
 
 def evaluate(
@@ -39,6 +43,7 @@ def evaluate(
     untrained_seeds: int = 0,
     output: str | Path | None = None,
     report: bool = False,
+    trusted: Mapping[str, Any] | None = None,
 ) -> list[ProbeComparison]:
     """Probe the teacher of a checkpoint: kNN, linear, and per patch where patches have labels.
 
@@ -48,21 +53,31 @@ def evaluate(
         untrained_seeds: also probe so many untrained models of the same kind.
         output: JSON file for the results; None: `eval.json` beside the checkpoint.
         report: also write `report.html` beside the checkpoint.
+        trusted: plain values of a configuration that is the caller's own, as `overrides` are.
 
     Returns:
         The probes; `untrained` is empty without untrained seeds.
 
     Raises:
-        ConfigError, CheckpointError: there is no such checkpoint, or its data are not here.
+        ConfigError, CheckpointError: there is no such checkpoint, its data are not here, or they
+            cannot be probed as asked. Or the checkpoint's configuration would run code, by a
+            `pipe:` URL or `trust_remote_code`, that neither `overrides` nor `trusted` ask for.
     """
+    if untrained_seeds < 0:
+        raise ConfigError(f"untrained_seeds: expected 0 or more, got {untrained_seeds}")
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
+    results_path = Path(output) if output else folder / "eval.json"
     state = load_checkpoint(path)
+    if results_path.is_dir() or not results_path.parent.is_dir():
+        raise ConfigError(f"output: expected a file in a folder that exists, got {results_path}")
     config = parse_config(state["config"], overrides, source=str(checkpoint))
+    _refuse_foreign_code(config, overridden(dict(trusted or {}), overrides))
     device = torch.device(resolve_device(config.device))
     model = build_model(config).to(device)
     load_weights(model, state)
     known, asked = (build_probe_loader(config, split, device) for split in ("probe", "val"))
+    _check_probes(config, known, model)
 
     started = time.perf_counter()
     probes = _probe(config, model, known, asked, device, untrained_seeds)
@@ -79,12 +94,64 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 1),
         "probes": {p.name: {"trained": p.trained, "untrained": p.untrained} for p in probes},
     }
-    (Path(output) if output else folder / "eval.json").write_text(
-        json.dumps(results, indent=2) + "\n"
-    )
+    results_path.write_text(json.dumps(results, indent=2) + "\n")
     if report:
-        _report(folder, config, model, probes, next(iter(asked)), device)
+        trained = SkipLog()
+        for rank in state["ranks"]:
+            trained.reasons.update(rank["loader"]["skipped"])
+        skips = {
+            "Training": trained,
+            "Images that probes learn from": known.skips,
+            "Images that probes are tested on": asked.skips,
+        }
+        notes = [f"{name}: {some.summary()}" for name, some in skips.items() if some]
+        _report(folder, config, model, probes, next(iter(asked)), device, notes)
     return probes
+
+
+def _refuse_foreign_code(config: Config, own: Mapping[str, Any]) -> None:
+    """A checkpoint may come from anywhere; only what the user repeats may run code.
+
+    own: plain values that the user has given.
+    """
+    data: Any = config.data
+    found: dict[tuple[str, str], Any] = {}
+    if data.kind == "shards":
+        urls = {("data", name): getattr(data, name) or "" for name in ("train", "val")}
+        found |= {key: url for key, url in urls.items() if _RUNS_A_COMMAND.search(url)}
+    if config.text.trust_remote_code:
+        found["text", "trust_remote_code"] = True
+    for (section, name), value in found.items():
+        if own.get(section, {}).get(name) != value:
+            key, text = f"{section}.{name}", json.dumps(value)
+            raise ConfigError(
+                f"{key}: the checkpoint's configuration has {text}, which runs code on this "
+                f"machine; if you trust it, repeat it as an override, {key}={text}, otherwise give "
+                "another value"
+            )
+
+
+def _check_probes(config: Config, known: Loader, model: Any) -> None:
+    """What probes would notice only after they have begun."""
+    if len(known.source) < 2:
+        raise ConfigError(
+            f"data: expected at least 2 images for probes to learn from, got {len(known.source)}"
+        )
+    scenes = known.source
+    if not isinstance(scenes, DigitScenes) or scenes.patch is None:
+        return
+    rows, columns = (side * scenes.cell // scenes.patch for side in scenes.grid)
+    without = "data.patch=null leaves the patch probe out"
+    if (rows, columns) != tuple(model.encoder.grid):
+        raise ConfigError(
+            f"data.patch: expected one label for each of the encoder's {model.encoder.grid} "
+            f"patches, got {scenes.patch}, which gives {(rows, columns)}; {without}"
+        )
+    centre = config.data.augment.centre
+    if centre != 1:
+        raise ConfigError(
+            f"data.augment.centre: expected 1 where patches have labels, got {centre}; {without}"
+        )
 
 
 def format_probes(probes: Sequence[ProbeComparison]) -> str:
@@ -128,6 +195,7 @@ def _report(
     probes: list[ProbeComparison],
     batch: Batch,
     device: torch.device,
+    notes: list[str],
 ) -> None:
     model.eval()
     rows = read_rows(folder)
@@ -143,9 +211,9 @@ def _report(
     images, masks, _ = Prepare(config, model, text, device)(few, 0)
     pictures = build_transform(config, train=False).denormalise(images).cpu()
     valid = masks.context_mask if masks.context_mask is not None else masks.context >= 0
-    notes = []
     if isinstance(text, HashedWords):
-        notes.append("Words have fixed hashed vectors, not those of a pretrained text encoder.")
+        hashed = "Words have fixed hashed vectors, not those of a pretrained text encoder."
+        notes = [hashed, *notes]
     write_report(
         folder / "report.html",
         title=f"{folder.name}: {type(model).__name__}",
