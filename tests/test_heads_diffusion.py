@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from jepa_fast.nn.heads import DiffusionHead
 from jepa_fast.nn.heads.diffusion import alpha_bar
@@ -146,21 +147,59 @@ class BentNoise(ExactNoise):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_density_integrates_to_one(width: int) -> None:
-    head = DiffusionHead(4, width, hidden_dim=8, steps=200, clip=math.inf, probes=None)
-    head.network = BentNoise(head, torch.zeros(width), torch.ones(width))
-    axis = torch.linspace(-10, 10, 401 if width == 1 else 101)
+    head = DiffusionHead(4, width, hidden_dim=8)
+    head.network = BentNoise(head, torch.full((width,), 2.0), torch.full((width,), 0.7))
+    axis = torch.linspace(-5, 9, 401 if width == 1 else 101)
     points = torch.cartesian_prod(*[axis] * width).view(-1, width)
     log_prob = head.distribution(torch.ones(len(points), 4)).log_prob(points)
     total = log_prob.double().exp().sum() * (axis[1] - axis[0]) ** width
     assert total.item() == pytest.approx(1.0, abs=1e-3)
 
 
-def test_predicted_targets_stay_within_what_layer_norm_allows() -> None:
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_trained_head_has_the_datas_density_and_samples(width: int, schedule: str) -> None:
+    """Targets off centre, and beyond sqrt(D), which bounds LayerNorm-ed ones only."""
     torch.manual_seed(0)
-    head = DiffusionHead(4, 9, hidden_dim=8, schedule="cosine")
-    assert head.clip == 3.0
+    truth = Normal(torch.full((width,), 2.0), 0.5)
+    head = DiffusionHead(2, width, hidden_dim=32, depth=1, schedule=schedule)
+    optimizer = torch.optim.Adam(head.parameters(), 5e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 400)
+    for _ in range(400):
+        optimizer.zero_grad()
+        head(torch.ones(256, 2), truth.sample((256,))).backward()
+        optimizer.step()
+        decay.step()
+    axis = torch.linspace(-4, 8, 241 if width == 1 else 61)
+    points = torch.cartesian_prod(*[axis] * width).view(-1, width)
+    log_prob = head.distribution(torch.ones(len(points), 2)).log_prob(points)
+    density = log_prob.double().exp() * (axis[1] - axis[0]) ** width
+    assert density.sum().item() == pytest.approx(1.0, abs=0.01)
+    mean = density @ points.double()
+    torch.testing.assert_close(mean, truth.mean.double(), rtol=0, atol=0.1)
+    samples = head.distribution(torch.ones(1, 2)).sample(4000, torch.Generator().manual_seed(0))
+    share = torch.tensor([0.1, 0.5, 0.9])
+    expected = truth.icdf(share[:, None])
+    torch.testing.assert_close(samples[:, 0].quantile(share, 0), expected, rtol=0, atol=0.15)
+
+
+def test_clip_bounds_the_samples_and_leaves_the_likelihood_alone() -> None:
+    head, truth = exact_head()
+    distribution = head.distribution(torch.zeros(6, 4))
+    z = truth.sample((6,))
+    expected = distribution.log_prob(z)
+    head.clip = 0.3
+    assert torch.equal(distribution.log_prob(z), expected)
+    assert distribution.sample(8).abs().max() <= 0.3
+
+
+@pytest.mark.parametrize(("width", "bound"), [(9, 10.0), (144, 12.0)])
+def test_predicted_targets_stay_within_what_layer_norm_allows(width: int, bound: float) -> None:
+    torch.manual_seed(0)
+    head = DiffusionHead(4, width, hidden_dim=8)
+    assert head.clip == bound
     samples = head.distribution(torch.zeros(4, 4)).sample(8)  # untrained: it predicts no noise
-    assert samples.abs().max() <= 3.0
+    assert samples.abs().max() == bound
 
 
 def test_loss_is_that_of_the_noise() -> None:

@@ -189,7 +189,7 @@ def exact_head(steps: int, probes: int | None) -> tuple[FlowMatchingHead, Normal
     return head, Normal(mean, std)
 
 
-@pytest.mark.parametrize("probes", [None, 4])
+@pytest.mark.parametrize("probes", [None, 2])
 def test_flow_matching_likelihood(probes: int | None) -> None:
     """The Jacobian is diagonal here, so random signs give its trace exactly."""
     head, truth = exact_head(100, probes)
@@ -210,29 +210,31 @@ def test_flow_matching_samples() -> None:
 @pytest.mark.parametrize("width", [1, 2])
 def test_flow_matching_density_integrates_to_one(width: int) -> None:
     torch.manual_seed(0)
-    head = FlowMatchingHead(4, width, hidden_dim=8, depth=1, steps=20, probes=None)
+    head = FlowMatchingHead(4, width, hidden_dim=8, depth=1)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.3)
     axis = torch.linspace(-8, 8, 401 if width == 1 else 81)
     points = torch.cartesian_prod(*[axis] * width).view(-1, width)
     log_prob = head.distribution(torch.ones(len(points), 4)).log_prob(points)
     total = log_prob.double().exp().sum() * (axis[1] - axis[0]) ** width
-    assert total.item() == pytest.approx(1.0, abs=0.01)
+    assert total.item() == pytest.approx(1.0, abs=2e-3)
 
 
 def test_random_probes_estimate_the_exact_divergence() -> None:
     torch.manual_seed(0)
-    head = FlowMatchingHead(4, 6, hidden_dim=8, steps=5, probes=None)
+    head = FlowMatchingHead(4, 80, hidden_dim=8, steps=5, probes=None)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.3)
-    condition, z = torch.randn(16, 4), torch.randn(16, 6)
+    condition, z = torch.randn(16, 4), torch.randn(16, 80)
     exact = head.distribution(condition).log_prob(z)
     errors = []
-    for head.probes in (4, 256):
+    for head.probes in (1, 64, 80, 81):
         estimate = head.distribution(condition).log_prob(z)
         assert torch.equal(estimate, head.distribution(condition).log_prob(z))
         errors.append((estimate - exact).square().mean().sqrt())
-    assert errors[1] < 0.25 * errors[0]
+    assert 0 < errors[1] < 0.25 * errors[0]
+    # As many probes as coordinates cost what the exact divergence does, so it is taken.
+    assert errors[2] == errors[3] == 0
 
 
 def test_flow_matching_loss_is_that_of_the_velocity() -> None:

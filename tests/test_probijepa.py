@@ -106,6 +106,29 @@ def test_asking_for_moments_disturbs_no_random_number(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "mixture"])
+def test_moments_come_from_as_many_samples_as_the_head_says(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = create_head(name, 4, 3, {**OPTIONS[name], "moment_samples": 7})
+    drawn = 0
+
+    def count(self: LatentDistribution, n: int, generator: torch.Generator) -> Tensor:
+        nonlocal drawn
+        drawn += n
+        return torch.randn(n, 2, 3, generator=generator)
+
+    monkeypatch.setattr(type(head.distribution(torch.randn(2, 4))), "sample", count)
+    distribution = head.distribution(torch.randn(2, 4))
+    assert distribution.mean.shape == distribution.variance.shape == (2, 3)
+    assert drawn == 7
+    head.moment_samples, drawn = 9, 0
+    assert head.distribution(torch.randn(2, 4)).mean.isfinite().all()
+    assert drawn == 9
+    with pytest.raises(ValueError, match="moment_samples must be at least 2, got 1"):
+        create_head(name, 4, 3, {"moment_samples": 1})
+
+
 @each_head
 def test_under_autocast_and_round_trip(name: str) -> None:
     model = make_model(name, **OPTIONS[name])
@@ -212,6 +235,7 @@ def test_no_token_no_loss(name: str) -> None:
     loss = head(torch.zeros(0, 4), torch.zeros(0, 3))
     assert loss.item() == 0.0
     loss.backward()
+    assert head.distribution(torch.zeros(0, 4)).mean.shape == (0, 3)
 
 
 def test_teacher_follows() -> None:
@@ -249,6 +273,27 @@ class OwnHead(nn.Module):
 
     def distribution(self, condition: Tensor) -> UnitNormal:
         return UnitNormal(self.linear(condition))
+
+
+@pytest.mark.parametrize("tokens", [3, 1500, 5000])
+def test_moments_are_those_of_all_samples_though_drawn_in_chunks(tokens: int) -> None:
+    """Far from 0, where a difference of squares would have no digit left."""
+    chunks = []
+
+    class Recorded(UnitNormal):
+        def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+            chunks.append(super().sample(n, generator))
+            return chunks[-1]
+
+    distribution = Recorded(torch.full((tokens, 2), 1e4, requires_grad=True))
+    moments = distribution.mean, distribution.variance
+    assert not any(moment.requires_grad for moment in moments)
+    samples = torch.cat(chunks).double()
+    assert len(samples) == 1024
+    assert all(len(chunk) == 1 or len(chunk) * tokens <= 4096 for chunk in chunks)
+    torch.testing.assert_close(moments[0].double(), samples.mean(0), rtol=1e-7, atol=0)
+    # A sum of 1024 terms in float32 is off by 1024 roundings at the most.
+    torch.testing.assert_close(moments[1].double(), samples.var(0), rtol=1024 * 2**-24, atol=0)
 
 
 @pytest.mark.parametrize("how", ["class", "module"])

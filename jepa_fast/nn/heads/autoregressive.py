@@ -62,6 +62,7 @@ class AutoregressiveHead(Head):
         seed: of the random ordering.
         scale_floor: added to every scale, positive.
         scale_map: `"exp"` or `"softplus"`.
+        moment_samples: as in `Head`.
 
     Raises:
         ValueError: an unknown name, an ordering that is no permutation, a size below 1, a floor
@@ -82,8 +83,9 @@ class AutoregressiveHead(Head):
         seed: int = 0,
         scale_floor: float = 1e-3,
         scale_map: str = "exp",
+        moment_samples: int = 1024,
     ) -> None:
-        super().__init__(condition_dim, target_dim)
+        super().__init__(condition_dim, target_dim, moment_samples)
         check_mixture_options(
             "AutoregressiveHead", family, "coordinate", scale_floor, scale_map, num_components
         )
@@ -122,23 +124,34 @@ class AutoregressiveHead(Head):
 
 
 class AutoregressiveDistribution(LatentDistribution):
-    """What an `AutoregressiveHead` says of condition [T, d]; mean and variance from samples."""
+    """What an `AutoregressiveHead` says of condition [T, d].
+
+    Mean and variance average those that the mixtures have in closed form given each sample's
+    coordinates before: exact for the first in the ordering, closer than the samples for the rest.
+    """
 
     def __init__(self, head: AutoregressiveHead, condition: Tensor) -> None:
-        super().__init__(condition.shape[0], head.target_dim, condition.device)
+        super().__init__(
+            condition.shape[0],
+            head.target_dim,
+            condition.device,
+            moment_samples=head.moment_samples,
+        )
         self.head = head
         self.film = head.film(condition).unflatten(-1, (head.depth, 2, -1))
         self.direct = head.direct(condition)
 
     def parameters(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, loc, log_scale), each [T, K, D], of every coordinate given those before it."""
+        """(logits, loc, log_scale) of every coordinate given those before it.
+
+        Each is [T, K, D] from z [T, D], or [n * T, K, D] from z [n, T, D].
+        """
         head = self.head
         h = z
         for i, layer in enumerate(head.hidden):
             h = self._film(i, slice(None), layer(h))
-        return split_mixture_parameters(
-            head.output(h) + self.direct, head.num_components, self.width, "coordinate"
-        )
+        parameters = (head.output(h) + self.direct).flatten(0, -2)
+        return split_mixture_parameters(parameters, head.num_components, self.width, "coordinate")
 
     def _film(self, layer: int, units: slice, x: Tensor) -> Tensor:
         scale, shift = self.film[:, layer, 0, units], self.film[:, layer, 1, units]
@@ -149,6 +162,15 @@ class AutoregressiveDistribution(LatentDistribution):
         return -ops.mixture_nll(
             z, *self.parameters(z), head.family, "coordinate", head.scale_floor, head.scale_map
         )
+
+    def _moments_given(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.head
+        logits, loc, log_scale = self.parameters(samples)
+        mean = ops.mixture_mean(logits, loc)
+        variance = ops.mixture_variance(
+            logits, loc, log_scale, head.family, head.scale_floor, head.scale_map
+        )
+        return mean.view_as(samples), variance.view_as(samples)
 
     @torch.no_grad()
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:

@@ -35,7 +35,8 @@ class DiffusionHead(Head):
     """Denoising diffusion of each target embedding on its own, given the predictor's token.
 
     With `x_t = signal[t] * target + noise[t] * e`, a network is trained to tell e by mean squared
-    error at a uniform t.
+    error at a uniform t. Both are drawn from torch's global generator: under torchrun every rank
+    draws its own, and the loss equals that of one process only in expectation.
 
     Args:
         condition_dim: d.
@@ -46,10 +47,12 @@ class DiffusionHead(Head):
         schedule: `"linear"` or `"cosine"`.
         sampler: `"ddim"`, deterministic given the starting noise, or `"ddpm"`; may be set later.
         steps: how many of the timesteps the sampler visits, 1 to `timesteps`; may be set later.
-        clip: bound on the coordinates of the predicted target. None: sqrt(D), which no
-            LayerNorm-ed vector passes. `math.inf` turns it off.
-        probes: random probes of the divergence in `log_prob`, None for the exact divergence at D
-            backward passes an evaluation; may be set later.
+        clip: bound on the coordinates of the target that the sampler sees predicted; `log_prob` has
+            none. None: 10, or sqrt(D) where that is more, which no LayerNorm-ed vector passes.
+            `math.inf` turns it off.
+        probes: random probes of the divergence in `log_prob`; None, or D and more, for the exact
+            divergence at D backward passes an evaluation; may be set later.
+        moment_samples: as in `Head`.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -72,14 +75,15 @@ class DiffusionHead(Head):
         steps: int = 50,
         clip: float | None = None,
         probes: int | None = 8,
+        moment_samples: int = 1024,
     ) -> None:
-        super().__init__(condition_dim, target_dim)
+        super().__init__(condition_dim, target_dim, moment_samples)
         owner = "DiffusionHead"
         check_positive(owner, hidden_dim=hidden_dim, depth=depth, timesteps=timesteps)
         check_choice(owner, "schedule", schedule, ("linear", "cosine"))
         if probes is not None:
             check_positive(owner, probes=probes)
-        self.clip = math.sqrt(target_dim) if clip is None else clip
+        self.clip = max(math.sqrt(target_dim), 10.0) if clip is None else clip
         if not self.clip > 0:
             raise ValueError(f"{owner}: clip must be positive, got {clip}; math.inf turns it off")
         self.timesteps = timesteps
@@ -87,7 +91,9 @@ class DiffusionHead(Head):
         self.steps = steps
         self.probes = probes
         self.visited()
-        remaining = alpha_bar(schedule, timesteps)
+        # Where the linear schedule ends. With less of the signal left, as at the cosine one's end,
+        # dividing by it blows up any error of the network: the ODE and the samples diverge.
+        remaining = alpha_bar(schedule, timesteps).clamp(min=4e-5)
         # Rounded from float64: in float32, 1 - alpha_bar would lose what matters at small t.
         self.register_buffer("signal", remaining.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - remaining).sqrt().float(), persistent=False)
@@ -137,15 +143,17 @@ class DiffusionDistribution(LatentDistribution):
     The diffusion's own likelihood has no closed form. `log_prob` is the density that its
     probability-flow ODE, the limit of DDIM with many steps, gives to the target with the noise of
     the first timestep (standard deviation about 0.01) on it. It is exact up to the solver's step,
-    which follows the `steps` timesteps that the sampler visits, and, unless the head's `probes` is
-    None, the noise of the divergence estimate. It is for evaluation: it has no gradient.
+    which follows the `steps` timesteps that the sampler visits, and, where the head's `probes` are
+    fewer than D, the noise of the divergence estimate. It is for evaluation: it has no gradient.
 
     Source: arXiv 2011.13456, section 4.3.
     """
 
     def __init__(self, head: DiffusionHead, condition: Tensor) -> None:
         dtype = widened(condition).dtype
-        super().__init__(condition.shape[0], head.target_dim, condition.device, dtype)
+        super().__init__(
+            condition.shape[0], head.target_dim, condition.device, dtype, head.moment_samples
+        )
         self.head = head
         self.condition = head.network.condition(condition)
 
@@ -180,8 +188,9 @@ class DiffusionDistribution(LatentDistribution):
         signal, noise = head.signal[visited].to(z.dtype), head.noise[visited].to(z.dtype)
 
         def velocity(x: Tensor, k: int) -> Tensor:
-            target = head.predict_target(x, visited[k], self.condition)
-            return (signal[k] * x - target) / noise[k]
+            # With the target that e leaves of x put in. Clipping that would make the ODE stiff.
+            e = head.predict_noise(x, visited[k], self.condition)
+            return (e - noise[k] * x) / signal[k]
 
         end, integral = integrate_with_divergence(
             velocity, signal[0] * z, torch.atan2(noise, signal), head.probes

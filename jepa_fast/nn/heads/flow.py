@@ -124,6 +124,7 @@ class CouplingFlowHead(Head):
         masks: which coordinates pass unchanged: `"alternate"`, every other one, or `"random"`, a
             random half; each mask is followed by its complement.
         seed: of the random masks.
+        moment_samples: as in `Head`.
 
     Raises:
         ValueError: an unknown name, a size below 1, a bound that is not positive.
@@ -140,8 +141,9 @@ class CouplingFlowHead(Head):
         scale_bound: float = 2.0,
         masks: str = "alternate",
         seed: int = 0,
+        moment_samples: int = 1024,
     ) -> None:
-        super().__init__(condition_dim, target_dim)
+        super().__init__(condition_dim, target_dim, moment_samples)
         owner = "CouplingFlowHead"
         check_positive(owner, num_couplings=num_couplings, hidden_dim=hidden_dim)
         check_choice(owner, "masks", masks, ("alternate", "random"))
@@ -194,7 +196,10 @@ class CouplingFlowDistribution(LatentDistribution):
 
     def __init__(self, head: CouplingFlowHead, condition: Tensor) -> None:
         condition = widened(condition)
-        super().__init__(condition.shape[0], head.target_dim, condition.device, condition.dtype)
+        dtype = condition.dtype
+        super().__init__(
+            condition.shape[0], head.target_dim, condition.device, dtype, head.moment_samples
+        )
         self.head = head
         self.condition = condition
 
@@ -214,6 +219,8 @@ class FlowMatchingHead(Head):
 
     On the straight path `x_t = (1 - t) noise + t target` the velocity is `target - noise`; the loss
     is its mean squared error at a uniform t. Samples solve `dx/dt = v(x, t)` from noise at t = 0.
+    In training, noise and t are drawn from torch's global generator: under torchrun every rank
+    draws its own, and the loss equals that of one process only in expectation.
 
     Args:
         condition_dim: d.
@@ -221,8 +228,9 @@ class FlowMatchingHead(Head):
         hidden_dim: width of the network.
         depth: its blocks.
         steps: Heun steps of the ODE solver, for samples and for `log_prob`; may be set later.
-        probes: random probes of the divergence in `log_prob`, None for the exact divergence at D
-            backward passes an evaluation; may be set later.
+        probes: random probes of the divergence in `log_prob`; None, or D and more, for the exact
+            divergence at D backward passes an evaluation; may be set later.
+        moment_samples: as in `Head`.
 
     Raises:
         ValueError: a size below 1.
@@ -238,8 +246,9 @@ class FlowMatchingHead(Head):
         depth: int = 3,
         steps: int = 50,
         probes: int | None = 8,
+        moment_samples: int = 1024,
     ) -> None:
-        super().__init__(condition_dim, target_dim)
+        super().__init__(condition_dim, target_dim, moment_samples)
         check_positive("FlowMatchingHead", hidden_dim=hidden_dim, depth=depth, steps=steps)
         if probes is not None:
             check_positive("FlowMatchingHead", probes=probes)
@@ -266,13 +275,15 @@ class FlowMatchingDistribution(LatentDistribution):
     """What a `FlowMatchingHead` says of condition [T, d]; mean and variance from samples.
 
     `log_prob` integrates the divergence of the velocity back to the noise. It is exact up to the
-    solver's step and, unless the head's `probes` is None, the noise of the divergence estimate. It
-    is for evaluation: it has no gradient.
+    solver's step and, where the head's `probes` are fewer than D, the noise of the divergence
+    estimate. It is for evaluation: it has no gradient.
     """
 
     def __init__(self, head: FlowMatchingHead, condition: Tensor) -> None:
         dtype = widened(condition).dtype
-        super().__init__(condition.shape[0], head.target_dim, condition.device, dtype)
+        super().__init__(
+            condition.shape[0], head.target_dim, condition.device, dtype, head.moment_samples
+        )
         self.head = head
         self.condition = head.network.condition(condition)
 

@@ -16,24 +16,30 @@ class LatentDistribution(ABC):
 
     Subclasses give `_log_prob` and `sample`. Mean and variance default to those of `moment_samples`
     samples from a generator of their own, so that asking for them disturbs no other random number
-    and asking twice gives the same answer; subclasses with a closed form override them.
+    and asking twice gives the same answer; subclasses with a closed form override them. Of 1024
+    samples the mean is off by 1/32 standard deviation, the variance of a normal by 4.4 % (RMS).
 
     Args:
         tokens: T.
         width: D.
         device: of the samples.
         dtype: of the noise that sampling starts from.
+        moment_samples: how many samples mean and variance come from; may be set later.
     """
 
-    moment_samples = 64
-
     def __init__(
-        self, tokens: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        tokens: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        moment_samples: int = 1024,
     ) -> None:
         self.tokens = tokens
         self.width = width
         self.device = device
         self.dtype = dtype
+        self.moment_samples = moment_samples
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats of z [T, D] or [n, T, D]: [T] or [n, T], float32 or wider.
@@ -70,10 +76,34 @@ class LatentDistribution(ABC):
         return self._sampled_moments[1]
 
     @cached_property
+    @torch.no_grad()
     def _sampled_moments(self) -> tuple[Tensor, Tensor]:
+        """(mean, variance), from chunks of samples of at most 4096 tokens, or of one sample.
+
+        The variance is that between the means which the samples give, plus the mean of the
+        variances. Sums are taken from the first sample on, lest a mean far from 0 swallow them.
+        """
         generator = torch.Generator(self.device).manual_seed(0)
-        samples = self.sample(self.moment_samples, generator)
-        return samples.mean(0), samples.var(0)
+        n = self.moment_samples
+        chunk = max(1, 4096 // max(1, self.tokens))
+        for start in range(0, n, chunk):
+            samples = self.sample(min(chunk, n - start), generator)
+            means, variances = self._moments_given(samples)
+            if start == 0:
+                origin = means[0]
+                total, squares, within = (torch.zeros_like(origin) for _ in range(3))
+            total += (means - origin).sum(0)
+            squares += (means - origin).square().sum(0)
+            within += variances.sum(0)
+        between = (squares - total.square() / n).clamp_min(0) / (n - 1)
+        return origin + total / n, between + within / n
+
+    def _moments_given(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """What each of samples [n, T, D] says of mean and variance, [n, T, D] each: itself and 0.
+
+        A subclass that knows them in closed form given part of a sample is closer to the truth.
+        """
+        return samples, torch.zeros_like(samples)
 
     def _normal(self, n: int, generator: torch.Generator | None) -> Tensor:
         """[n, T, D] standard normal noise to start sampling from.
@@ -95,18 +125,23 @@ class Head(nn.Module, ABC):
     Args:
         condition_dim: d, width of the predictor's tokens.
         target_dim: D, width of the teacher's.
+        moment_samples: how many samples a distribution takes its mean and variance from where it
+            has no closed form, at least 2; may be set later.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width below 1, or fewer than 2 samples.
     """
 
-    def __init__(self, condition_dim: int, target_dim: int) -> None:
+    def __init__(self, condition_dim: int, target_dim: int, moment_samples: int = 1024) -> None:
         super().__init__()
         for name, value in (("condition_dim", condition_dim), ("target_dim", target_dim)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.condition_dim = condition_dim
         self.target_dim = target_dim
+        if moment_samples < 2:
+            raise ValueError(f"moment_samples must be at least 2, got {moment_samples}")
+        self.moment_samples = moment_samples
 
     @abstractmethod
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:

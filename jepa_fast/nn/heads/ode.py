@@ -25,14 +25,17 @@ def integrate_with_divergence(
 ) -> tuple[Tensor, Tensor]:
     """x [T, D] carried along as by `integrate`, and the integral of div v over its path, [T].
 
-    Along the path `d/dt log p(x) = -div v(x, t)` (arXiv 1806.07366). With `probes=None` the
-    divergence is exact, at the price of D backward passes an evaluation. Otherwise it is
-    Hutchinson's estimate from that many vectors of random signs, drawn once for the whole path
-    (arXiv 1810.01367): without bias, its variance falling as 1 / probes, the same at every call.
+    Along the path `d/dt log p(x) = -div v(x, t)` (arXiv 1806.07366). With `probes=None`, and where
+    it costs no more, from D probes on, the divergence is exact, at the price of D backward passes
+    an evaluation. Otherwise it is Hutchinson's estimate from that many vectors of random signs,
+    drawn once for the whole path (arXiv 1810.01367): without bias, its variance falling as
+    1 / probes, the same at every call.
     """
-    if probes is None:
+    if probes is None or probes >= x.shape[1]:
+        share = 1.0
         directions = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).unsqueeze(1)
     else:
+        share = 1 / probes
         generator = torch.Generator(x.device).manual_seed(0)
         shape = (probes, *x.shape)
         signs = torch.randint(0, 2, shape, device=x.device, generator=generator)
@@ -47,7 +50,7 @@ def integrate_with_divergence(
                 direction = direction.expand_as(x)
                 (product,) = torch.autograd.grad(v, x, direction, retain_graph=True)
                 total += (product * direction).sum(1)
-        return v.detach(), total if probes is None else total / probes
+        return v.detach(), share * total
 
     integral = torch.zeros_like(x[:, 0])
     for k in range(len(grid) - 1):
