@@ -15,8 +15,9 @@ class JepaOutput:
         loss: scalar float32, to call ``backward`` on.
         metrics: 0-dim tensors by name, detached, on the model's device; making them waits for
             nothing, so read them (``.item()``) only when they are wanted.
-        prediction: what was predicted, ``[M * B, Kt, D]``, block-major, detached.
-        target: what it is compared with, same shape, without gradient.
+        prediction: what was predicted, ``[M * B, Kt, D]``, block-major, detached. From
+            ``ProbIJepa``: what conditions its head, ``[M * B, Kt, d]``, d the predictor's width.
+        target: what it is compared with, ``[M * B, Kt, D]``, without gradient.
     """
 
     loss: Tensor

@@ -74,8 +74,9 @@ class ProbIJepa(IJepa):
 
         Returns:
             The head's loss; collapse metrics; `prediction`, the tokens [M * B, Kt, d] that
-            condition the head (most heads' means take sampling); and `target` [M * B, Kt, D],
-            LayerNorm-ed, float32 or wider. Both are block-major.
+            condition the head (most heads' means take sampling), at the predictor's width d; and
+            `target` [M * B, Kt, D], at the encoder's width D, LayerNorm-ed, float32 or wider. Both
+            are block-major; their widths differ, unlike in the other models' output.
 
         Raises:
             ValueError: masks or images that do not fit the encoder's grid.
