@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -195,10 +196,18 @@ class Exploit:
         return (print, ("this must never run",))
 
 
+class Blocked:
+    def __reduce__(self):
+        return (os.system, ("this must never run",))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_files_that_would_run_code_are_refused(tmp_path: Path, capsys) -> None:
     torch.save({"encoder": Exploit()}, tmp_path / "zip.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps({"encoder": Exploit()}, protocol=2))
-    for name in ("zip.pth", "bare.pth"):
+    torch.save({"encoder": Blocked()}, tmp_path / "blocked.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
+    for name in ("zip.pth", "bare.pth", "blocked.pth", "script.pth"):
         with pytest.raises(CheckpointError, match="expected tensors and plain values only"):
             read_checkpoint(tmp_path / name)
     assert capsys.readouterr().out == ""
@@ -208,10 +217,62 @@ def test_files_of_another_form(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(CheckpointError, match="expected a dictionary of parts, got Tensor"):
         read_checkpoint(tmp_path / "tensor.pth")
-    with pytest.raises(FileNotFoundError):
-        read_checkpoint(tmp_path / "absent.pth")
+    for name in ("absent.pth", "absent.safetensors"):
+        with pytest.raises(FileNotFoundError):
+            read_checkpoint(tmp_path / name)
     with pytest.raises(CheckpointError, match="got nothing"):
         load_ijepa(build(), {})
+
+
+GIT_LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello there", b"<!DOCTYPE html>\n<html></html>", GIT_LFS],
+    ids=["empty", "text", "html", "git lfs"],
+)
+def test_files_that_are_no_checkpoints(content: bytes, suffix: str, tmp_path: Path) -> None:
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors")
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated, empty or another format") as caught:
+        load_ijepa(build(), path)
+    assert f"{path}: expected a " in str(caught.value)
+    assert f"got {len(content)} bytes that are not a readable checkpoint" in str(caught.value)
+    assert "run code" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
+def test_truncated_files(form: str, tmp_path: Path) -> None:
+    path = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
+    if form == "safetensors":
+        pytest.importorskip("safetensors")
+        save_checkpoint({"encoder": {"a": torch.zeros(99)}}, path)
+    else:
+        torch.save({"encoder": torch.zeros(99)}, path, _use_new_zipfile_serialization=form == "zip")
+    whole = path.read_bytes()
+    for size in (1, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=f"got {size} bytes .* truncated, empty"):
+            read_checkpoint(path)
+
+
+def test_sources_of_another_type() -> None:
+    with pytest.raises(TypeError, match=r"source: expected the path .* got int; pass"):
+        load_ijepa(build(), 3)
+
+
+def test_a_mismatch_names_the_parts_only_where_they_differ() -> None:
+    checkpoint = public_checkpoint()
+    del checkpoint["encoder"]["module.norm.bias"]
+    with pytest.raises(CheckpointError, match="does not fit; nothing was loaded"):
+        load_ijepa(build(), checkpoint)
+    del checkpoint["predictor"]
+    with pytest.raises(CheckpointError, match="fit; expected the parts encoder, predictor"):
+        load_ijepa(build(), checkpoint)
 
 
 def test_old_torch_files_load(tmp_path: Path) -> None:

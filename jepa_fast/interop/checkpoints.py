@@ -9,7 +9,8 @@ taken off.
 
 from __future__ import annotations
 
-import pickle
+import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ Source = str | Path | Mapping[str, Any]
 
 IJEPA_PARTS = ("encoder", "predictor", "target_encoder")
 TIJEPA_PARTS = ("context_crosser", "target_crosser", "predictor")
+# What torch says of objects that weights_only=True refuses, as opposed to bytes it cannot read.
+_NEEDS_CODE = re.compile("GLOBAL |allowlisted|TorchScript archives")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -40,7 +43,9 @@ def load_ijepa(model: IJepa, source: Source) -> None:
             only, call :func:`load_parts`, for instance with ``{"target_encoder": my_encoder}``.
 
     Raises:
-        CheckpointError: anything missing, unexpected or of another shape; lists all of it.
+        TypeError, FileNotFoundError: ``source`` is no checkpoint.
+        CheckpointError: anything missing, unexpected or of another shape; lists all of it. Or an
+            unreadable file, see :func:`read_checkpoint`.
     """
     load_parts({name: getattr(model, name) for name in IJEPA_PARTS}, source)
 
@@ -106,8 +111,14 @@ def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
         source: checkpoint file, or dictionary of state dicts by part name.
 
     Raises:
+        TypeError: ``source`` is neither.
         CheckpointError: a part or an entry is missing, unexpected or of another shape; lists all.
     """
+    if not isinstance(source, (str, Path, Mapping)):
+        raise TypeError(
+            "source: expected the path of a checkpoint file or a dictionary of state dicts by "
+            f"part name, got {type(source).__name__}; pass read_checkpoint(path) or {{part: state}}"
+        )
     checkpoint = read_checkpoint(source) if isinstance(source, (str, Path)) else source
     states: dict[str, dict[str, Any]] = {}
     missing, unexpected, reshaped = [], [], []
@@ -135,10 +146,13 @@ def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
         if entries
     ]
     if report:
+        wrong_parts = ""
+        if len(states) < len(parts):
+            found = ", ".join(map(str, checkpoint)) or "nothing"
+            wrong_parts = f"expected the parts {', '.join(parts)}, got {found}; "
         raise CheckpointError(
-            f"the checkpoint does not fit; expected the parts {', '.join(parts)}, got "
-            f"{', '.join(map(str, checkpoint)) or 'nothing'}; nothing was loaded. Build the model "
-            "with the checkpoint's sizes, or name only the parts to load.\n" + "\n".join(report)
+            f"the checkpoint does not fit; {wrong_parts}nothing was loaded. Build the model with "
+            "the checkpoint's sizes, or name only the parts to load.\n" + "\n".join(report)
         )
     for part, module in parts.items():
         # A module on the meta device has no storage to copy into: it takes the tensors themselves.
@@ -157,21 +171,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         Dictionary of parts, on the CPU.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: it holds other objects than tensors and plain values, or is no dictionary.
+        FileNotFoundError: no such file; any other OSError of opening it.
+        CheckpointError: it is truncated, empty or of another format, holds other objects than
+            tensors and plain values, or is no dictionary.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return _split_parts(_safetensors().load_file(path))
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+    safetensors = _safetensors() if path.suffix == ".safetensors" else None
     try:
+        if safetensors is not None:
+            return _split_parts(safetensors.load_file(path))
         # Mapped where the format allows: public checkpoints carry optimizer states of many GB.
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # what broken bytes make of a reader has no common type
+        if _NEEDS_CODE.search(str(error)):
+            raise CheckpointError(
+                f"{path}: expected tensors and plain values only, got a file that needs arbitrary "
+                "objects to load, which could run code; save its state dicts alone and try again"
+            ) from error
+        form = "torch.save" if safetensors is None else "safetensors"
         raise CheckpointError(
-            f"{path}: expected tensors and plain values only, got a file that needs arbitrary "
-            "objects to load, which could run code; save its state dicts alone and try again"
+            f"{path}: expected a {form} file, got {size} bytes that are not a readable checkpoint: "
+            "truncated, empty or another format (such as a web page or a Git LFS pointer); fetch "
+            "the file again"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
