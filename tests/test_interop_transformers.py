@@ -66,6 +66,40 @@ def test_ijepa_weights_move_both_ways() -> None:
     assert torch.equal(other(images).last_hidden_state, expected)
 
 
+def test_our_weights_move_into_a_model_and_back() -> None:
+    ours = VisionTransformer(16, 4, 32, 2, 2, mlp_ratio=2.5, eps=1e-3)
+    images = torch.randn(2, 3, 16, 16)
+    theirs = build("ijepa")
+    assert theirs.config.layer_norm_eps != 1e-3
+    to_transformers(ours, theirs)
+    torch.testing.assert_close(theirs(images).last_hidden_state, ours(images), rtol=0, atol=1e-5)
+    assert torch.equal(from_transformers(theirs)(images), ours(images))
+
+
+@pytest.mark.parametrize("options", [{"num_attention_heads": 4}, {"hidden_act": "relu"}])
+def test_models_that_compute_something_else_are_refused(options) -> None:
+    theirs = build("ijepa", **options)
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    (option,) = [f"{name}={value!r}" for name, value in options.items()]
+    with pytest.raises(CheckpointError, match=f"got .*{option}.*build the model with"):
+        to_transformers(VisionTransformer(16, 4, 32, 2, 2, mlp_ratio=2.5), theirs)
+    assert all(torch.equal(before[n], value) for n, value in theirs.state_dict().items())
+
+
+def test_classifiers_and_poolers_are_left_behind() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    config = transformers.IJepaConfig(**SIZES)
+    with_pooler = transformers.IJepaModel(config, add_pooling_layer=True).eval()
+    expected = with_pooler(images).last_hidden_state
+    ours = from_transformers(with_pooler)
+    torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
+
+    classifier = transformers.IJepaForImageClassification(config).eval()
+    load_transformers_state(ours, classifier.state_dict())
+    expected = classifier.ijepa(images).last_hidden_state
+    torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("prefix", ["", "ijepa."])
 def test_names_of_the_files_on_the_hub(prefix: str) -> None:
     theirs = build("ijepa")

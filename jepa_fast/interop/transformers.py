@@ -84,14 +84,21 @@ def load_transformers_state(encoder: VisionTransformer, state: Mapping[str, Tens
     """Load the state dict of an ``IJepaModel`` into our encoder, whole or not at all.
 
     Args:
-        encoder: of the same sizes.
+        encoder: of the same sizes, number of heads and LayerNorm epsilon. The last two leave no
+            trace in a state dict, so wrong ones go unnoticed; :func:`from_transformers` reads them
+            from the model's configuration.
         state: names as in transformers 4, 5 or the files on the hub, with or without ``ijepa.``.
+            A classifier and a pooler are left behind.
 
     Raises:
         CheckpointError: anything missing, unexpected or of another shape; lists all of it, in our
             names where they are known.
     """
-    theirs = {name.removeprefix("ijepa."): value.clone() for name, value in state.items()}
+    theirs = {
+        name.removeprefix("ijepa."): value.clone()
+        for name, value in state.items()
+        if not name.removeprefix("ijepa.").startswith(("classifier.", "pooler."))
+    }
     rename = _names_of(theirs)
     ours = {}
     for name in encoder.state_dict():
@@ -105,11 +112,25 @@ def load_transformers_state(encoder: VisionTransformer, state: Mapping[str, Tens
 
 
 def to_transformers(encoder: VisionTransformer, model: IJepaModel) -> None:
-    """Load our encoder's weights into a ``transformers.IJepaModel`` of the same sizes.
+    """Load our encoder's weights into a ``transformers.IJepaModel``.
+
+    Args:
+        encoder: its weights are copied.
+        model: of the same sizes and number of heads, with exact GELU. Its LayerNorms and its
+            configuration take the encoder's epsilon (``IJepaConfig`` has another by default), so
+            that its ``last_hidden_state`` equals the encoder's tokens.
 
     Raises:
-        CheckpointError: anything missing, unexpected or of another shape; lists all of it.
+        CheckpointError: the model computes something else, or anything is missing, unexpected or of
+            another shape; lists all of it, and leaves the model as it was.
     """
+    config = model.config
+    if config.num_attention_heads != encoder.num_heads or config.hidden_act != "gelu":
+        raise CheckpointError(
+            f"model: expected num_attention_heads={encoder.num_heads} and hidden_act='gelu' as in "
+            f"the encoder, got num_attention_heads={config.num_attention_heads} and "
+            f"hidden_act={config.hidden_act!r}; build the model with the encoder's values"
+        )
     rename = _names_of(model.state_dict())
     theirs = {}
     for name, value in encoder.state_dict().items():
@@ -119,6 +140,10 @@ def to_transformers(encoder: VisionTransformer, model: IJepaModel) -> None:
         else:
             theirs[rename(name)] = value
     load_parts({"model": model}, {"model": theirs})
+    config.layer_norm_eps = encoder.norm.eps
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = encoder.norm.eps
 
 
 class TransformersEncoder(nn.Module):
