@@ -108,16 +108,6 @@ def test_rows_that_span_a_checkpoint_are_those_of_the_straight_run(tmp_path: Pat
     assert killed == straight
 
 
-def test_a_checkpoint_from_before_these_were_saved_is_taken(tmp_path: Path) -> None:
-    pretrain(tiny(tmp_path, "train.steps=1"))
-    state = load_checkpoint(tmp_path)
-    (mine,) = state["ranks"]
-    del mine["window"], mine["rng"]["numpy"]
-    trainer = trainer_of(tiny(tmp_path))
-    trainer.restore(state)
-    assert trainer.step == 1
-
-
 def test_a_run_killed_after_going_back_stays_on_its_new_course(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,9 +233,8 @@ class Trainer:
         for group in self.optimizer.param_groups:  # the checkpoint has them, too
             group["betas"], group["eps"] = self.config.betas, self.config.eps
         set_rng_state(mine["rng"])
-        if "window" in mine:  # checkpoints written before it was saved lack it
-            self._window_seconds = mine["window"]["seconds"]
-            self._sums.load_state_dict(mine["window"], self.world.device)
+        self._window_seconds = mine["window"]["seconds"]
+        self._sums.load_state_dict(mine["window"], self.world.device)
         self.step = state["step"]
 
     def _batches(self) -> Iterator[Batch]:
