@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def _floating(arguments: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
 
 
+def _with_leaves(arguments: Any, leaves: Iterator[Tensor]) -> Any:
+    """The arguments with other tensors in the places of those that take gradients."""
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(_with_leaves(a, leaves) for a in arguments)
+    takes_gradient = isinstance(arguments, Tensor) and arguments.requires_grad
+    return next(leaves) if takes_gradient else arguments
+
+
 def _gradients(outputs: tuple[Tensor, ...], upstream: list[Tensor], arguments: Any) -> list[Tensor]:
     pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
     return list(
@@ -71,14 +80,8 @@ def test_gradcheck(sample: Sample) -> None:
     wanted = _floating(arguments)
 
     def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
-        given = iter(values)
-
-        def place(a: Any) -> Any:
-            if isinstance(a, (list, tuple)):
-                return type(a)(place(x) for x in a)
-            return next(given) if isinstance(a, Tensor) and a.requires_grad else a
-
-        return tuple(o for o in sample.call(*map(place, arguments)) if o.is_floating_point())
+        outputs = sample.call(*_with_leaves(arguments, iter(values)))
+        return tuple(o for o in outputs if o.is_floating_point())
 
     if any(x.numel() == 0 for x in of_wanted(*wanted)):
         # gradcheck refuses empty outputs; their gradients are zeros of the inputs' shapes.
@@ -166,11 +169,37 @@ def test_any_strides(sample: Sample) -> None:
 
 
 @each_differentiable_sample
-def test_double_backward_is_refused(sample: Sample) -> None:
+def test_first_derivatives_with_a_graph_and_no_second(sample: Sample) -> None:
     arguments = sample.arguments()
-    total = sum(o.sum() for o in sample.call(*arguments) if o.requires_grad)
+    wanted = _floating(arguments)
+
+    def total(*leaves: Tensor) -> Tensor:
+        outputs = sample.call(*_with_leaves(arguments, iter(leaves)))
+        return sum(o.square().sum() for o in outputs if o.is_floating_point())
+
+    expected = torch.autograd.grad(total(*wanted), wanted)
+    with_graph = torch.autograd.grad(total(*wanted), wanted, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(total, _floating(arguments), create_graph=True, allow_unused=True)
+        torch.autograd.grad(sum(g.sum() for g in with_graph), wanted, allow_unused=True)
+
+    leaves, places = [x.detach() for x in wanted], tuple(range(len(wanted)))
+    first = torch.func.grad(total, argnums=places)
+    for got, graph, want in zip(first(*leaves), with_graph, expected, strict=True):
+        assert torch.equal(got, want)
+        assert torch.equal(graph, want)
+    # By one argument first and all of them then: also where the first pass does not track them.
+    one = torch.func.grad(total, argnums=len(wanted) - 1)
+    for before in (lambda *x: sum(g.sum() for g in first(*x)), lambda *x: one(*x).sum()):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.func.grad(before, argnums=places)(*leaves)
+
+
+@each_differentiable_sample
+def test_vmap_is_refused(sample: Sample) -> None:
+    arguments = sample.arguments()
+    mapped = [x.detach()[None] for x in _floating(arguments)]
+    with pytest.raises(RuntimeError, match=r"arguments mapped by torch\.func\.vmap"):
+        torch.func.vmap(lambda *x: sample.call(*_with_leaves(arguments, iter(x))))(*mapped)
 
 
 @each_sample

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_Backward = Callable[..., tuple[Tensor | None, ...]]
 
 _AUTOGRAD_KEYS = (
     torch._C.DispatchKey.AutogradFunctionality,
@@ -68,14 +72,57 @@ def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | Non
     return tuple(next(remaining) if need else None for need in needs)
 
 
-def refuse_double_backward(name: str) -> None:
-    """Raises where autograd would need the gradient of `name`'s backward pass.
+class OperatorFunction(torch.autograd.Function):
+    """What the operators' functions have in common: torch.func.vmap is refused."""
 
-    Raises:
-        RuntimeError: the backward pass runs with `create_graph=True`.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         raise RuntimeError(
-            f"{name} is differentiable once: its backward pass was called with create_graph=True. "
-            f"For higher derivatives use the plain PyTorch of jepa_fast/ops/{name}/reference.py."
+            "the operators of jepa_fast.ops expected whole batches, got arguments mapped by "
+            "torch.func.vmap, by jacrev or the like; call them with the batch, or in a loop"
+        )
+
+
+def differentiable_once(name: str) -> Callable[[_Backward], _Backward]:
+    """Lets the backward pass of operator `name` run with `create_graph=True`, as torch.func.grad
+    always does; its results raise RuntimeError where they are differentiated themselves.
+
+    torch's own `once_differentiable` gives silent zeros for second derivatives by torch.func.
+    """
+
+    def decorate(backward: _Backward) -> _Backward:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            # A compiled graph refuses second derivatives by itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            present = [result for result in results if result is not None]
+            # Whatever the results depend on: they require gradients where any of it does.
+            ends = _End.apply(name, len(present), *present, *grads, *ctx.saved_tensors)
+            return spread(ends, [result is not None for result in results])
+
+        return once
+
+    return decorate
+
+
+class _End(OperatorFunction):
+    """Hands on the first `count` tensors; they have no gradient for any of the tensors."""
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach() for tensor in tensors[:count] if tensor is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.name} is differentiable once: a second derivative through it was asked for. "
+            "For higher derivatives use the plain PyTorch of "
+            f"jepa_fast/ops/{ctx.name}/reference.py."
         )

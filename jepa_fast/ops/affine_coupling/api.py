@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import check_dim, check_same_size
 from jepa_fast.ops.affine_coupling import contract
 
 
-class _AffineCoupling(torch.autograd.Function):
+class _AffineCoupling(OperatorFunction):
     @staticmethod
     def forward(
         x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, *options: Any
@@ -26,8 +26,8 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @differentiable_once("affine_coupling")
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("affine_coupling")
         needs = ctx.needs_input_grad[:3]
         grads = contract.BACKWARD.call(
             grad_y,

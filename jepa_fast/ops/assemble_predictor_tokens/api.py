@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import check_dim, check_index, check_same_size
 from jepa_fast.ops.assemble_predictor_tokens import contract
 
 
-class _AssemblePredictorTokens(torch.autograd.Function):
+class _AssemblePredictorTokens(OperatorFunction):
     @staticmethod
     def forward(
         context: Tensor,
@@ -34,8 +33,8 @@ class _AssemblePredictorTokens(torch.autograd.Function):
         ctx.save_for_backward(context_index, target_index)
 
     @staticmethod
+    @differentiable_once("assemble_predictor_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("assemble_predictor_tokens")
         needs = ctx.needs_input_grad[:3]
         grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, ctx.patches, needs, ctx.backend)
         dtypes = [dtype for dtype, need in zip(ctx.dtypes, needs, strict=True) if need]

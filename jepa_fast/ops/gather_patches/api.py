@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
 from jepa_fast.ops._checks import check_dim, check_index, check_same_size
 from jepa_fast.ops.gather_patches import contract
 
 
-class _GatherPatches(torch.autograd.Function):
+class _GatherPatches(OperatorFunction):
     @staticmethod
     def forward(x: Tensor, index: Tensor, backend: str) -> Tensor:
         return contract.FORWARD.call(x, index, backend)
@@ -24,8 +23,8 @@ class _GatherPatches(torch.autograd.Function):
         ctx.save_for_backward(index)
 
     @staticmethod
+    @differentiable_once("gather_patches")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        refuse_double_backward("gather_patches")
         (index,) = ctx.saved_tensors
         return contract.BACKWARD.call(grad, index, ctx.patches, ctx.backend), None, None
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
 from jepa_fast.ops._checks import check_choice, check_dim, check_index, check_same_size
 from jepa_fast.ops.latent_loss import contract
 from jepa_fast.ops.latent_loss.reference import KINDS
 
 
-class _LatentLoss(torch.autograd.Function):
+class _LatentLoss(OperatorFunction):
     @staticmethod
     def forward(
         prediction: Tensor,
@@ -32,8 +32,8 @@ class _LatentLoss(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @differentiable_once("latent_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("latent_loss")
         grad_prediction = contract.BACKWARD.call(grad, *ctx.saved_tensors, *ctx.options)
         return grad_prediction, *[None] * 8
 

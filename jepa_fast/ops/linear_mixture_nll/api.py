@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
-from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import check_choice, check_dim, check_same_size
 from jepa_fast.ops.linear_mixture_nll import contract
 from jepa_fast.ops.mixture_nll.api import check_mixture_options
 from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count
 
 
-class _LinearMixtureNll(torch.autograd.Function):
+class _LinearMixtureNll(OperatorFunction):
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
@@ -28,8 +27,8 @@ class _LinearMixtureNll(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
+    @differentiable_once("linear_mixture_nll")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("linear_mixture_nll")
         needs = ctx.needs_input_grad[:4]
         tensors = ctx.saved_tensors
         present = [need for need, t in zip(needs, tensors, strict=True) if t is not None]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
-from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import check_dim, check_index, check_same_size, check_tensor
 from jepa_fast.ops.masked_linear import contract
 
 
-class _MaskedLinear(torch.autograd.Function):
+class _MaskedLinear(OperatorFunction):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         return contract.FORWARD.call(x, weight, bias, *rest)
@@ -24,8 +23,8 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @differentiable_once("masked_linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("masked_linear")
         needs = ctx.needs_input_grad[:3]
         bias = ctx.saved_tensors[2]
         present = needs if bias is not None else needs[:2]

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward, spread
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import check_choice, check_dim, check_same_size
 from jepa_fast.ops.mixture_nll import contract, reference
 
 
-class _MixtureNll(torch.autograd.Function):
+class _MixtureNll(OperatorFunction):
     @staticmethod
     def forward(
         target: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *options: Any
@@ -26,8 +26,8 @@ class _MixtureNll(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @differentiable_once("mixture_nll")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("mixture_nll")
         needs = ctx.needs_input_grad[:4]
         options = (ctx.family, ctx.event, ctx.scale_floor, ctx.scale_map)
         grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, *options, needs, ctx.backend)

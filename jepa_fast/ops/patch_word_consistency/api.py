@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
 from jepa_fast.ops.patch_word_consistency import contract, reference
 from jepa_fast.ops.text_cross_attention.api import check_similarity, check_words
 
 
-class _PatchWordConsistency(torch.autograd.Function):
+class _PatchWordConsistency(OperatorFunction):
     # Autograd sees tensors among the arguments, not lists of them: queries, then keys, come last.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
@@ -28,8 +27,8 @@ class _PatchWordConsistency(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3], *inputs[7:])
 
     @staticmethod
+    @differentiable_once("patch_word_consistency")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("patch_word_consistency")
         masks, layers = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         count = len(layers) // 2
         grads = contract.BACKWARD.call(grad, layers[:count], layers[count:], *masks, *ctx.options)

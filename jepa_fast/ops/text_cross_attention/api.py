@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import refuse_double_backward
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
 from jepa_fast.ops._checks import check_choice, check_dim, check_same_size, check_tensor
 from jepa_fast.ops.text_cross_attention import contract, reference
 
@@ -16,7 +16,7 @@ SIMILARITIES = ("relu", "softplus")
 _MOST_CAPTIONS = 256  # the winning caption of "max" is kept in one byte
 
 
-class _TextCrossAttention(torch.autograd.Function):
+class _TextCrossAttention(OperatorFunction):
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any
@@ -31,10 +31,10 @@ class _TextCrossAttention(torch.autograd.Function):
         ctx.save_for_backward(winner, q, k, v, word_mask, caption_mask, token_mask)
 
     @staticmethod
+    @differentiable_once("text_cross_attention")
     def backward(
         ctx: Any, grad_features: Tensor, grad_sparsity: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("text_cross_attention")
         grads = contract.BACKWARD.call(
             grad_features, grad_sparsity, *ctx.saved_tensors, *ctx.options
         )
