@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
+import yaml
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -14,9 +14,19 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", range(len(_blocks("python"))))
-def test_python_examples_run(number: int) -> None:
-    exec(compile(_blocks("python")[number], f"README.md, example {number}", "exec"), {})
+def test_python_examples_run_one_after_another() -> None:
+    names: dict[str, object] = {}
+    for number, block in enumerate(_blocks("python"), 1):
+        exec(compile(block, f"README.md, example {number}", "exec"), names)
+    assert number >= 3
+
+
+def test_yaml_examples_are_configurations() -> None:
+    from jepa_fast.train.config import parse_config
+
+    assert _blocks("yaml")
+    for block in _blocks("yaml"):
+        parse_config({"output": "runs/own", **yaml.safe_load(block)})
 
 
 def test_commands_name_recipes_that_exist() -> None:
