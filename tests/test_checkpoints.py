@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from vit_oracle import predictor_oracle, vit_oracle
 
-from jepa_fast import CheckpointError, IJepa
+from jepa_fast import CheckpointError, IJepa, ProbIJepa, TCJepa, TIJepa
 from jepa_fast.interop.checkpoints import (
     export_ijepa,
     load_ijepa,
@@ -273,6 +274,59 @@ def test_a_mismatch_names_the_parts_only_where_they_differ() -> None:
     del checkpoint["predictor"]
     with pytest.raises(CheckpointError, match="fit; expected the parts encoder, predictor"):
         load_ijepa(build(), checkpoint)
+
+
+def test_models_that_are_no_ijepa_are_refused_with_what_loads_them() -> None:
+    tijepa = TIJepa(None, image_dim=8, grid=(4, 4), width=16, depth=1, predictor_depth=1)
+    with pytest.raises(TypeError, match=r'got TIJepa; .*{"target_encoder": model\.encoder}, path'):
+        load_ijepa(tijepa, public_checkpoint())
+    with pytest.raises(TypeError, match=r"got Linear; .*load_parts\("):
+        load_ijepa(torch.nn.Linear(1, 1), public_checkpoint())
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize(("model_class", "rest"), [(ProbIJepa, "head"), (TCJepa, "conditioner")])
+def test_what_a_checkpoint_does_not_hold_stays_and_is_logged(
+    model_class: type[IJepa], rest: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = public_checkpoint(prefix)
+    encoder = VisionTransformer(16, SIDE, WIDTH, depth=2, num_heads=HEADS)
+    model = model_class(encoder, predictor_dim=INSIDE, predictor_depth=1)
+    before = {name: value.clone() for name, value in model.get_submodule(rest).state_dict().items()}
+    with caplog.at_level(logging.WARNING):
+        load_ijepa(model, checkpoint)
+    expected = f"holds no {rest}: that of the {model_class.__name__} stays as it was"
+    assert expected in caplog.text
+    for name, value in model.get_submodule(rest).state_dict().items():
+        assert torch.equal(value, before[name])
+    for part in ("encoder", "predictor", "target_encoder"):
+        for name, value in model.get_submodule(part).state_dict().items():
+            assert torch.equal(value, checkpoint[part][prefix + name])
+    assert f"{prefix}predictor_proj.bias" in checkpoint["predictor"]
+    checkpoint["predictor"][f"{prefix}predictor_other.bias"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"unexpected \(1\):\n  predictor.predictor_other"):
+        load_ijepa(model, checkpoint)
+
+
+def test_compiled_models_load(caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    load_ijepa(torch.compile(model), public_checkpoint(""))
+    assert torch.equal(model.encoder.norm.bias, public_checkpoint("")["encoder"]["norm.bias"])
+    assert not caplog.records
+
+
+def test_other_depths_are_said_before_the_list_of_names() -> None:
+    encoder = VisionTransformer(16, SIDE, WIDTH, depth=1, num_heads=HEADS)
+    model = IJepa(encoder, predictor_dim=INSIDE, predictor_depth=3)
+    with pytest.raises(CheckpointError) as caught:
+        load_ijepa(model, public_checkpoint())
+    first = str(caught.value).splitlines()[0]
+    for words in (
+        "its encoder has depth 2, the model's 1: depth=2; ",
+        "its predictor has depth 1, the model's 3: predictor_depth=1; ",
+        "its target_encoder has depth 2",
+    ):
+        assert words in first
 
 
 def test_old_torch_files_load(tmp_path: Path) -> None:

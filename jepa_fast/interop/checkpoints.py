@@ -9,6 +9,7 @@ taken off.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import zipfile
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from jepa_fast.errors import CheckpointError
 from jepa_fast.models.ijepa import IJepa
+from jepa_fast.models.probijepa import ProbIJepa
 from jepa_fast.models.tijepa import TIJepa
 
 Source = str | Path | Mapping[str, Any]
@@ -30,24 +32,54 @@ IJEPA_PARTS = ("encoder", "predictor", "target_encoder")
 TIJEPA_PARTS = ("context_crosser", "target_crosser", "predictor")
 # What torch says of objects that weights_only=True refuses, as opposed to bytes it cannot read.
 _NEEDS_CODE = re.compile("GLOBAL |allowlisted|TorchScript archives")
+_BLOCK = re.compile(r"(?:predictor_)?blocks\.(\d+)\.")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+_log = logging.getLogger(__name__)
 
 
 def load_ijepa(model: IJepa, source: Source) -> None:
     """Load a public I-JEPA checkpoint into ``model``, whole or not at all.
 
+    What such a checkpoint has no weights for, :class:`~jepa_fast.models.tcjepa.TCJepa`'s
+    conditioner or :class:`~jepa_fast.models.probijepa.ProbIJepa`'s head, stays as it is; a warning
+    is logged.
+
     Args:
-        model: built with the checkpoint's sizes.
+        model: built with the checkpoint's sizes. A ``ProbIJepa`` has no last projection in its
+            predictor, so that the checkpoint's is left out.
         source: file (see :func:`read_checkpoint`) or dictionary with ``encoder``, ``predictor`` and
             ``target_encoder``. Other entries (optimizer, epoch) are left alone. To take one network
             only, call :func:`load_parts`, for instance with ``{"target_encoder": my_encoder}``.
 
     Raises:
-        TypeError, FileNotFoundError: ``source`` is no checkpoint.
+        TypeError: ``model`` is no ``IJepa``, or ``source`` no checkpoint.
+        FileNotFoundError: no such file.
         CheckpointError: anything missing, unexpected or of another shape; lists all of it. Or an
             unreadable file, see :func:`read_checkpoint`.
     """
-    load_parts({name: getattr(model, name) for name in IJEPA_PARTS}, source)
+    model = getattr(model, "_orig_mod", model)  # within torch.compile(model)
+    if not isinstance(model, IJepa):
+        part = "model.encoder" if isinstance(model, TIJepa) else "encoder"
+        raise TypeError(
+            f"model: expected an IJepa (ProbIJepa and TCJepa are), got {type(model).__name__}; to "
+            f'load an image encoder call load_parts({{"target_encoder": {part}}}, path)'
+        )
+    checkpoint = _read_source(source)
+    predictor = checkpoint.get("predictor")
+    if isinstance(model, ProbIJepa) and isinstance(predictor, Mapping):
+        predictor = _without_wrapper_prefix(predictor)
+        for name in ("predictor_proj.weight", "predictor_proj.bias"):
+            predictor.pop(name, None)
+        checkpoint = {**checkpoint, "predictor": predictor}
+    load_parts({name: getattr(model, name) for name in IJEPA_PARTS}, checkpoint)
+    others = [name for name, _ in model.named_children() if name not in IJEPA_PARTS]
+    if others:
+        _log.warning(
+            "the checkpoint holds no %s: that of the %s stays as it was",
+            ", ".join(others),
+            type(model).__name__,
+        )
 
 
 def export_ijepa(model: IJepa, prefix: str = "") -> dict[str, dict[str, Tensor]]:
@@ -114,13 +146,9 @@ def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
         TypeError: ``source`` is neither.
         CheckpointError: a part or an entry is missing, unexpected or of another shape; lists all.
     """
-    if not isinstance(source, (str, Path, Mapping)):
-        raise TypeError(
-            "source: expected the path of a checkpoint file or a dictionary of state dicts by "
-            f"part name, got {type(source).__name__}; pass read_checkpoint(path) or {{part: state}}"
-        )
-    checkpoint = read_checkpoint(source) if isinstance(source, (str, Path)) else source
+    checkpoint = _read_source(source)
     states: dict[str, dict[str, Any]] = {}
+    depths = ""
     missing, unexpected, reshaped = [], [], []
     for part, module in parts.items():
         state = checkpoint.get(part)
@@ -129,6 +157,10 @@ def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
             continue
         states[part] = state = _without_wrapper_prefix(state)
         wanted = module.state_dict()
+        theirs, ours = _depth(state), _depth(wanted)
+        if theirs and ours and theirs != ours:
+            option = "predictor_depth" if part == "predictor" else "depth"
+            depths += f"its {part} has depth {theirs}, the model's {ours}: {option}={theirs}; "
         missing += [f"{part}.{name}" for name in wanted if name not in state]
         unexpected += [f"{part}.{name}" for name in state if name not in wanted]
         reshaped += [
@@ -151,8 +183,9 @@ def load_parts(parts: Mapping[str, nn.Module], source: Source) -> None:
             found = ", ".join(map(str, checkpoint)) or "nothing"
             wrong_parts = f"expected the parts {', '.join(parts)}, got {found}; "
         raise CheckpointError(
-            f"the checkpoint does not fit; {wrong_parts}nothing was loaded. Build the model with "
-            "the checkpoint's sizes, or name only the parts to load.\n" + "\n".join(report)
+            f"the checkpoint does not fit; {depths}{wrong_parts}nothing was loaded. Build the "
+            "model with the checkpoint's sizes, or name only the parts to load.\n"
+            + "\n".join(report)
         )
     for part, module in parts.items():
         # A module on the meta device has no storage to copy into: it takes the tensors themselves.
@@ -233,6 +266,20 @@ def _check_masked_image(model: TIJepa) -> None:
             f"model: expected objective='masked_image', got {model.objective!r}; the public code "
             "has no other, so save and load this model's state_dict()"
         )
+
+
+def _read_source(source: Source) -> Mapping[str, Any]:
+    if not isinstance(source, (str, Path, Mapping)):
+        raise TypeError(
+            "source: expected the path of a checkpoint file or a dictionary of state dicts by "
+            f"part name, got {type(source).__name__}; pass read_checkpoint(path) or {{part: state}}"
+        )
+    return source if isinstance(source, Mapping) else read_checkpoint(source)
+
+
+def _depth(state: Mapping[str, Any]) -> int:
+    """How many blocks the names are of."""
+    return len({match[1] for name in state if (match := _BLOCK.match(name))})
 
 
 def _split_parts(flat: Mapping[str, Tensor]) -> dict[str, Any]:
