@@ -199,13 +199,30 @@ def test_encoders_need_no_more_than_what_is_used() -> None:
         IJepa(ImagesOnlyEncoder(), predictor_heads=2, **sizes)
 
 
+def test_an_encoder_without_keep_mask_is_told_so_at_the_first_ragged_contexts() -> None:
+    model = IJepa(PlainEncoder(), predictor_dim=16, predictor_depth=1, predictor_heads=2)
+    mask = torch.tensor([[True, True], [True, False]])
+    masks = BlockMasks(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[[3]]] * 2), mask, (2, 2))
+    with pytest.raises(
+        TypeError, match=r"PlainEncoder, which takes no keep_mask; .* max_context=min_context"
+    ):
+        model(torch.randn(2, 3, 8, 8), masks)
+
+
+def test_masks_of_another_number_of_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="masks: expected 3 images, as given, got 2"):
+        build()(torch.randn(3, 3, 16, 16), BlockMasks(CONTEXT, TARGETS, None, (4, 4)))
+
+
 def test_options_are_checked_when_the_model_is_built() -> None:
     with pytest.raises(ValueError, match=r"loss: expected one of \('smooth_l1', .* got 'mse'"):
         build(loss="mse")
     narrow = {"predictor_dim": 16, "predictor_heads": 2}
     with pytest.raises(ValueError, match="predictor_depth: expected at least one block, got 0"):
         IJepa(PlainEncoder(), predictor_depth=0, **narrow)
-    with pytest.raises(ValueError, match="num_heads: expected a positive divisor"):
+    with pytest.raises(
+        ValueError, match=r"predictor_heads: expected .* of predictor_dim 16, got 0"
+    ):
         IJepa(PlainEncoder(), **{**narrow, "predictor_heads": 0})
 
 

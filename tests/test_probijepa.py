@@ -193,6 +193,13 @@ def test_images_of_another_size_are_not_matched_with_the_wrong_patches() -> None
             method(torch.randn(3, 3, 16, 32), masks)
 
 
+def test_masks_of_another_number_of_images_are_refused() -> None:
+    model, (images, masks) = make_model(), make_batch()
+    for method in (model, model.targets, model.predict_distribution):
+        with pytest.raises(ValueError, match="masks: expected 2 images, as given, got 3"):
+            method(images[:2], masks)
+
+
 @each_head
 @pytest.mark.parametrize("hidden", [set(), {torch.linspace}], ids=["", "after_transformers"])
 def test_on_the_meta_device(name: str, hidden: set[Any], monkeypatch: pytest.MonkeyPatch) -> None:

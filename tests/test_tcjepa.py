@@ -324,7 +324,14 @@ def test_similarity_map_needs_words() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"conditioning: expected one of .*got 'clip'"):
         build(conditioning="clip")
+    with pytest.raises(ValueError, match=r"text_heads: expected .* of predictor_dim 24, got 5"):
+        build(text_heads=5)
     model, given = build(), batch()
+    given["images"] = given["images"][:2]
+    for method in (model, model.similarity_map):
+        with pytest.raises(ValueError, match="masks: expected 2 images, as given, got 3"):
+            method(masks=MASKS, **given)
+    given = batch()
     given["word_mask"] = WORD_MASK[:, :1]
     with pytest.raises(ValueError, match=r"word_mask: expected \[3, 2, 3\], got \[3, 1, 3\]"):
         model(masks=MASKS, **given)

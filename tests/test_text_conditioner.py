@@ -299,6 +299,17 @@ def test_word_shape_errors(shape: tuple[int, ...]) -> None:
         Captions.of(torch.zeros(shape), images=2, text_dim=5)
 
 
+def test_word_shape_errors_say_how_to_make_pooled_texts_fit() -> None:
+    words = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=r"got \[2, 5\]; .* pass words\[:, None, None\]"):
+        Captions.of(words, images=2, text_dim=5)
+    Captions.of(words[:, None, None], images=2, text_dim=5)
+    words = torch.zeros(2, 4, 5)
+    with pytest.raises(ValueError, match=r"got \[2, 4, 5\]; .* pass words\[:, None\]"):
+        Captions.of(words, images=2, text_dim=5)
+    Captions.of(words[:, None], images=2, text_dim=5)
+
+
 def test_captions_that_no_encoder_has_seen() -> None:
     with pytest.raises(TypeError, match=r"words: expected a tensor \[2, C, S, 5\], got list"):
         Captions.of([["a dog"], ["two cats"]], images=2, text_dim=5)

@@ -361,6 +361,11 @@ def test_the_papers_sizes_take_a_step_without_storage(size: str, count: int, wid
         ({"size": "tiny"}, r"size: expected one of \('small', 'medium', 'large'\), got 'tiny'"),
         ({"loss": "mse"}, r"loss: expected one of \('smooth_l1', .* got 'mse'"),
         ({"vicreg": (1.0,)}, "vicreg: expected 3 weights .* got 1"),
+        ({"predictor_heads": 5}, "predictor_heads: expected .* of predictor_dim 24, got 5"),
+        (
+            {"predictor_heads": 5, "objective": "cross_modal"},
+            "predictor_heads: expected .* of predictor_dim 24, got 5",
+        ),
         ({"block": "cross"}, "text_dim: expected the crosser's width 16"),
     ],
 )
@@ -413,7 +418,7 @@ def test_bad_inputs() -> None:
         ("masks: expected masks for objective", (images, None, words), {}),
         (r"words: expected \[B, S, 12\]", (images, MASKS, words[..., :5]), {}),
         ("words: expected 2 texts", (images, MASKS, words[:1]), {}),
-        ("masks: expected 1 images, got 2", (images[:1], MASKS, words[:1]), {}),
+        ("masks: expected 1 images, as given, got 2", (images[:1], MASKS, words[:1]), {}),
         (
             r"word_mask: expected bool of shape \[2, 3\]",
             (images, MASKS, words, WORD_MASK.int()),

@@ -150,6 +150,16 @@ def test_unknown_names_are_refused(name: str) -> None:
         create_encoder(name)
 
 
+def test_names_of_timm_are_referred_to_its_wrapper() -> None:
+    with pytest.raises(ValueError, match=r"interop\.TimmEncoder\(timm\.create_model\(name\)\)"):
+        create_encoder("vit_base_patch16_224")
+
+
+def test_images_of_integers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"images: expected a floating dtype, got torch\.uint8"):
+        VisionTransformer(**TINY)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
 def test_overrides_win_over_the_name() -> None:
     encoder = create_encoder("vit_tiny_patch4", 32, depth=1, num_heads=2)
     assert (len(encoder.blocks), encoder.num_heads, encoder.grid) == (1, 2, (8, 8))

@@ -87,11 +87,11 @@ class IJepa(nn.Module):
             Loss, collapse metrics, and prediction and target ``[M * B, Kt, D]``, block-major.
 
         Raises:
-            ValueError: masks or images that do not fit the encoder's grid.
+            ValueError: masks or images that do not fit each other or the encoder's grid.
         """
         from jepa_fast import ops
 
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        masks = self._masks_of(images, masks)
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
         context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
@@ -125,6 +125,17 @@ class IJepa(nn.Module):
         super().train(mode)
         self.target_encoder.eval()
         return self
+
+    def _masks_of(self, images: Tensor, masks: Masks) -> BlockMasks:
+        """The masks, which must be of so many images and of the encoder's grid."""
+        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        expected, got = images.shape[0], masks.context.shape[0]
+        if got != expected:
+            raise ValueError(
+                f"masks: expected {expected} images, as given, got {got}; pass images and masks of "
+                "one batch"
+            )
+        return masks
 
 
 def default_predictor_depth(embed_dim: int) -> int:

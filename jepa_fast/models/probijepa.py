@@ -79,9 +79,9 @@ class ProbIJepa(IJepa):
             are block-major; their widths differ, unlike in the other models' output.
 
         Raises:
-            ValueError: masks or images that do not fit the encoder's grid.
+            ValueError: masks or images that do not fit each other or the encoder's grid.
         """
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        masks = self._masks_of(images, masks)
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
         loss = self.head(condition.flatten(0, 1), target.flatten(0, 1))
@@ -101,14 +101,14 @@ class ProbIJepa(IJepa):
             under `torch.no_grad()`.
 
         Raises:
-            ValueError: masks that do not fit the encoder's grid.
+            ValueError: masks that do not fit the images or the encoder's grid.
         """
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        masks = self._masks_of(images, masks)
         return self.head.distribution(self._condition(images, masks).flatten(0, 1))
 
     def targets(self, images: Tensor, masks: Masks) -> Tensor:
         """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [M * B * Kt, D]."""
-        return self._targets(images, BlockMasks.coerce(masks, self.encoder.grid)).flatten(0, 1)
+        return self._targets(images, self._masks_of(images, masks)).flatten(0, 1)
 
     def _targets(self, images: Tensor, masks: BlockMasks) -> Tensor:
         """[M * B, Kt, D], in float32 or wider."""

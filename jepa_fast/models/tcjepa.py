@@ -12,6 +12,7 @@ from jepa_fast.masks import BlockMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
 from jepa_fast.models.output import JepaOutput
+from jepa_fast.nn.attention import check_heads
 from jepa_fast.nn.text_conditioner import CONDITIONERS, Captions, WordConditioner, WordConditioning
 from jepa_fast.nn.vit import encode_patches
 
@@ -95,6 +96,7 @@ class TCJepa(IJepa):
         )
         options: dict[str, Any] = {}
         if issubclass(CONDITIONERS[conditioning], WordConditioner):
+            check_heads(text_heads, predictor_dim, "text_heads", "predictor_dim")
             options = {
                 "num_heads": text_heads,
                 "scale": text_scale,
@@ -138,7 +140,7 @@ class TCJepa(IJepa):
         Raises:
             TypeError, ValueError: masks, images or captions that do not fit.
         """
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        masks = self._masks_of(images, masks)
         captions = Captions.of(
             words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
         )
@@ -199,7 +201,7 @@ class TCJepa(IJepa):
         if masks is None:
             everything = patches.expand(batch, -1)
             masks = BlockMasks(everything, everything[:, None, :0], None, self.encoder.grid)
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
+        masks = self._masks_of(images, masks)
         captions = Captions.of(
             words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
         )

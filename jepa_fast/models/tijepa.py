@@ -369,7 +369,10 @@ class TIJepa(nn.Module):
         targets, target_mask = (x.to(tokens.device) for x in masks.target_union())
         masks = masks.to(tokens.device)
         if len(masks.context) != len(tokens):
-            raise ValueError(f"masks: expected {len(tokens)} images, got {len(masks.context)}")
+            raise ValueError(
+                f"masks: expected {len(tokens)} images, as given, got {len(masks.context)}; pass "
+                "images and masks of one batch"
+            )
         if not self.encode_masked_image:
             context_tokens = ops.gather_patches(tokens, masks.context)
         elif images is None or self.encoder is None:

@@ -9,6 +9,21 @@ from torch import Tensor, nn
 from jepa_fast.nn.precision import without_autocast
 
 
+def check_heads(
+    heads: int, dim: int, heads_name: str = "num_heads", dim_name: str = "the width"
+) -> None:
+    """Refuse heads that do not divide the width; the names are those that the user passed them by.
+
+    Raises:
+        ValueError: ``heads`` is not positive, or does not divide ``dim``.
+    """
+    if heads < 1 or dim % heads:
+        raise ValueError(
+            f"{heads_name}: expected a positive divisor of {dim_name} {dim}, got {heads}; "
+            "change the head count or the width"
+        )
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, by the kernel that is fast where it runs.
 
@@ -45,11 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a positive divisor of the width {dim}, got {num_heads}; "
-                "change the head count or the width"
-            )
+        check_heads(num_heads, dim)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

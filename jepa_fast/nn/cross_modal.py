@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jepa_fast.nn.attention import Block
+from jepa_fast.nn.attention import Block, check_heads
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
 from jepa_fast.nn.precision import without_autocast
 
@@ -81,6 +81,7 @@ class CrossModalPredictor(nn.Module):
         init: str = "released",
     ) -> None:
         super().__init__()
+        check_heads(num_heads, predictor_dim, "predictor_heads", "predictor_dim")
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
         self.positions: Tensor

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from jepa_fast.nn.attention import Attention, Mlp, attend
+from jepa_fast.nn.attention import Attention, Mlp, attend, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 
 BlockKind = Literal["self_cross", "cross"]
@@ -34,11 +34,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, word_dim: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a positive divisor of the width {dim}, got {num_heads}; "
-                "change the head count or the width"
-            )
+        check_heads(num_heads, dim)
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(word_dim, dim)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from jepa_fast.nn.attention import Block
+from jepa_fast.nn.attention import Block, check_heads
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
 from jepa_fast.nn.position import sincos_position_embedding
 
@@ -51,6 +51,7 @@ class VisionTransformerPredictor(nn.Module):
             )
         if depth < 1:
             raise ValueError(f"predictor_depth: expected at least one block, got {depth}")
+        check_heads(num_heads, predictor_dim, "predictor_heads", "predictor_dim")
         self.grid = grid
         self.embed_dim = embed_dim
         self.predictor_dim = predictor_dim

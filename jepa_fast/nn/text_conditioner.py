@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.attention import Mlp
+from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.ops.text_cross_attention.api import check_similarity
@@ -66,10 +66,13 @@ class Captions:
             )
         fits = words.ndim == 4 and words.shape[0] == images and words.shape[3] == text_dim
         if not fits or 0 in words.shape[1:3]:
+            fix = {
+                2: "pooled texts are captions of one word: pass words[:, None, None]",
+                3: "for one caption an image pass words[:, None]",
+            }.get(words.ndim, "pad with masked ones, and give the model the text encoder's width")
             raise ValueError(
                 f"words: expected [{images}, C, S, {text_dim}] (images, captions, words, text_dim) "
-                f"with at least one caption and one word, got {list(words.shape)}; pad with masked "
-                "ones, and give the model the text encoder's width"
+                f"with at least one caption and one word, got {list(words.shape)}; {fix}"
             )
         for name, mask, shape in (
             ("word_mask", word_mask, words.shape[:3]),
@@ -169,10 +172,7 @@ class WordConditioner(nn.Module):
         if pool not in POOLS:
             raise ValueError(f"pool: expected one of {POOLS}, got {pool!r}")
         check_similarity("WordConditioner", similarity, tau)
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a positive divisor of the width {dim}, got {num_heads}"
-            )
+        check_heads(num_heads, dim)
         self.num_heads = num_heads
         self.scale = scale
         self.pool = pool

@@ -6,6 +6,7 @@ import inspect
 import re
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Block
@@ -56,7 +57,7 @@ def check_encoder(encoder: nn.Module, *, num_heads: bool = True, keep: bool = Fa
             f"{needed[-1]}, got {type(encoder).__name__} without {', '.join(missing)}; set them, "
             "or wrap the model with jepa_fast.interop.timm or jepa_fast.interop.transformers"
         )
-    if keep and not _takes_keep(encoder):
+    if keep and not _takes(encoder, 2):
         raise TypeError(
             f"encoder: expected a module that is called as encoder(images, keep), got "
             f"{type(encoder).__name__}, which takes images only; the context must be encoded "
@@ -64,9 +65,10 @@ def check_encoder(encoder: nn.Module, *, num_heads: bool = True, keep: bool = Fa
         )
 
 
-def _takes_keep(encoder: nn.Module) -> bool:
+def _takes(encoder: nn.Module, count: int) -> bool:
+    """Whether ``encoder`` can be called with so many positional arguments."""
     try:
-        inspect.signature(encoder.forward).bind(None, None)
+        inspect.signature(encoder.forward).bind(*[None] * count)
     except ValueError:  # it has no signature to look at
         return True
     except TypeError:
@@ -77,8 +79,22 @@ def _takes_keep(encoder: nn.Module) -> bool:
 def encode_patches(
     encoder: Any, images: Tensor, keep: Tensor, keep_mask: Tensor | None = None
 ) -> Tensor:
-    """Tokens ``[B, K, embed_dim]`` of the patches in ``keep``, as :class:`Encoder` gives them."""
-    return encoder(images, keep) if keep_mask is None else encoder(images, keep, keep_mask)
+    """Tokens ``[B, K, embed_dim]`` of the patches in ``keep``, as :class:`Encoder` gives them.
+
+    Raises:
+        TypeError: there is a ``keep_mask``, and the encoder does not take one.
+    """
+    if keep_mask is None:
+        return encoder(images, keep)
+    # Signatures cannot be traced.
+    if not torch.compiler.is_compiling() and not _takes(encoder, 3):
+        raise TypeError(
+            f"encoder: expected a module that is called as encoder(images, keep, keep_mask), since "
+            f"these contexts differ in length, got {type(encoder).__name__}, which takes no "
+            "keep_mask; add keep_mask to its forward, see jepa_fast.nn.vit.Encoder, or set "
+            "max_context=min_context in the sampler"
+        )
+    return encoder(images, keep, keep_mask)
 
 
 def check_keep(keep: Tensor | None, keep_mask: Tensor | None) -> None:
@@ -183,11 +199,17 @@ class VisionTransformer(nn.Module):
             Tokens ``[B, K, embed_dim]``, or ``[B, N, embed_dim]`` without ``keep``.
 
         Raises:
+            TypeError: images that are not floating.
             ValueError: an image size that does not fit, or ``keep_mask`` without ``keep``.
         """
         from jepa_fast import ops
 
         check_keep(keep, keep_mask)
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images: expected a floating dtype, got {images.dtype}; convert and normalise "
+                "them, for instance (images / 255 - mean) / std"
+            )
         x = self.patch_embed(images) + self._positions(images)
         if keep is not None:
             x = ops.gather_patches(x, keep)
@@ -248,7 +270,8 @@ def create_encoder(
     if match is None or match[1] not in VIT_SIZES:
         raise ValueError(
             f"encoder name: expected vit_<size>_patch<side> with a size of {', '.join(VIT_SIZES)}, "
-            f"got {name!r}; for instance 'vit_base_patch16'"
+            f"got {name!r}; for instance 'vit_base_patch16', or for timm's models a module: "
+            "jepa_fast.interop.TimmEncoder(timm.create_model(name))"
         )
     options = {"patch_size": int(match[2]), **VIT_SIZES[match[1]], **overrides}
     return VisionTransformer(img_size, **options)
