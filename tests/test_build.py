@@ -95,6 +95,29 @@ def test_every_kind_of_data_gives_batches(
         build_source(config, "val")
 
 
+@pytest.mark.parametrize(
+    ("data", "keys"),
+    [
+        ("kind: shards, train: nowhere-*.tar", "data.train=... data.val=..."),
+        ("kind: folder, train: nowhere", "data.train=... data.val=..."),
+        (
+            "kind: coco, train: nowhere.json, train_images: nowhere",
+            "data.train=... data.train_images=... data.val=... data.val_images=...",
+        ),
+    ],
+)
+def test_missing_data_are_told_where_they_were_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, keys: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        build_source(tiny(tmp_path, f"data={{{data}}}"), "train")
+    assert str(error.value).startswith("data.train: ")
+    assert str(error.value).endswith(
+        f"(a relative path starts at the working directory, {tmp_path}); {keys} name another place"
+    )
+
+
 def test_data_without_a_sample_say_why(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass

@@ -143,14 +143,22 @@ def build_source(config: Config, split: Split) -> Source:
         if path is None:
             raise ValueError("expected a path, got none")
         source: Any
-        if data.kind == "shards":
-            source = ShardSource(path, getattr(data, f"{name}_length"))
-        elif data.kind == "folder":
-            # Labels mean the same in both folders, even if one lacks a class.
-            classes = ImageFolder(data.train).classes if split == "val" else None
-            source = ImageFolder(path, captions=data.captions, classes=classes)
-        else:
-            source = CocoCaptions(path, getattr(data, f"{name}_images") or Path(path).parent)
+        try:
+            if data.kind == "shards":
+                source = ShardSource(path, getattr(data, f"{name}_length"))
+            elif data.kind == "folder":
+                # Labels mean the same in both folders, even if one lacks a class.
+                classes = ImageFolder(data.train).classes if split == "val" else None
+                source = ImageFolder(path, captions=data.captions, classes=classes)
+            else:
+                source = CocoCaptions(path, getattr(data, f"{name}_images") or Path(path).parent)
+        except FileNotFoundError as error:
+            paths = ("train", "train_images", "val", "val_images")
+            keys = " ".join(f"data.{key}=..." for key in paths if hasattr(data, key))
+            raise FileNotFoundError(
+                f"{error} (a relative path starts at the working directory, {Path.cwd()}); {keys} "
+                "name another place"
+            ) from error
         if data.in_memory or len(source) == 0:  # of an empty source, it says what is wrong with it
             return load_in_memory(source, data.memory_size)
         return source
