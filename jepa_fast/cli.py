@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_fast.errors import BackendError, CheckpointError, DataError
@@ -68,11 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    pretrain = commands.add_parser("pretrain", help="train a model by a recipe", allow_abbrev=False)
+    # Not `config.recipe_names`: help, and `info`, need torch alone.
+    recipes = sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="train a model by a recipe",
+        epilog=f"packaged recipes: {', '.join(recipes)}",
+        allow_abbrev=False,
+    )
     pretrain.set_defaults(command=_pretrain)
     pretrain.add_argument("recipe", help="name of a packaged recipe, or a YAML file")
+    # Without a default, argparse calls a missing one required.
     pretrain.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as train.lr.peak=1e-3"
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as train.lr.peak=1e-3"
     )
     start = pretrain.add_mutually_exclusive_group()
     start.add_argument(
@@ -100,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_eval)
     evaluate.add_argument("checkpoint", help="a checkpoint, or the output folder of a run")
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as data.val=/data/val.tar"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="such as data.val=/data/val.tar",
     )
     evaluate.add_argument(
         "--untrained-seeds",
@@ -155,6 +168,10 @@ def _dry_run(config: Config) -> int:
 
     with torch.device("meta"):
         model = build_model(config)
+    # With `steps`, only the data tell how many epochs they are.
+    warning = None if config.train.steps else config.train.warmup_warning(config.train.epochs)
+    if warning is not None:
+        print(warning, file=sys.stderr)
     print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"# {trained / 1e6:.2f}M trained parameters")

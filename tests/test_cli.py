@@ -20,7 +20,7 @@ import jepa_fast
 from jepa_fast.cli import DONE, FAILED, WRONG, main
 from jepa_fast.ops import _build, _machine
 from jepa_fast.train.checkpoint import load_checkpoint
-from jepa_fast.train.config import parse_config
+from jepa_fast.train.config import parse_config, recipe_names
 from jepa_fast.train.run import pretrain
 
 Capture = pytest.CaptureFixture[str]
@@ -38,6 +38,42 @@ def test_a_dry_run_prints_a_configuration_that_can_be_run(recipe: str, capsys: C
     assert parse_config(yaml.safe_load(printed)).train.steps == 3
     assert printed.endswith("M trained parameters\n")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.steps=null", "train.epochs=2"], True),
+        (["train.steps=null", "train.epochs=41"], False),
+        (["train.steps=null", "train.epochs=2", "train.lr.warmup_epochs=null"], False),
+        ([], False),  # 20 steps may be any number of epochs
+    ],
+)
+def test_a_dry_run_tells_of_a_warm_up_as_long_as_the_run(
+    recipe: str, capsys: Capture, overrides: list[str], told: bool
+) -> None:
+    command = ["pretrain", recipe, "train.lr.warmup_epochs=40", *overrides, "--dry-run"]
+    assert main(command) == DONE
+    printed = capsys.readouterr()
+    warning = "train.lr.warmup_epochs: expected less than the run's epochs, 2, got 40"
+    assert (warning in printed.err) is told
+    assert "expected" not in printed.out
+
+
+def test_help_lists_the_packaged_recipes(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "--help"])
+    assert stopped.value.code == DONE
+    listed = capsys.readouterr().out.partition("packaged recipes:")[2]
+    assert listed.replace(",", "").split() == recipe_names()
+
+
+@pytest.mark.parametrize(("command", "needed"), [("pretrain", "recipe"), ("eval", "checkpoint")])
+def test_overrides_are_optional(capsys: Capture, command: str, needed: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command])
+    assert stopped.value.code == WRONG
+    assert capsys.readouterr().err.endswith(f"arguments are required: {needed}\n")
 
 
 def test_pretrain_then_eval(recipe: str, capsys: Capture, caplog: pytest.LogCaptureFixture) -> None:

@@ -142,6 +142,13 @@ def test_the_tijepa_and_probabilistic_recipes_have_the_papers_numbers() -> None:
         assert (momentum.start, momentum.final, momentum.shape) == (0.998, 1.0, "cosine")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_sets_a_warm_up_shorter_than_its_run(name: str) -> None:
+    train = load_config(name).train
+    assert train.lr.warmup_epochs is not None  # the default depends on the length of the run
+    assert train.warmup_warning(train.epochs) is None
+
+
 def test_the_cifar10_run_is_the_peers() -> None:
     config = load_config("cifar10_ijepa")
     model, train = config.model, config.train

@@ -17,7 +17,7 @@ from jepa_fast.train.config import TrainConfig
 from jepa_fast.train.distributed import resolve_precision
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 from jepa_fast.train.logs import read_rows
-from jepa_fast.train.run import failures, pretrain
+from jepa_fast.train.run import failures, pretrain, summary
 from jepa_fast.train.schedules import warmup_cosine
 
 
@@ -213,7 +213,38 @@ def test_a_warm_up_as_long_as_the_run_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, told: bool
 ) -> None:
     trainer_of(tiny(tmp_path, f"train.steps={steps}"))  # an epoch of warm-up is 6 steps
-    assert ("train.lr.warmup_epochs: the warm-up takes 6 steps" in caplog.text) is told
+    warning = "train.lr.warmup_epochs: expected less than the run's epochs, 1, got 1: it ends"
+    assert (warning in caplog.text) is told
+
+
+def test_without_a_warm_up_given_a_tenth_of_the_run_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    none = "train.lr.warmup_epochs=null"
+    assert trainer_of(tiny(tmp_path, none, "train.steps=20")).warmup_steps == 2
+    epochs = tiny(tmp_path, none, "train.steps=null", "train.epochs=5")  # of 6 steps
+    assert trainer_of(epochs).warmup_steps == 3
+    assert "warmup_epochs" not in caplog.text
+
+
+def test_older_checkpoints_are_kept_besides_the_last(tmp_path: Path) -> None:
+    short = ("train.steps=3", "train.checkpoint_every=1")
+    for keep, steps in ((0, [3]), (1, [2, 3])):
+        pretrain(tiny(tmp_path, *short, f"train.keep_checkpoints={keep}"), overwrite=True)
+        names = sorted(path.name for path in tmp_path.glob("step-*.pt"))
+        assert names == [f"step-{step:09d}.pt" for step in steps]
+
+
+def test_one_logged_row_is_summed_up_as_one() -> None:
+    row = {"step": 20, "loss": 0.2303, "target_rank": 9.0, "images_per_second": 100.0}
+    assert summary([row]) == (
+        "20 steps, loss 0.2303, effective rank of the targets 9, 100 images/s (one logged row; a "
+        "lower train.log_every shows the course)"
+    )
+    end = {"step": 40, "loss": 0.2, "target_rank": 8.0, "images_per_second": 100.0}
+    assert summary([row, end]) == (
+        "40 steps, loss 0.2303 -> 0.2, effective rank of the targets 9 -> 8, 100 images/s"
+    )
 
 
 def rows_of(losses: list[float], rank: float = 9.0, std: float = 1.0) -> list[dict[str, Any]]:

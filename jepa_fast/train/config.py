@@ -257,12 +257,15 @@ class TextSection(Section):
 
 
 class LearningRate(Section):
-    """Straight line from `start` to `peak`, then a cosine to `final`."""
+    """Straight line from `start` to `peak`, then a cosine to `final`.
+
+    warmup_epochs: length of the line; None: a tenth of the run.
+    """
 
     start: PositiveFloat = 2e-4
     peak: PositiveFloat = 1e-3
     final: NonNegative = 1e-6
-    warmup_epochs: NonNegative = 40.0
+    warmup_epochs: NonNegative | None = None
 
 
 class Ramp(Section):
@@ -305,7 +308,7 @@ class Collapse(Section):
 
 
 class TrainConfig(Section):
-    """Schedules, optimizer and bookkeeping. The defaults are I-JEPA's.
+    """Schedules, optimizer and bookkeeping. The defaults are I-JEPA's, but for the warm-up.
 
     steps: length of the run, instead of `epochs`.
     batch_size: of all processes together.
@@ -315,7 +318,7 @@ class TrainConfig(Section):
     compile: `torch.compile` every transformer block.
     log_every: steps between rows of the logs, which are means over them.
     checkpoint_every: steps between checkpoints; None: an epoch.
-    keep_checkpoints: older ones kept besides the last.
+    keep_checkpoints: older ones kept besides the last: 0 leaves one file, 1 leaves two.
     require_learning: a run whose loss did not fall has failed.
     """
 
@@ -335,6 +338,16 @@ class TrainConfig(Section):
     keep_checkpoints: Count = 1
     collapse: Collapse = Collapse()
     require_learning: bool = False
+
+    def warmup_warning(self, run_epochs: float) -> str | None:
+        """What is wrong with the warm-up in a run of so many epochs; None where nothing is."""
+        warmup = self.lr.warmup_epochs
+        if warmup is None or warmup < run_epochs:
+            return None
+        return (
+            f"train.lr.warmup_epochs: expected less than the run's epochs, {run_epochs:g}, got "
+            f"{warmup:g}: it ends before the learning rate comes down from train.lr.peak; lower it"
+        )
 
 
 class EvalSection(Section):

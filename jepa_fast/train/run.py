@@ -103,8 +103,14 @@ def summary(rows: list[Row]) -> str:
     """How a run went, in one line: where the loss, the rank of the targets and the speed were."""
     loss, rank = (_values(rows, name) for name in ("loss", "target_rank"))
     speed = statistics.median(_values(rows, "images_per_second"))
+    steps = rows[-1]["step"]
+    if len(rows) == 1:
+        return (
+            f"{steps} steps, loss {loss[0]:.4g}, effective rank of the targets {rank[0]:.3g}, "
+            f"{speed:.0f} images/s (one logged row; a lower train.log_every shows the course)"
+        )
     return (
-        f"{rows[-1]['step']} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}, effective rank of the "
+        f"{steps} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}, effective rank of the "
         f"targets {rank[0]:.3g} -> {rank[-1]:.3g}, {speed:.0f} images/s"
     )
 

@@ -83,7 +83,8 @@ class Trainer:
         steps_per_epoch = len(self.loader)
         self.step = 0  # updates done
         self.total_steps = self.config.steps or self.config.epochs * steps_per_epoch
-        self.warmup_steps = self.config.lr.warmup_epochs * steps_per_epoch
+        warmup = self.config.lr.warmup_epochs
+        self.warmup_steps = self.total_steps / 10 if warmup is None else warmup * steps_per_epoch
         self.checkpoint_every = self.config.checkpoint_every or steps_per_epoch
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, self.config.weight_decay.start),
@@ -101,13 +102,9 @@ class Trainer:
         self._signal: int | None = None
         self._window_start = time.perf_counter()
         self._window_seconds = 0.0  # that the window took before this process
-        if self.warmup_steps >= self.total_steps and self.world.is_main:
-            _log.warning(
-                "train.lr.warmup_epochs: the warm-up takes %d steps and the run %d, so that it "
-                "ends before the learning rate comes down from train.lr.peak; lower it",
-                self.warmup_steps,
-                self.total_steps,
-            )
+        warning = self.config.warmup_warning(self.total_steps / steps_per_epoch)
+        if warning is not None and self.world.is_main:
+            _log.warning("%s", warning)
 
     def fit(self) -> None:
         """Train to the end of the schedule.
