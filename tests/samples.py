@@ -22,6 +22,7 @@ class Sample:
             Those that take gradients have requires_grad set.
         keywords: keyword arguments, no tensors among them.
         differentiable: whether some argument takes a gradient.
+        make_larger: `make` with other sizes, where these cannot simply be doubled.
     """
 
     name: str
@@ -30,10 +31,26 @@ class Sample:
     make: Callable[[torch.dtype, torch.Generator], tuple[Any, ...]]
     keywords: dict[str, Any] = field(default_factory=dict)
     differentiable: bool = True
+    make_larger: Callable[[torch.dtype, torch.Generator], tuple[Any, ...]] | None = None
 
     def arguments(self, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
         """Fresh arguments, the same at every call."""
         return self.make(dtype, torch.Generator().manual_seed(0))
+
+    def larger_arguments(self, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+        """Arguments of twice every size, except 0 and 1: torch.compile takes these as constants."""
+        if self.make_larger is not None:
+            return self.make_larger(dtype, torch.Generator().manual_seed(0))
+
+        def double(a: Any) -> Any:
+            if isinstance(a, (list, tuple)):
+                return type(a)(double(x) for x in a)
+            if not isinstance(a, Tensor):
+                return a
+            repeats = [2 if size > 1 else 1 for size in a.shape]
+            return a.detach().repeat(repeats).requires_grad_(a.requires_grad)
+
+        return tuple(double(a) for a in self.arguments(dtype))
 
     def call(self, *arguments: Any) -> tuple[Tensor, ...]:
         """The operator's outputs, always as a tuple."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from samples import Sample
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_fast import ops  # noqa: F401  (registers the operators)
@@ -115,17 +116,24 @@ def test_opcheck(sample: Sample) -> None:
 @each_sample
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_without_a_break(sample: Sample, dynamic: bool) -> None:
+    """Sizes of two kinds; at dynamic shapes the second needs no graph of its own."""
     torch._dynamo.reset()
-    compiled = torch.compile(sample.call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    arguments, again = sample.arguments(), sample.arguments()
-    expected, outputs = sample.call(*arguments), compiled(*again)
-    upstream = [torch.ones_like(o) for o in expected]
-    for got, want in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(got, want)
-    if sample.differentiable:
-        want_grads = _gradients(expected, upstream, arguments)
-        for got, want in zip(_gradients(outputs, upstream, again), want_grads, strict=True):
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(sample.call, fullgraph=True, dynamic=dynamic, backend=graphs)
+    counts = []
+    for make in (sample.arguments, sample.larger_arguments):
+        arguments, again = make(), make()
+        expected, outputs = sample.call(*arguments), compiled(*again)
+        upstream = [torch.ones_like(o) for o in expected]
+        for got, want in zip(outputs, expected, strict=True):
             torch.testing.assert_close(got, want)
+        if sample.differentiable:
+            want_grads = _gradients(expected, upstream, arguments)
+            for got, want in zip(_gradients(outputs, upstream, again), want_grads, strict=True):
+                torch.testing.assert_close(got, want)
+        counts.append(graphs.frame_count)
+    if dynamic:
+        assert counts[0] == counts[1]
 
 
 @each_differentiable_sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -309,7 +310,7 @@ X = torch.zeros(4)
         ([X], [torch.ones(4)], 0.5, [torch.ones(2)], ValueError, r"shadows\[0\] must have the"),
         ([X, 3], [X, X], 0.5, None, TypeError, r"targets\[1\] must be a tensor, got int"),
         ([X], [torch.ones(4).int()], 0.5, None, TypeError, r"sources\[0\] must be of a floating"),
-        ([X], [torch.ones(4)], "1", None, TypeError, "must be a float or a tensor, got str"),
+        ([X], [torch.ones(4)], "1", None, TypeError, "must be a real number or a tensor, got str"),
         ([X], [torch.ones(4)], 1.5, None, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
         ([X], [torch.ones(4)], float("nan"), None, ValueError, r"in \[0, 1\], got nan"),
         ([X], [torch.ones(4)], torch.tensor(-0.5), None, ValueError, r"in \[0, 1\], got -0.5"),
@@ -323,6 +324,16 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=f"ema_update_: .*{message}"):
         ema_update_(targets, sources, momentum, shadows)
+
+
+def test_momentum_may_be_any_real_number() -> None:
+    numpy = pytest.importorskip("numpy")
+    for momentum in (numpy.float32(0.75), numpy.float64(0.75), Fraction(3, 4)):
+        target = torch.ones(3)
+        ema_update_([target], [torch.zeros(3)], momentum)
+        assert target.tolist() == [0.75] * 3
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 1.5"):
+        ema_update_([target], [target.clone()], numpy.float32(1.5))
 
 
 @each_backend

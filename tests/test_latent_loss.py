@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,17 +32,21 @@ def _sample(
     mask: bool = False,
     **keywords: Any,
 ) -> Sample:
-    def make(dtype: torch.dtype, g: torch.Generator):
+    def make(dtype: torch.dtype, g: torch.Generator, times: int = 1):
+        b, k, n = times * batch, times * hidden, times * patches
+        m = times * blocks if blocks > 1 else blocks
         arguments = (
-            normal(max(blocks, 1) * batch, hidden, 6, dtype=dtype, generator=g),
-            normal(batch, patches, 6, dtype=dtype, generator=g, grad=False),
-            indices(patches, batch, *[blocks] * (blocks > 0), hidden, generator=g),
+            normal(max(m, 1) * b, k, 7 * times, dtype=dtype, generator=g),
+            normal(b, n, 7 * times, dtype=dtype, generator=g, grad=False),
+            indices(n, b, *[m] * (m > 0), k, generator=g),
         )
         if mask:
             return *arguments, torch.rand(arguments[2].shape, generator=g) < 0.6
         return arguments
 
-    return Sample(name, _masked if mask else ops.latent_loss, OPERATORS, make, keywords)
+    larger = partial(make, times=2)
+    function = _masked if mask else ops.latent_loss
+    return Sample(name, function, OPERATORS, make, keywords, make_larger=larger)
 
 
 SAMPLES = [
@@ -172,6 +177,12 @@ def test_bad_arguments() -> None:
         ops.latent_loss(prediction, teacher[1:], index)
     with pytest.raises(ValueError, match=r"target_index must be in \[0, 5\), got 5"):
         ops.latent_loss(prediction, teacher, torch.full_like(index, 5))
+    with pytest.raises(
+        TypeError, match=r"prediction must be of a floating dtype, got torch\.int64"
+    ):
+        ops.latent_loss(prediction.long(), teacher, index)
+    with pytest.raises(TypeError, match=r"teacher must be of a floating dtype, got torch\.int64"):
+        ops.latent_loss(prediction, teacher.long(), index)
     with pytest.raises(TypeError, match="target_mask must be bool"):
         ops.latent_loss(prediction, teacher, index, target_mask=mask.long())
     with pytest.raises(ValueError, match="target_mask must have the shape of target_index"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from samples import Sample, normal
@@ -16,17 +18,26 @@ OPERATORS = ("linear_mixture_nll", "linear_mixture_nll_backward")
 def _sample(
     name: str, tokens: int, hidden: int, width: int, components: int, bias: bool = True, **keywords
 ) -> Sample:
-    def make(dtype: torch.dtype, generator: torch.Generator):
-        outputs = mixture_parameter_count(components, width, keywords.get("event", "joint"))
+    def make(dtype: torch.dtype, generator: torch.Generator, times: int = 1):
+        event = keywords.get("event", "joint")
+        outputs = mixture_parameter_count(components, times * width, event)
+        rows, inputs = times * tokens, times * hidden
         return (
-            normal(tokens, hidden, dtype=dtype, generator=generator),
-            normal(outputs, hidden, dtype=dtype, generator=generator),
+            normal(rows, inputs, dtype=dtype, generator=generator),
+            normal(outputs, inputs, dtype=dtype, generator=generator),
             normal(outputs, dtype=dtype, generator=generator) if bias else None,
-            normal(tokens, width, dtype=dtype, generator=generator, grad=bias),
+            normal(rows, times * width, dtype=dtype, generator=generator, grad=bias),
         )
 
     keywords = {"num_components": components, **keywords}
-    return Sample(name, ops.linear_mixture_nll, OPERATORS, make, keywords)
+    return Sample(
+        name,
+        ops.linear_mixture_nll,
+        OPERATORS,
+        make,
+        keywords,
+        make_larger=partial(make, times=2),
+    )
 
 
 SAMPLES = [

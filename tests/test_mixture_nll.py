@@ -235,9 +235,25 @@ def test_bad_arguments(change: dict, message: str) -> None:
         ops.mixture_nll(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("name", ["target", "logits", "loc", "log_scale"])
+def test_arguments_of_another_type(name: str) -> None:
+    arguments = {
+        "target": torch.zeros(2, 5),
+        "logits": torch.zeros(2, 3),
+        "loc": torch.zeros(2, 3, 5),
+        "log_scale": torch.zeros(2, 3, 5),
+    }
+    with pytest.raises(TypeError, match=f"mixture_nll: {name} must be a tensor, got NoneType"):
+        ops.mixture_nll(**{**arguments, name: None})
+    with pytest.raises(TypeError, match=f"{name} must be of a floating dtype, got torch.int64"):
+        ops.mixture_nll(**{**arguments, name: arguments[name].long()})
+
+
 def test_bad_sampling_arguments() -> None:
     mixture = (torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         ops.mixture_sample(*mixture, n=0)
     with pytest.raises(TypeError, match="logits must be a tensor, got list"):
         ops.mixture_mean([1.0], mixture[1])
+    with pytest.raises(TypeError, match="mixture_variance: logits must be a tensor, got NoneType"):
+        ops.mixture_variance(None, *mixture[1:])

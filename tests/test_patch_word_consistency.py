@@ -194,6 +194,11 @@ def test_bfloat16_in_float32_inside() -> None:
         ),
         ({"similarity": "tanh"}, ValueError, "similarity must be one of"),
         ({"tau": -1.0}, ValueError, "tau must be positive"),
+        (
+            {"q_layers": [torch.zeros(6, 5, 12), None, None]},
+            TypeError,
+            r"q_layers\[1\] must be a tensor, got NoneType",
+        ),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -355,13 +355,28 @@ def test_autocast_changes_nothing_inside() -> None:
         ({"num_heads": 5}, ValueError, "num_heads must be a positive divisor of the width 12"),
         ({"pool": "median"}, ValueError, "pool must be one of .*got 'median'"),
         ({"similarity": "tanh"}, ValueError, "similarity must be one of"),
-        ({"scale": -1.0}, ValueError, "scale must be positive, got -1.0"),
-        ({"tau": 0.0}, ValueError, "tau must be positive, got 0.0"),
+        ({"scale": -1.0}, ValueError, "scale must be positive and finite, got -1.0"),
+        ({"scale": math.inf}, ValueError, "scale must be positive and finite, got inf"),
+        ({"tau": 0.0}, ValueError, "tau must be positive and finite, got 0.0"),
+        ({"tau": math.inf}, ValueError, "tau must be positive and finite, got inf"),
+        ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
+        ({"residual": None}, TypeError, "residual must be a tensor, got NoneType"),
+        (
+            {"residual": torch.zeros(6, 5, 12).long()},
+            TypeError,
+            "residual must be of a floating dtype, got torch.int64; use .float",
+        ),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ops.text_cross_attention(**{**_inputs(), **changes})
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.inf])
+def test_statistics_refuse_the_scales_that_the_attention_refuses(scale: float) -> None:
+    with pytest.raises(ValueError, match="attention_statistics: scale must be positive and finite"):
+        ops.attention_statistics(_inputs()["q"], _inputs()["k"], scale=scale)
 
 
 def test_too_many_captions_for_a_byte() -> None:

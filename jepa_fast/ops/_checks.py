@@ -5,6 +5,7 @@ All but `check_index_range` look at metadata alone, so they run under `torch.com
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 
@@ -18,6 +19,21 @@ def check_tensor(op: str, argument: str, value: object) -> None:
     """Raises TypeError if `value` is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(op: str, argument: str, tensor: Tensor) -> None:
+    """Raises TypeError if `tensor` is not a tensor of a floating dtype."""
+    check_tensor(op, argument, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{op}: {argument} must be of a floating dtype, got {tensor.dtype}; use .float()"
+        )
+
+
+def check_positive(op: str, argument: str, value: float) -> None:
+    """Raises ValueError if `value` is not positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{op}: {argument} must be positive and finite, got {value}")
 
 
 def check_dim(

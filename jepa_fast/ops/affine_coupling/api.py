@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
-from jepa_fast.ops._checks import check_dim, check_same_size
+from jepa_fast.ops._checks import check_dim, check_positive, check_same_size
 from jepa_fast.ops.affine_coupling import contract
 
 
@@ -88,8 +87,5 @@ def affine_coupling(
             f"affine_coupling: mask must be bool, got {mask.dtype}; use mask.bool() "
             f"(True: the coordinate passes unchanged)"
         )
-    if not 0 < scale_bound < math.inf:
-        raise ValueError(
-            f"affine_coupling: scale_bound must be positive and finite, got {scale_bound}"
-        )
+    check_positive("affine_coupling", "scale_bound", scale_bound)
     return _AffineCoupling.apply(x, raw_scale, shift, mask, scale_bound, inverse, backend)

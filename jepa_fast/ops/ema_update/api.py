@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ def ema_update_(
     Args:
         targets: the teacher's tensors, of any shapes and floating dtypes, on one device.
         sources: the student's, in the same order and of the same shapes; dtypes may differ.
-        momentum: in [0, 1]; a float, or a 0-dim floating tensor. One on the targets' GPU is read
-            there: the host does not wait for it, and a CUDA graph follows its value.
+        momentum: in [0, 1]; a real number, or a 0-dim floating tensor. One on the targets' GPU is
+            read there: the host does not wait for it, and a CUDA graph follows its value.
         shadows: optional copies of the targets in other dtypes, written in the same pass.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
@@ -82,13 +83,14 @@ def _check_tensors(name: str, tensors: list[Tensor], targets: list[Tensor]) -> N
 
 def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
     if not isinstance(momentum, Tensor):
-        if not isinstance(momentum, (int, float)):
+        if not isinstance(momentum, Real):  # numpy's scalars are real numbers too
             raise TypeError(
-                f"ema_update_: momentum must be a float or a tensor, got {type(momentum).__name__}"
+                f"ema_update_: momentum must be a real number or a tensor, "
+                f"got {type(momentum).__name__}"
             )
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"ema_update_: momentum must be in [0, 1], got {momentum}")
-        return torch.tensor(momentum, dtype=torch.float64)
+        return torch.tensor(float(momentum), dtype=torch.float64)
     if momentum.ndim != 0 or not momentum.is_floating_point():
         raise ValueError(
             f"ema_update_: a momentum tensor must be floating and 0-dim, "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
-from jepa_fast.ops._checks import check_choice, check_dim, check_same_size
+from jepa_fast.ops._checks import check_choice, check_dim, check_floating, check_same_size
 from jepa_fast.ops.linear_mixture_nll import contract
 from jepa_fast.ops.mixture_nll.api import check_mixture_options
 from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count
@@ -75,7 +75,8 @@ def linear_mixture_nll(
         in autocast's dtype, the likelihood in float32.
 
     Raises:
-        TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast.
+        TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast; an argument is
+            not a floating tensor.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive.
         BackendError: the requested backend cannot serve the call.
 
@@ -87,6 +88,8 @@ def linear_mixture_nll(
     check_dim(op, "hidden", hidden, 2, "[T, H]")
     check_dim(op, "weight", weight, 2, "[P, H]")
     check_dim(op, "target", target, 2, "[T, D]")
+    check_floating(op, "hidden", hidden)
+    check_floating(op, "target", target)
     check_same_size(op, "hidden", hidden, 1, "weight", weight, 1)
     check_same_size(op, "hidden", hidden, 0, "target", target, 0)
     outputs = mixture_parameter_count(num_components, target.shape[1], event)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
-from jepa_fast.ops._checks import check_choice, check_dim, check_same_size
+from jepa_fast.ops._checks import (
+    check_choice,
+    check_dim,
+    check_floating,
+    check_same_size,
+    check_tensor,
+)
 from jepa_fast.ops.mixture_nll import contract, reference
 
 
@@ -69,6 +75,7 @@ def mixture_nll(
         autocast: everything is computed in float32 or wider.
 
     Raises:
+        TypeError: an argument is not a floating tensor.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive.
         BackendError: the requested backend cannot serve the call.
 
@@ -77,6 +84,7 @@ def mixture_nll(
     """
     _check_parameters("mixture_nll", logits, loc, log_scale, family, event, scale_floor, scale_map)
     check_dim("mixture_nll", "target", target, 2, "[T, D]")
+    check_floating("mixture_nll", "target", target)
     check_same_size("mixture_nll", "target", target, 0, "loc", loc, 0)
     check_same_size("mixture_nll", "target", target, 1, "loc", loc, 2)
     return _MixtureNll.apply(
@@ -107,7 +115,7 @@ def mixture_sample(
         [n, T, D] float32 (float64 if any input is), without gradients.
 
     Raises:
-        ValueError: as `mixture_nll`; `n` below 1.
+        TypeError, ValueError: as `mixture_nll`; `n` below 1.
     """
     _check_parameters(
         "mixture_sample", logits, loc, log_scale, family, event, scale_floor, scale_map
@@ -133,6 +141,7 @@ def mixture_mean(logits: Tensor, loc: Tensor) -> Tensor:
         [T, D] float32 (float64 if any input is), differentiable.
 
     Raises:
+        TypeError: an argument is not a floating tensor.
         ValueError: a shape does not fit.
     """
     _check_shapes("mixture_mean", logits, loc)
@@ -158,8 +167,9 @@ def mixture_variance(
         [T, D] float32 (float64 if any input is), differentiable.
 
     Raises:
-        ValueError: as `mixture_nll`.
+        TypeError, ValueError: as `mixture_nll`.
     """
+    check_tensor("mixture_variance", "logits", logits)
     event = "coordinate" if logits.ndim == 3 else "joint"
     _check_parameters(
         "mixture_variance", logits, loc, log_scale, family, event, scale_floor, scale_map
@@ -204,6 +214,7 @@ def _check_parameters(
     dims, shape = (2, "[T, K]") if event == "joint" else (3, "[T, K, D]")
     check_dim(op, "logits", logits, dims, f"{shape} for event={event!r}")
     _check_shapes(op, logits, loc)
+    check_floating(op, "log_scale", log_scale)
     if log_scale.shape != loc.shape:
         raise ValueError(
             f"{op}: log_scale must have the shape of loc, {list(loc.shape)}, "
@@ -214,6 +225,8 @@ def _check_parameters(
 def _check_shapes(op: str, logits: Tensor, loc: Tensor) -> None:
     check_dim(op, "logits", logits, (2, 3), "[T, K] or [T, K, D]")
     check_dim(op, "loc", loc, 3, "[T, K, D]")
+    check_floating(op, "logits", logits)
+    check_floating(op, "loc", loc)
     if loc.shape[1] == 0:
         raise ValueError(f"{op}: a mixture needs at least one component, got loc {list(loc.shape)}")
     if logits.shape != loc.shape[: logits.ndim]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
+from jepa_fast.ops._checks import check_tensor
 from jepa_fast.ops.patch_word_consistency import contract, reference
 from jepa_fast.ops.text_cross_attention.api import check_similarity, check_words
 
@@ -62,7 +63,7 @@ def patch_word_consistency(
         num_heads: a divisor of d.
         token_mask: [R, T] bool, False at tokens that do not count; None: all do.
         similarity: `"relu"`, or `"softplus"` for `O = softplus(cos / tau)`.
-        tau: positive.
+        tau: positive and finite.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Returns:
@@ -137,6 +138,7 @@ def _check_layers(
     check_words(op, "q_layers[0]", q_layers[0], "k_layers[0]", k_layers[0], *masks, num_heads)
     for name, layers in (("q_layers", q_layers), ("k_layers", k_layers)):
         for i, layer in enumerate(layers):
+            check_tensor(op, f"{name}[{i}]", layer)
             if layer.shape != layers[0].shape:
                 raise ValueError(
                     f"{op}: {name}[{i}] must have the shape of {name}[0], "

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
-from jepa_fast.ops._checks import check_choice, check_dim, check_same_size, check_tensor
+from jepa_fast.ops._checks import (
+    check_choice,
+    check_dim,
+    check_floating,
+    check_positive,
+    check_same_size,
+    check_tensor,
+)
 from jepa_fast.ops.text_cross_attention import contract, reference
 
 POOLS = ("max", "mean", "none")
@@ -78,12 +85,12 @@ def text_cross_attention(
         word_mask: [B, C, S] bool, False at padding; None: every word is there.
         caption_mask: [B, C] bool, False at padding; None: every caption is there.
         num_heads: h, a divisor of d; a head has width e = d / h.
-        scale: positive; the default is `1 / sqrt(e)`.
+        scale: positive and finite; the default is `1 / sqrt(e)`.
         pool: `"max"` (ties: the lowest caption), `"mean"`, or `"none"`.
         token_mask: [R, T] bool, False at tokens that do not count in the sparsity; None: all do.
         similarity: `"relu"`, or `"softplus"` for `O = softplus(cos / tau)`, which has a gradient
             where every cosine is negative.
-        tau: positive.
+        tau: positive and finite.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Returns:
@@ -92,9 +99,10 @@ def text_cross_attention(
         for float64 queries). Everything is computed in float32 or wider.
 
     Raises:
-        TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype or are not floating.
-        ValueError: a shape does not fit, an unknown name, a scale or `tau` that is not positive,
-            more than 256 captions for `"max"`.
+        TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype; they or `residual` are not
+            floating tensors.
+        ValueError: a shape does not fit, an unknown name, a scale or `tau` that is not positive and
+            finite, more than 256 captions for `"max"`.
         BackendError: the requested backend cannot serve the call.
 
     Source: TC-JEPA, arXiv 2605.03245, the text conditioner and its sparsity regulariser.
@@ -102,6 +110,7 @@ def text_cross_attention(
     op = "text_cross_attention"
     check_words(op, "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads)
     for argument, tensor, like, other in (("residual", residual, "q", q), ("v", v, "k", k)):
+        check_floating(op, argument, tensor)
         if tensor.shape != other.shape:
             raise ValueError(
                 f"{op}: {argument} must have the shape of {like}, {list(other.shape)}, "
@@ -114,10 +123,8 @@ def text_cross_attention(
         )
     check_choice(op, "pool", pool, POOLS)
     check_similarity(op, similarity, tau)
-    if scale is None:
-        scale = (q.shape[2] // num_heads) ** -0.5
-    if not scale > 0:
-        raise ValueError(f"{op}: scale must be positive, got {scale}")
+    if scale is not None:
+        check_positive(op, "scale", scale)
     if pool == "max" and k.shape[1] > _MOST_CAPTIONS:
         raise ValueError(
             f"{op}: pool='max' takes at most {_MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
@@ -155,7 +162,8 @@ def attention_statistics(
     check_words(
         "attention_statistics", "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads
     )
-    scale = (q.shape[2] // num_heads) ** -0.5 if scale is None else scale
+    if scale is not None:
+        check_positive("attention_statistics", "scale", scale)
     return reference.attention_statistics(
         q.detach(), k.detach(), word_mask, caption_mask, token_mask, num_heads, scale
     )
@@ -178,8 +186,7 @@ def check_words(
         (key, k, 4, "[B, C, S, d]"),
     ):
         check_dim(op, argument, tensor, dims, layout)
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {argument} must be of a floating dtype, got {tensor.dtype}")
+        check_floating(op, argument, tensor)
     check_same_size(op, query, q, 2, key, k, 3)
     batch, captions, words, width = k.shape
     if captions < 1 or words < 1:
@@ -213,7 +220,6 @@ def check_words(
 
 
 def check_similarity(op: str, similarity: str, tau: float) -> None:
-    """Raises ValueError for an unknown similarity or a `tau` that is not positive."""
+    """Raises ValueError for an unknown similarity or a `tau` that is not positive and finite."""
     check_choice(op, "similarity", similarity, SIMILARITIES)
-    if not tau > 0:
-        raise ValueError(f"{op}: tau must be positive, got {tau}")
+    check_positive(op, "tau", tau)

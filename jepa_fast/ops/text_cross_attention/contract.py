@@ -21,7 +21,7 @@ def _fake(
     caption_mask: Tensor | None,
     token_mask: Tensor | None,
     num_heads: int,
-    scale: float,
+    scale: float | None,
     pool: str,
     similarity: str,
     tau: float,
@@ -45,8 +45,9 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+# The default scale is worked out inside: outside, torch.compile would guard it and so the width.
 _OPTIONS = (
-    "Tensor? word_mask, Tensor? caption_mask, Tensor? token_mask, int num_heads, float scale, "
+    "Tensor? word_mask, Tensor? caption_mask, Tensor? token_mask, int num_heads, float? scale, "
     "str pool, str similarity, float tau, str backend"
 )
 

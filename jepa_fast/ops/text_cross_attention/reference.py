@@ -24,20 +24,22 @@ def text_cross_attention(
     caption_mask: Tensor | None,
     token_mask: Tensor | None,
     num_heads: int,
-    scale: float,
+    scale: float | None,
     pool: str,
     similarity: str,
     tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features, sparsity, and which caption won each feature (for the backward pass of `"max"`).
 
-    `y_n = softmax(scale * q k_n^T) v_n`, a caption n at a time. The features are
-    `residual + max_n y_n`, `residual + mean_n y_n`, or for `"none"` every `residual + y_n`.
+    `y_n = softmax(scale * q k_n^T) v_n`, a caption n at a time; `scale` None is `1 / sqrt(e)`. The
+    features are `residual + max_n y_n`, `residual + mean_n y_n`, or for `"none"` every
+    `residual + y_n`.
     """
     rows, tokens, _ = q.shape
     batch = k.shape[0]
     valid = valid_words(k, word_mask, caption_mask)
     has_words = valid.any(3, keepdim=True)  # [B, 1, C, 1, 1]
+    scale = _scale(scale, q, num_heads)
     # Cosines do not see the scale, so one product serves the attention and the similarity.
     q = by_image(q, batch, num_heads) * scale
     k = by_head(k, num_heads, valid)
@@ -75,7 +77,7 @@ def text_cross_attention_backward(
     caption_mask: Tensor | None,
     token_mask: Tensor | None,
     num_heads: int,
-    scale: float,
+    scale: float | None,
     pool: str,
     similarity: str,
     tau: float,
@@ -86,6 +88,7 @@ def text_cross_attention_backward(
     dtypes = (q.dtype, k.dtype, v.dtype)
     valid = valid_words(k, word_mask, caption_mask)
     has_words = valid.any(3, keepdim=True)
+    scale = _scale(scale, q, num_heads)
     q = by_image(q, batch, num_heads) * scale
     k = by_head(k, num_heads, valid)
     v = by_head(v, num_heads, valid)
@@ -133,11 +136,12 @@ def attention_statistics(
     caption_mask: Tensor | None,
     token_mask: Tensor | None,
     num_heads: int,
-    scale: float,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Share of positive cosines; mean entropy of the attention over its maximum, `log(words)`."""
     batch = k.shape[0]
     valid = valid_words(k, word_mask, caption_mask)
+    scale = _scale(scale, q, num_heads)
     q, k = by_image(q, batch, num_heads), by_head(k, num_heads, valid)
     scores = dot_products(q, k)
     has_words = valid.any(3, keepdim=True)
@@ -182,6 +186,11 @@ def by_head(x: Tensor, num_heads: int, valid: Tensor) -> Tensor:
     """Words [B, C, S, d] to [B, h, C, S, e] in float32 or wider, zero where there is no word."""
     x = x.unflatten(3, (num_heads, x.shape[3] // num_heads)).movedim(3, 1)
     return _widened(x.masked_fill(~valid, 0))
+
+
+def _scale(scale: float | None, q: Tensor, num_heads: int) -> float:
+    """What scores are multiplied by: `1 / sqrt(e)` unless given."""
+    return (q.shape[2] // num_heads) ** -0.5 if scale is None else scale
 
 
 def _widened(x: Tensor) -> Tensor:
