@@ -47,7 +47,7 @@ def insured_loss(
         target_mask=mask,
     )
     if mask is not None:
-        loss = loss * share_of_batch(mask.sum())
+        loss = loss * share_of_batch(mask.sum)
     parts = {"prediction_loss": loss.detach()}
     if weights is not None:
         variance, covariance = variance_covariance(prediction, mask)

@@ -7,6 +7,7 @@ without gradients, so one rank may still evaluate by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def share_of_batch(count: Tensor) -> Tensor | float:
+def share_of_batch(counted: Callable[[], Tensor]) -> Tensor | float:
     """The weight of this rank's mean in the mean over the whole batch, times the number of ranks.
 
     The mean over ranks of ``share * mean`` is the batch's mean, and so are its gradients.
 
     Args:
-        count: scalar; of how many things the mean is here, 0 or more.
+        counted: gives a scalar, of how many things the mean is here, 0 or more. A process alone
+            does not call it.
     """
     if not _is_shared():
         return 1.0
+    count = counted()
     total = count.to(torch.float32, copy=True)
     dist.all_reduce(total)
     return count * dist.get_world_size() / total.clamp(min=1)

@@ -203,7 +203,7 @@ class WordConditioner(nn.Module):
             keys_values[1::2],
             captions.word_mask,
             token_mask,
-            share_of_batch(_count_pairs(captions.word_mask, token_mask)),
+            share_of_batch(lambda: _count_pairs(captions.word_mask, token_mask)),
         )
 
 
