@@ -197,7 +197,7 @@ def test_runs_under_autocast_with_energies_in_full_precision() -> None:
     exact = (prediction[:, None].double() - target.double()).square().sum(-1).mean(-1)
     with torch.autocast("cpu", torch.bfloat16):
         energy = pairwise_energy(prediction, target, None)
-    torch.testing.assert_close(energy, exact.float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(energy, exact.float(), rtol=1e-6, atol=0)
 
 
 def test_bad_arguments() -> None:

@@ -157,6 +157,9 @@ def pairwise_energy(prediction: Tensor, target: Tensor, target_mask: Tensor | No
     # run in half precision, since the distances are differences of large numbers.
     with without_autocast(prediction):
         p, z = prediction.float(), target.float()
+        # Distances do not change when both ends move. Near the origin their squares stay small.
+        centre = z.detach().mean(0)  # [K, D]
+        p, z = p - centre, z - centre
         weight = z.new_ones(z.shape[:2]) if target_mask is None else target_mask.float()
         weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, K]
         weighted = z * weight[..., None]
