@@ -15,7 +15,7 @@ TIER3   = $(shell grep -l tier3 tests/test_*.py)
 # The workers of pytest-xdist fill the cores; threads on top of them only fight.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help venv install test test-oldest lint demo gpu clean
+.PHONY: help venv install test test-oldest lint demo tables gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test         lint, then the tests of tiers 0 to 2"
 	@echo "make test-oldest  the same tests under the oldest supported torch and triton"
 	@echo "make lint         ruff and mypy"
+	@echo "make tables       the README's tables anew, from benchmarks/results"
 	@echo "make gpu          build, test and benchmark on a machine with a GPU, in its own Python"
 	@echo "make install      the development installation in $(VENV)"
 	@echo "make clean        remove what builds and tools left behind"
@@ -68,6 +69,10 @@ oldest-tiers:
 
 demo: $(VENV)/.train
 	$(BIN)/jepa-fast pretrain demo --report --overwrite
+
+# Needs no installation; a test fails where the README and the results differ.
+tables:
+	$(PYTHON) benchmarks/tables.py
 
 # On a rented machine: torch, triton, nvcc and pytest are there, the internet is not.
 gpu:

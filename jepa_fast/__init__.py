@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jepa_fast.errors import BackendError, CheckpointError
 
 if TYPE_CHECKING:
-    from jepa_fast import interop, masks, ops
+    from jepa_fast import interop, masks, ops, perf
     from jepa_fast.models.ijepa import IJepa
     from jepa_fast.models.probijepa import ProbIJepa
     from jepa_fast.models.tcjepa import TCJepa
@@ -26,6 +26,7 @@ __all__ = [
     "interop",
     "masks",
     "ops",
+    "perf",
 ]
 
 # Loaded at first use, so that importing the package costs next to nothing over importing torch.
@@ -35,7 +36,7 @@ _MODELS = {"IJepa": "ijepa", "TIJepa": "tijepa", "TCJepa": "tcjepa", "ProbIJepa"
 def __getattr__(name: str) -> Any:
     if name in _MODELS:
         return getattr(importlib.import_module(f"jepa_fast.models.{_MODELS[name]}"), name)
-    if name in ("interop", "masks", "ops"):
+    if name in ("interop", "masks", "ops", "perf"):
         return importlib.import_module(f"jepa_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_fast.errors import BackendError, CheckpointError, DataError
+from jepa_fast.perf import commands as perf_commands
+from jepa_fast.perf.commands import audit
+from jepa_fast.perf.errors import PerfError
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG = 0, 1, 2
 REPORT_SEEDS = 3
+_MEASURING = {
+    "audit": (audit, "what compiler and interpreter prove of GPU kernels without a GPU"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"jepa-fast: {error}", file=sys.stderr)
         return WRONG
+    except PerfError as error:
+        print(f"jepa-fast: {error}", file=sys.stderr)
+        return error.exit_code
     except Interrupted as stopped:
         print(f"jepa-fast: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
@@ -134,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         "info", help="what this machine can run, and why not the rest"
     ).set_defaults(command=_info)
     commands.add_parser("build", help="build the native kernels").set_defaults(command=_build)
+    for name, (module, told) in _MEASURING.items():
+        command = commands.add_parser(
+            name, help=told, epilog=(perf_commands.__doc__ or "").strip(), allow_abbrev=False
+        )
+        module.configure(command)
+        command.set_defaults(command=module.run)
     return parser
 
 

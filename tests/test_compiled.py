@@ -8,9 +8,6 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,78 +17,34 @@ import torch  # noqa: F401  (before triton)
 from jepa_fast import ops  # noqa: F401  (registers the operators)
 from jepa_fast.ops import _build
 from jepa_fast.ops._compile import ARCHITECTURES, CompileCase, all_cases
+from jepa_fast.ops._traffic import all_traffic_cases
+from jepa_fast.perf.audit_report import CompiledKernel, Report
+from jepa_fast.perf.audit_rules import compare, compare_across_tritons
+from jepa_fast.perf.errors import BaselineMissing
 
 triton = pytest.importorskip("triton", reason="needs triton to compile its kernels")
 import triton.language as tl  # noqa: E402
 
+from jepa_fast.perf.kernel_audit import compile_all  # noqa: E402
+from jepa_fast.perf.operator_audit import (  # noqa: E402
+    CUDA,
+    audit_operators,
+    baseline_file,
+    installed_release,
+    newest_baseline,
+)
+
 pytestmark = pytest.mark.tier2
 
 CASES = all_cases()
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-REGISTERS = 65536  # of a multiprocessor
+BASELINES = Path(__file__).resolve().parents[1] / "benchmarks/results/audit"
 
-each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @functools.cache
 def _compiled(case_index: int, architecture: int) -> Any:
     return CASES[case_index].compile(architecture)
-
-
-@functools.cache
-def _cuobjdump() -> str:
-    """NVIDIA's reader of machine code; triton's wheel has one."""
-    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    found = str(bundled) if bundled.is_file() else shutil.which("cuobjdump")
-    if found is None:
-        pytest.skip("needs cuobjdump, which this triton does not bring")
-    return found
-
-
-@dataclass(frozen=True)
-class Resources:
-    architecture: str  # not in a cubin, which is of one
-    kernel: str
-    registers: int
-    stack: int
-    shared: int
-    local: int
-
-
-def _resources(file: Path) -> list[Resources]:
-    """What every kernel in a cubin or a library takes, for every architecture in it."""
-    text = subprocess.run(
-        [_cuobjdump(), "-res-usage", str(file)], capture_output=True, text=True, check=True
-    ).stdout
-    found, architecture, kernel = [], "", ""
-    for line in text.splitlines():
-        if match := re.search(r"arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.search(r"Function (\S+):", line):
-            kernel = match[1]
-        elif "REG:" in line:
-            usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
-            found.append(
-                Resources(
-                    architecture,
-                    kernel,
-                    usage["REG"],
-                    usage["STACK"],
-                    usage["SHARED"],
-                    usage["LOCAL"],
-                )
-            )
-    return found
-
-
-def _access_bytes(ptx: str) -> Iterator[int]:
-    """The width of every load from and store to global memory, a thread at a time."""
-    for match in re.finditer(r"\b(?:ld|st)\.global(?:\.\w+(?:::\w+)*)*", ptx):
-        parts = match[0].split(".")
-        vector = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
-        bits = next(int(p[1:]) for p in reversed(parts) if re.fullmatch(r"[bufs]\d+", p))
-        yield vector * bits // 8
 
 
 def _narrow_products(ttir: str) -> list[str]:
@@ -132,26 +85,60 @@ def _narrow_products(ttir: str) -> list[str]:
     return sorted({found for offset in offsets if (found := narrow_product(offset))})
 
 
-@each_architecture
-@each_case
-def test_no_spills_and_it_fits(case: CompileCase, architecture: int, tmp_path: Path) -> None:
-    compiled = _compiled(CASES.index(case), architecture)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    (usage,) = _resources(cubin)
-    assert compiled.metadata.target.arch == architecture
-    assert (usage.stack, usage.local) == (0, 0), "registers are spilled"
-    assert usage.registers * 32 * case.num_warps <= REGISTERS
-    assert compiled.metadata.shared <= SHARED_MEMORY[architecture]
+def test_shipped_kernels_keep_to_the_rules_and_to_the_baseline() -> None:
+    # One test, so that all is compiled and read once.
+    report = audit_operators()
+    _check_cuda_is_there(report)
+    kernels = report.kernels or []
+    for compiler, architectures in (("triton", ARCHITECTURES), ("nvcc", _build.CUDA_ARCHITECTURES)):
+        chips = {kernel.chip for kernel in kernels if kernel.compiler == compiler}
+        if compiler == "triton" or CUDA not in report.not_audited:
+            assert chips == {f"sm_{architecture}" for architecture in architectures}
+    complaints = [each for kernel in kernels for each in _broken_rules(kernel)]
+    complaints += _worse_than_the_baseline(report)
+    assert not complaints, "\n".join(complaints)
 
 
-@each_architecture
-@pytest.mark.parametrize("case", [case for case in CASES if case.wide], ids=str)
-def test_memory_is_moved_sixteen_bytes_at_once(case: CompileCase, architecture: int) -> None:
-    compiled = _compiled(CASES.index(case), architecture)
-    scalar = len(re.findall(r"tt\.(?:load|store) .*: !tt\.ptr", compiled.asm["ttir"]))
-    narrow = [width for width in _access_bytes(compiled.asm["ptx"]) if width < 16]
-    assert len(narrow) <= scalar, narrow
+def _check_cuda_is_there(report: Report) -> None:
+    why = report.not_audited.get(CUDA)
+    if why and shutil.which("nvcc") is not None and "left it out" not in why:
+        pytest.fail(f"nvcc is here, but the native library has no CUDA kernels: {why}")
+
+
+def _broken_rules(kernel: CompiledKernel) -> list[str]:
+    where, mix = f"{kernel.name} on {kernel.chip}", kernel.instructions
+    rules = {
+        "spills registers": kernel.stack + kernel.local + mix.local_loads + mix.local_stores == 0,
+        "cannot be launched: no block fits": kernel.occupancy != 0,
+    }
+    if kernel.compiler == "nvcc":
+        rules["has no 16-byte load"] = mix.loads.get(16, 0) > 0
+        rules["has no 16-byte store"] = mix.stores.get(16, 0) > 0
+    else:
+        allowed = _narrow_accesses_allowed(kernel.name)
+        widths = [*mix.loads.items(), *mix.stores.items()]
+        narrow = sum(count for width, count in widths if width < 16)
+        rules[f"has {narrow} accesses below 16 bytes, {allowed} are scalars'"] = narrow <= allowed
+    return [f"{where} {broken}" for broken, kept in rules.items() if not kept]
+
+
+def _narrow_accesses_allowed(name: str) -> float:
+    """Those of single numbers, of which Triton's own code tells; any, where the case is narrow."""
+    (index,) = (i for i, case in enumerate(CASES) if case.name == name)
+    if not CASES[index].wide:
+        return float("inf")
+    code = _compiled(index, ARCHITECTURES[0]).asm["ttir"]
+    return len(re.findall(r"tt\.(?:load|store) .*: !tt\.ptr", code))
+
+
+def _worse_than_the_baseline(report: Report) -> list[str]:
+    """Of this Triton; where there is none, what does not depend on it, of the newest."""
+    try:
+        baseline = Report.read(baseline_file(BASELINES, installed_release()))
+    except BaselineMissing:
+        newest = Report.read(newest_baseline(BASELINES))
+        return list(map(str, compare_across_tritons(report, newest).findings))
+    return list(map(str, compare(report, baseline).findings))
 
 
 @each_case
@@ -177,7 +164,19 @@ def test_the_address_rule_fires() -> None:
     compiled = case.compile(90)
     (product,) = _narrow_products(compiled.asm["ttir"])
     assert "i32" in product
-    assert set(_access_bytes(compiled.asm["ptx"])) == {4}
+
+
+def test_the_rules_about_shipped_kernels_fire() -> None:
+    # One load and one store of 4 bytes a thread, as nothing says that `x` is aligned.
+    case = CompileCase(
+        name=CASES[0].name,  # a wide one
+        kernel=_overflowing,
+        signature={"x": "*fp32", "stride": "i32", "BLOCK": "constexpr"},
+        constants={"BLOCK": 4096},
+    )
+    (kernel,) = compile_all([case], ["sm_90"])
+    (broken,) = _broken_rules(kernel)
+    assert re.search(r"on sm_90 has \d+ accesses below 16 bytes", broken)
 
 
 def test_every_triton_operator_has_cases() -> None:
@@ -186,39 +185,6 @@ def test_every_triton_operator_has_cases() -> None:
     with_triton = {name for name, operator in OPERATORS.items() if "triton" in operator.backends}
     assert {case.name.partition("-")[0] for case in CASES} >= with_triton
     assert len({case.name for case in CASES}) == len(CASES)
-
-
-def _native_kernels() -> list[Resources]:
-    record = _build.Record.read()
-    if record is None or "cuda" not in record.parts:
-        why = record.why_not.get("cuda", "") if record else "nothing was built"
-        if shutil.which("nvcc") is not None and "left it out" not in why:
-            pytest.fail(f"nvcc is here, but the native library has no CUDA kernels: {why}")
-        pytest.skip(f"the native library has no CUDA kernels: {why}")
-    return _resources(_build.PACKAGE / _build.LIBRARY)
-
-
-def test_native_cuda_kernels_do_not_spill() -> None:
-    kernels = [usage for usage in _native_kernels() if "jepa_fast" in usage.kernel]
-    assert {usage.architecture for usage in kernels} == {
-        f"sm_{architecture}" for architecture in _build.CUDA_ARCHITECTURES
-    }
-    for usage in kernels:
-        where = f"{usage.kernel} on {usage.architecture}"
-        assert (usage.stack, usage.local) == (0, 0), f"{where} spills"
-
-
-def test_native_cuda_kernels_move_sixteen_bytes_at_once() -> None:
-    _native_kernels()
-    library = str(_build.PACKAGE / _build.LIBRARY)
-    code = subprocess.run(
-        [_cuobjdump(), "-sass", "-arch", "sm_90", library],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for function in code.split("Function : ")[1:]:
-        name = function.split()[0]
-        if "jepa_fast" in name:
-            assert re.search(r"LDG\.E[\w.]*\.128", function), f"{name} has no 16-byte load"
-            assert re.search(r"STG?\.E[\w.]*\.128", function), f"{name} has no 16-byte store"
+    calls = all_traffic_cases()
+    assert {call.operator for call in calls} >= with_triton
+    assert len({call.name for call in calls}) == len(calls)

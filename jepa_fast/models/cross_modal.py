@@ -16,6 +16,7 @@ from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.cross_modal import CrossModalPredictor, ModalityEncoder, pairwise_energy, pool
 from jepa_fast.nn.position import sincos_position_embedding
 from jepa_fast.nn.precision import widened
+from jepa_fast.ranges import phase
 
 Representation = Literal["pooled", "token"]
 
@@ -122,7 +123,7 @@ class CrossModal(nn.Module):
         Returns:
             See :meth:`jepa_fast.models.tijepa.TIJepa.forward`.
         """
-        context = self._represent(self.context_encoder, image, words, word_mask)
+        context = self._contexts(image, words, word_mask)
         with torch.no_grad():
             target = self._targets(image, words, word_mask)
         written = None if word_mask is None else word_mask.any(1)
@@ -134,9 +135,10 @@ class CrossModal(nn.Module):
             if goal == "image" and written is not None:
                 mask = written[:, None].expand(teacher.shape[:2])
             slot = torch.arange(teacher.shape[1], device=teacher.device).expand(len(teacher), -1)
-            loss, part = insured_loss(
-                prediction, teacher, slot, mask, self.loss, False, self.vicreg
-            )
+            with phase("loss"):
+                loss, part = insured_loss(
+                    prediction, teacher, slot, mask, self.loss, False, self.vicreg
+                )
             losses.append(loss)
             parts.append(part)
             if mask is not None:  # padding repeats what is real
@@ -144,14 +146,17 @@ class CrossModal(nn.Module):
             seen.append(prediction.detach().take_along_dim(slot[..., None], 1))
             wanted.append(teacher.take_along_dim(slot[..., None], 1))
 
-        metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        metrics |= collapse_metrics(
-            torch.cat([tokens.flatten(0, 1) for tokens in seen]),
-            torch.cat([tokens.flatten(0, 1) for tokens in wanted]),
-        )
-        if len(image) >= 2:
-            with torch.no_grad():
-                metrics |= _energy_metrics(self._energy(predictions, target), written)
+        with phase("metrics"):
+            metrics = {
+                name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]
+            }
+            metrics |= collapse_metrics(
+                torch.cat([tokens.flatten(0, 1) for tokens in seen]),
+                torch.cat([tokens.flatten(0, 1) for tokens in wanted]),
+            )
+            if len(image) >= 2:
+                with torch.no_grad():
+                    metrics |= _energy_metrics(self._energy(predictions, target), written)
         return JepaOutput(torch.stack(losses).mean(), metrics, seen[0], wanted[0])
 
     @torch.no_grad()
@@ -159,7 +164,7 @@ class CrossModal(nn.Module):
         """Energy of ``Bi`` images with ``Bt`` texts, ``[Bi, Bt]`` float32, the mean of both
         directions; infinite for a text without any word. Arguments as in :meth:`forward`.
         """
-        context = self._represent(self.context_encoder, image, words, word_mask)
+        context = self._contexts(image, words, word_mask)
         target = self._targets(image, words, word_mask)
         energy = self._energy(self._predictions(context, target), target)
         return energy if word_mask is None else energy.where(word_mask.any(1), torch.inf)
@@ -167,7 +172,8 @@ class CrossModal(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """The EMA encoder's image tokens ``[B, N, width]``."""
-        return self.target_encoder["image"](image)
+        with phase("target encoder"):
+            return self.target_encoder["image"](image)
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
@@ -189,10 +195,17 @@ class CrossModal(nn.Module):
         written = None if word_mask is None else word_mask.any(1, keepdim=True)
         return {"image": _Tokens(pool(seen), None), "text": _Tokens(pool(read, word_mask), written)}
 
+    def _contexts(
+        self, image: Tensor, words: Tensor, word_mask: Tensor | None
+    ) -> dict[str, _Tokens]:
+        with phase("context encoder"):
+            return self._represent(self.context_encoder, image, words, word_mask)
+
     def _targets(
         self, image: Tensor, words: Tensor, word_mask: Tensor | None
     ) -> dict[str, _Tokens]:
-        targets = self._represent(self.target_encoder, image, words, word_mask)
+        with phase("target encoder"):
+            targets = self._represent(self.target_encoder, image, words, word_mask)
         if not self.normalize_target:
             return targets
         # As in latent_loss: under autocast half-precision targets would be rounded once more.
@@ -205,12 +218,13 @@ class CrossModal(nn.Module):
         self, context: dict[str, _Tokens], target: dict[str, _Tokens]
     ) -> dict[str, Tensor]:
         """By goal: its representation ``[B, K, width]`` as predicted from the other modality."""
-        return {
-            goal: self.predictor[f"{source}_to_{goal}"](
-                *context[source], target[goal].tokens.shape[1]
-            )
-            for source, goal in _DIRECTIONS
-        }
+        with phase("predictor"):
+            return {
+                goal: self.predictor[f"{source}_to_{goal}"](
+                    *context[source], target[goal].tokens.shape[1]
+                )
+                for source, goal in _DIRECTIONS
+            }
 
     def _energy(self, predictions: dict[str, Tensor], target: dict[str, _Tokens]) -> Tensor:
         """``[Bi, Bt]``."""

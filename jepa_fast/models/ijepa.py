@@ -16,6 +16,7 @@ from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.predictor import VisionTransformerPredictor
 from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
 from jepa_fast.ops.latent_loss import KINDS
+from jepa_fast.ranges import phase
 
 Masks = BlockMasks | tuple[Sequence[Tensor], Sequence[Tensor]]
 """Masks of a batch, or the pair (contexts, targets) of lists that the mask collator gives."""
@@ -94,22 +95,28 @@ class IJepa(nn.Module):
         masks = self._masks_of(images, masks)
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
-        context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
-        prediction = self.predictor(context, masks.context, masks.targets, masks.context_mask)
-        loss = ops.latent_loss(
-            prediction,
-            teacher,
-            masks.targets,
-            kind=self.loss,
-            normalize_target=self.normalize_target,
-        )
-        target = gather_targets(teacher, masks.targets, self.normalize_target)
-        return JepaOutput(loss, collapse_metrics(prediction, target), prediction.detach(), target)
+        with phase("context encoder"):
+            context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
+        with phase("predictor"):
+            prediction = self.predictor(context, masks.context, masks.targets, masks.context_mask)
+        with phase("loss"):
+            loss = ops.latent_loss(
+                prediction,
+                teacher,
+                masks.targets,
+                kind=self.loss,
+                normalize_target=self.normalize_target,
+            )
+        with phase("metrics"):
+            target = gather_targets(teacher, masks.targets, self.normalize_target)
+            metrics = collapse_metrics(prediction, target)
+        return JepaOutput(loss, metrics, prediction.detach(), target)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The teacher's tokens of whole images, ``[B, N, D]``, without gradient."""
-        return self.target_encoder(images)
+        with phase("target encoder"):
+            return self.target_encoder(images)
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
@@ -155,9 +162,10 @@ def update_teacher(teacher: nn.Module, encoder: nn.Module, momentum: float | Ten
     """EMA of parameters in place; buffers (of normalisation, say) are copied."""
     from jepa_fast import ops
 
-    ops.ema_update_(list(teacher.parameters()), list(encoder.parameters()), momentum)
-    for mine, theirs in zip(teacher.buffers(), encoder.buffers(), strict=True):
-        mine.copy_(theirs)
+    with phase("EMA of the target"):
+        ops.ema_update_(list(teacher.parameters()), list(encoder.parameters()), momentum)
+        for mine, theirs in zip(teacher.buffers(), encoder.buffers(), strict=True):
+            mine.copy_(theirs)
 
 
 def check_patch_count(teacher: Tensor, masks: BlockMasks) -> None:

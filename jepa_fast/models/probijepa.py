@@ -14,6 +14,7 @@ from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.heads import LatentDistribution, create_head
 from jepa_fast.nn.precision import widened
 from jepa_fast.nn.vit import encode_patches
+from jepa_fast.ranges import phase
 
 
 class ProbIJepa(IJepa):
@@ -84,9 +85,12 @@ class ProbIJepa(IJepa):
         masks = self._masks_of(images, masks)
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
-        loss = self.head(condition.flatten(0, 1), target.flatten(0, 1))
+        with phase("loss"):
+            loss = self.head(condition.flatten(0, 1), target.flatten(0, 1))
         condition = condition.detach()
-        return JepaOutput(loss, collapse_metrics(condition, target), condition, target)
+        with phase("metrics"):
+            metrics = collapse_metrics(condition, target)
+        return JepaOutput(loss, metrics, condition, target)
 
     def predict_distribution(self, images: Tensor, masks: Masks) -> LatentDistribution:
         """What the model believes of the embedding of every target patch.
@@ -114,12 +118,15 @@ class ProbIJepa(IJepa):
         """[M * B, Kt, D], in float32 or wider."""
         teacher = widened(self.encode(images))
         check_patch_count(teacher, masks)
-        return gather_targets(teacher, masks.targets)
+        with phase("targets"):
+            return gather_targets(teacher, masks.targets)
 
     def _condition(self, images: Tensor, masks: BlockMasks) -> Tensor:
         """[M * B, Kt, d]."""
-        context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
-        return self.predictor(context, masks.context, masks.targets, masks.context_mask)
+        with phase("context encoder"):
+            context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
+        with phase("predictor"):
+            return self.predictor(context, masks.context, masks.targets, masks.context_mask)
 
 
 def _make_head(

@@ -15,6 +15,7 @@ from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.attention import check_heads
 from jepa_fast.nn.text_conditioner import CONDITIONERS, Captions, WordConditioner, WordConditioning
 from jepa_fast.nn.vit import encode_patches
+from jepa_fast.ranges import phase
 
 _DIAGNOSED_IMAGES = 8  # attention statistics are taken from the first images of a batch
 
@@ -147,29 +148,31 @@ class TCJepa(IJepa):
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
         prediction, text = self._predict(images, masks, captions)
-        loss = ops.latent_loss(
-            prediction,
-            teacher,
-            masks.targets,
-            kind=self.loss,
-            normalize_target=self.normalize_target,
-        )
-        metrics = {"prediction_loss": loss.detach()}
-        if isinstance(text, WordConditioning):
-            sparsity = text.sparsity()
-            # Without a weight it is a number to look at, not worth a backward pass.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.consistency_weight != 0):
-                consistency = text.consistency()
-            loss = loss + self.sparsity_weight * sparsity + self.consistency_weight * consistency
-            positive, entropy = text.statistics(_DIAGNOSED_IMAGES)
-            metrics |= {
-                "sparsity": sparsity.detach(),
-                "consistency": consistency.detach(),
-                "positive_cosine_share": positive,
-                "attention_entropy": entropy,
-            }
-        target = gather_targets(teacher, masks.targets, self.normalize_target)
-        metrics |= collapse_metrics(prediction, target)
+        with phase("loss"):
+            loss = ops.latent_loss(
+                prediction,
+                teacher,
+                masks.targets,
+                kind=self.loss,
+                normalize_target=self.normalize_target,
+            )
+            metrics = {"prediction_loss": loss.detach()}
+            if isinstance(text, WordConditioning):
+                sparsity = text.sparsity()
+                # Without a weight it is a number to look at, not worth a backward pass.
+                learned = torch.is_grad_enabled() and self.consistency_weight != 0
+                with torch.set_grad_enabled(learned):
+                    consistency = text.consistency()
+                metrics |= {"sparsity": sparsity.detach(), "consistency": consistency.detach()}
+                loss = (
+                    loss + self.sparsity_weight * sparsity + self.consistency_weight * consistency
+                )
+        with phase("metrics"):
+            if isinstance(text, WordConditioning):
+                positive, entropy = text.statistics(_DIAGNOSED_IMAGES)
+                metrics |= {"positive_cosine_share": positive, "attention_entropy": entropy}
+            target = gather_targets(teacher, masks.targets, self.normalize_target)
+            metrics |= collapse_metrics(prediction, target)
         return JepaOutput(loss, metrics, prediction.detach(), target)
 
     @torch.no_grad()
@@ -223,17 +226,25 @@ class TCJepa(IJepa):
 
     def _predict(self, images: Tensor, masks: BlockMasks, captions: Captions) -> tuple[Tensor, Any]:
         """The prediction, and the conditioning that went into it."""
-        context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
-        text = self.conditioner(captions, _token_mask(masks))
-        hidden = self.predictor.features(
-            context,
-            masks.context,
-            masks.targets,
-            masks.context_mask,
-            after_block=text,
-            appended=text.appended,
-        )
-        return self.predictor.predictor_proj(hidden), text
+        with phase("context encoder"):
+            context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
+        with phase("text conditioner"):  # what depends on the words alone
+            text = self.conditioner(captions, _token_mask(masks))
+
+        def condition(layer: int, tokens: Tensor) -> Tensor:
+            with phase("text conditioner"):
+                return text(layer, tokens)
+
+        with phase("predictor"):
+            hidden = self.predictor.features(
+                context,
+                masks.context,
+                masks.targets,
+                masks.context_mask,
+                after_block=condition,
+                appended=text.appended,
+            )
+            return self.predictor.predictor_proj(hidden), text
 
 
 def _token_mask(masks: BlockMasks) -> Tensor | None:

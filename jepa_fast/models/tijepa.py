@@ -19,6 +19,7 @@ from jepa_fast.nn.crosser import CROSSER_SIZES, Crosser
 from jepa_fast.nn.predictor import VisionTransformerPredictor
 from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
 from jepa_fast.ops.latent_loss import KINDS
+from jepa_fast.ranges import phase
 
 Objective = Literal["masked_image", "cross_modal"]
 Words = Tensor | Sequence[str] | Sequence[Sequence[str]]
@@ -218,30 +219,33 @@ class TIJepa(nn.Module):
         if masks is None:
             raise ValueError("masks: expected masks for objective='masked_image', got None")
 
-        view = self._hide(tokens, images, masks)
+        with phase("masks"):
+            view = self._hide(tokens, images, masks)
         prediction, teacher = self._predict(view, vectors, word_mask)
-        loss, metrics = insured_loss(
-            prediction,
-            teacher,
-            view.targets,
-            view.target_mask,
-            self.loss,
-            self.normalize_target,
-            self.vicreg,
-        )
-        target = gather_targets(teacher, view.targets[:, None], self.normalize_target)
-        metrics |= collapse_metrics(prediction, target)
-        pairs = min(self.energy_pairs, len(vectors))
-        if pairs >= 2:
-            with torch.no_grad():
-                metrics |= energy_spread(
-                    _energy(prediction, target, view.target_mask)[:pairs].mean(),
-                    self._pair_energy(
-                        view.first(pairs),
-                        vectors[:pairs].roll(1, 0),
-                        None if word_mask is None else word_mask[:pairs].roll(1, 0),
-                    ).mean(),
-                )
+        with phase("loss"):
+            loss, metrics = insured_loss(
+                prediction,
+                teacher,
+                view.targets,
+                view.target_mask,
+                self.loss,
+                self.normalize_target,
+                self.vicreg,
+            )
+        with phase("metrics"):
+            target = gather_targets(teacher, view.targets[:, None], self.normalize_target)
+            metrics |= collapse_metrics(prediction, target)
+            pairs = min(self.energy_pairs, len(vectors))
+            if pairs >= 2:
+                with torch.no_grad():
+                    metrics |= energy_spread(
+                        _energy(prediction, target, view.target_mask)[:pairs].mean(),
+                        self._pair_energy(
+                            view.first(pairs),
+                            vectors[:pairs].roll(1, 0),
+                            None if word_mask is None else word_mask[:pairs].roll(1, 0),
+                        ).mean(),
+                    )
         return JepaOutput(loss, metrics, prediction.detach(), target)
 
     @torch.no_grad()
@@ -315,9 +319,9 @@ class TIJepa(nn.Module):
         tokens = self._image_tokens(images, image_features)
         if self.objective == "cross_modal":
             return self.cross_modal.encode(tokens)
-        if words is None:
-            return self.target_crosser(tokens, None)
-        return self.target_crosser(tokens, *self._words(words, word_mask, caption_mask))
+        text = (None,) if words is None else self._words(words, word_mask, caption_mask)
+        with phase("target crosser"):
+            return self.target_crosser(tokens, *text)
 
     @torch.no_grad()
     def frozen_inputs(
@@ -381,7 +385,7 @@ class TIJepa(nn.Module):
                 "image_features are of whole images, so the context has to be encoded here"
             )
         else:
-            with torch.no_grad():
+            with torch.no_grad(), phase("frozen image encoder"):
                 context_tokens = encode_patches(
                     self.encoder, images, masks.context, masks.context_mask
                 )
@@ -398,15 +402,17 @@ class TIJepa(nn.Module):
         self, view: _HiddenImages, words: Tensor, word_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Prediction ``[B, U, width]`` and the EMA crosser's tokens ``[B, N, width]``."""
-        context = self.context_crosser(view.context_tokens, words, word_mask, view.context_mask)
-        prediction = self.predictor(
-            context,
-            view.context,
-            view.targets[:, None],
-            view.context_mask,
-            view.target_mask[:, None],
-        )
-        with torch.no_grad():
+        with phase("context crosser"):
+            context = self.context_crosser(view.context_tokens, words, word_mask, view.context_mask)
+        with phase("predictor"):
+            prediction = self.predictor(
+                context,
+                view.context,
+                view.targets[:, None],
+                view.context_mask,
+                view.target_mask[:, None],
+            )
+        with torch.no_grad(), phase("target crosser"):
             return prediction, self.target_crosser(view.tokens, words, word_mask)
 
     def _pair_energy(self, view: _HiddenImages, words: Tensor, word_mask: Tensor | None) -> Tensor:
@@ -423,7 +429,8 @@ class TIJepa(nn.Module):
                     f"{'images' if images is None else 'encoder'}: expected images and an encoder, "
                     "or image_features, got None"
                 )
-            features = self.encoder(images)
+            with phase("frozen image encoder"):
+                features = self.encoder(images)
         expected = (self.grid[0] * self.grid[1], self.image_dim)
         if features.ndim != 3 or features.shape[1:] != expected:
             raise ValueError(
@@ -445,7 +452,8 @@ class TIJepa(nn.Module):
             )
         else:
             captions = [[some] if isinstance(some, str) else list(some) for some in words]
-            text = self.text_encoder(captions).to(self._weight().device)
+            with phase("frozen text encoder"):
+                text = self.text_encoder(captions).to(self._weight().device)
             vectors, word_mask, caption_mask = text.words, text.word_mask, text.caption_mask
         if vectors.ndim not in (3, 4) or vectors.shape[-1] != self.text_dim:
             raise ValueError(

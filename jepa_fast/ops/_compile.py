@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from jepa_fast.ops._registry import OPERATORS
@@ -28,6 +29,7 @@ class CompileCase:
         divisible: arguments that are multiples of 16, as Triton finds for itself at a launch.
         num_warps, num_stages, fp_fusion: as at the launch.
         wide: whether its loads and stores of tensor data are all of 16 bytes.
+        options: further ones of the compiler, as at the launch: `{"maxnreg": 128}`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class CompileCase:
     num_stages: int = 3
     fp_fusion: bool = True
     wide: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -66,19 +69,21 @@ class CompileCase:
                 "num_warps": self.num_warps,
                 "num_stages": self.num_stages,
                 "enable_fp_fusion": self.fp_fusion,
+                **self.options,
             },
         )
 
 
-def all_cases() -> list[CompileCase]:
-    """The cases of every operator that has a Triton kernel."""
-    modules = {
+def triton_modules() -> list[ModuleType]:
+    """The Triton files of all operators that have one."""
+    names = {
         operator.backends["triton"].function.partition(":")[0]
         for operator in OPERATORS.values()
         if "triton" in operator.backends
     }
-    return [
-        case
-        for module in sorted(modules)
-        for case in importlib.import_module(module).compile_cases()
-    ]
+    return [importlib.import_module(name) for name in sorted(names)]
+
+
+def all_cases() -> list[CompileCase]:
+    """The cases of every operator that has a Triton kernel."""
+    return [case for module in triton_modules() for case in module.compile_cases()]

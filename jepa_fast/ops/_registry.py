@@ -20,6 +20,7 @@ from torch import Tensor
 
 from jepa_fast.errors import BackendError
 from jepa_fast.ops import _machine
+from jepa_fast.ranges import around_operator, when_switched
 
 NAMESPACE = "jepa_fast"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -158,11 +159,25 @@ class Operator:
         return self.fake(*inputs)
 
     def function(self, backend: str) -> Callable[..., Any]:
-        """The function behind `backend`, imported at the first use."""
-        if backend not in self._loaded:
+        """The function behind `backend`, imported at the first use; in its range, if on."""
+        function = self._loaded.get(backend)
+        if function is None:
             module, _, name = self.backends[backend].function.partition(":")
-            self._loaded[backend] = getattr(importlib.import_module(module), name)
-        return self._loaded[backend]
+            function = getattr(importlib.import_module(module), name)
+            function = self._loaded[backend] = around_operator(self.name, backend, function)
+        return function
+
+    def forget_functions(self) -> None:
+        """Has the functions looked up again, with or without ranges."""
+        self._loaded = {}
+
+
+def _forget_functions() -> None:
+    for operator in OPERATORS.values():
+        operator.forget_functions()
+
+
+when_switched(_forget_functions)
 
 
 def _without_autocast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ from jepa_fast.interop.text import TextEncoder, load_text_encoder
 from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.vit import create_encoder
+from jepa_fast.ranges import phase
 from jepa_fast.train.checkpoint import find_last
 from jepa_fast.train.config import Config, DataBase
 from jepa_fast.train.distributed import World
@@ -245,7 +246,8 @@ class Prepare:
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, BlockMasks, dict[str, Tensor]]:
         """Images, masks and text on the device."""
-        masks = self.sampler(step, batch.ids).to(self.device, non_blocking=True)
+        with phase("masks"):
+            masks = self.sampler(step, batch.ids).to(self.device, non_blocking=True)
         images = batch.images.to(self.device, non_blocking=True)
         more: dict[str, Tensor] = {}
         if self.text is not None:
@@ -255,8 +257,9 @@ class Prepare:
                     "nothing of text; shards hold them in json (captions) or txt files"
                 )
             self._first_batch = False
-            text = self.text(batch.captions, self.captions, ids=batch.ids, step=step)
-            text = text.to(self.device, non_blocking=True)
+            with phase("text encoder"):
+                text = self.text(batch.captions, self.captions, ids=batch.ids, step=step)
+                text = text.to(self.device, non_blocking=True)
             more = {
                 "words": text.words,
                 "word_mask": text.word_mask,
@@ -271,7 +274,8 @@ class Prepare:
         """The frozen encoder's tokens, computed once an image."""
         if any(number not in features for number in ids):
             # The whole batch, so that an image's features do not depend on which others were known.
-            features.update(zip(ids, self.model.encoder(images), strict=True))
+            with phase("frozen image encoder"):
+                features.update(zip(ids, self.model.encoder(images), strict=True))
         return torch.stack([features[number] for number in ids])
 
 

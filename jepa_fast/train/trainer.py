@@ -22,6 +22,7 @@ from jepa_fast.data.loader import Loader
 from jepa_fast.errors import CheckpointError
 from jepa_fast.masks import BlockMasks
 from jepa_fast.optim.groups import parameter_groups
+from jepa_fast.ranges import phase
 from jepa_fast.train.checkpoint import (
     CheckpointFolder,
     frozen_digest,
@@ -118,8 +119,10 @@ class Trainer:
         batches = self._batches()
         with self._stop_signals(), self._progress() as progress, self._logs() as logs:
             while self.step < self.total_steps:
-                batch = next(batches)
-                schedule = self._update(batch)
+                with phase("step", self.step):
+                    with phase("data"):
+                        batch = next(batches)
+                    schedule = self._update(batch)
                 self.step += 1
                 if self.step == 1:
                     # ActNorm initialises itself from its first batch, another one on each rank.
@@ -161,15 +164,20 @@ class Trainer:
 
         images, masks, text = self.prepare(batch, self.step)
         halved = self.precision == "bfloat16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=halved):
+        autocast = torch.autocast(self.world.device.type, torch.bfloat16, enabled=halved)
+        with phase("forward"), autocast:
             output = self.model(images, masks, **text)
-        output.loss.backward()
-        average_gradients(self.parameters, self.world)
+        with phase("backward"):
+            output.loss.backward()
+        with phase("gradient averaging"):
+            average_gradients(self.parameters, self.world)
         metrics = {"loss": output.loss.detach(), **output.metrics}
         if config.clip_grad is not None:
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            with phase("clipping"):
+                metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
+        with phase("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.model.update_target(momentum)  # type: ignore[operator]
 
         self._sums.add(metrics)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jepa_fast.perf.race import Cost
+
 FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 _DTYPE = operator.attrgetter("dtype")
@@ -107,6 +109,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def cost(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> Cost:
+    """The byte model: targets and sources are read once, targets and shadows written once."""
+    to, by, copies = (sum(map(_BYTES, tensors)) for tensors in (targets, sources, shadows))
+    return Cost(read=to + by, written=to + copies)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from jepa_fast.ops import _configs
 from jepa_fast.ops._compile import CompileCase
+from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.ops.ema_update import memory
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -207,6 +208,35 @@ def compile_cases() -> list[CompileCase]:
         for kind in kinds
         if kind.config_key in configs
     ]
+
+
+def traffic_cases() -> list[TrafficCase]:
+    """Tensors that share one launch: of several chunks with a tail, of one, and of none."""
+    single, half, brain = torch.float32, torch.float16, torch.bfloat16
+    return [
+        _traffic("float32", (40_000, 16, 0), single, single),
+        _traffic("float32-narrow", (10_001, 3), single, single),
+        _traffic("float32-bfloat16-shadow-bfloat16", (40_000, 4_096), single, brain, brain),
+        _traffic("float32-shadow-float16", (20_000,), single, single, half),
+    ]
+
+
+def _traffic(
+    name: str,
+    sizes: tuple[int, ...],
+    target: torch.dtype,
+    source: torch.dtype,
+    shadow: torch.dtype | None = None,
+) -> TrafficCase:
+    targets = [torch.zeros(size, dtype=target) for size in sizes]
+    sources = [torch.ones(size, dtype=source) for size in sizes]
+    shadows = [torch.zeros(size, dtype=shadow) for size in sizes if shadow is not None]
+    momentum = torch.tensor([0.5], dtype=torch.float64)[0]
+    return TrafficCase(
+        f"ema_update_-{name}",
+        lambda: ema_update_(targets, sources, shadows, momentum),
+        memory.cost(targets, sources, shadows),
+    )
 
 
 def _case(gpu: str, kind: Kind, config: _configs.Config) -> CompileCase:

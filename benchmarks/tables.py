@@ -1,0 +1,463 @@
+"""The README's tables, from the results under benchmarks/results and nothing else.
+
+`python benchmarks/tables.py` (`make tables`) writes anew what stands in README.md between
+
+    <!-- table: NAME -->
+    <!-- end of table -->
+
+and `--check` shows what would change instead, with exit code 1 if anything would. NAME is one of
+`TABLES`; some take a machine, as in `<!-- table: operators nvidia-h100 -->`, which is the name of
+its results file. Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not installed
+    sys.path.append(str(ROOT))
+
+from jepa_fast.perf.files import write_text  # noqa: E402
+
+_BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->")
+_END = "<!-- end of table -->"
+
+
+class TableError(Exception):
+    """The README or a result is not as it has to be; says where and what to do."""
+
+
+class Results:
+    """The committed results below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, name: str) -> Any:
+        """The result in the file `name`.
+
+        Raises:
+            TableError: there is no such file, or it is not JSON.
+        """
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise TableError(
+                f"there is no result {path}: commit it, or take the table's markers out"
+            ) from error
+        except ValueError as error:
+            raise TableError(f"{path} is not JSON: {error}") from error
+
+    def names(self, pattern: str) -> list[str]:
+        """Files that match, in order.
+
+        Raises:
+            TableError: there are none.
+        """
+        found = sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(pattern))
+        if not found:
+            raise TableError(
+                f"there is no result {self.folder / pattern}: commit it, or take the table's "
+                "markers out"
+            )
+        return found
+
+
+# What the README shows
+
+
+def demo(results: Results) -> list[str]:
+    """Probes of the demo, trained and untrained."""
+    probes = results.read("recipes/demo.json")["probes"]
+    seeds = {len(probe["untrained"]) for probe in probes.values()}
+    told = {
+        "knn": "kNN, class of the scene",
+        "linear": "linear, class of the scene",
+        "patch": "linear, digit behind a patch",
+    }
+    rows = []
+    for name, probe in probes.items():
+        gain = 100 * (probe["trained"] - fmean(probe["untrained"]))
+        rows.append(
+            [
+                told[name],
+                _percent(probe["trained"], ties_up=True),
+                _mean_and_range(probe["untrained"], ties_up=True),
+                f"{gain:+.1f} points",
+            ]
+        )
+    return _table(["probe", "trained", f"untrained, {_one(seeds)} seeds", "gain"], rows)
+
+
+_CIFAR10 = (
+    "ijepa",
+    "tcjepa",
+    "prob_mixture",
+    "prob_autoregressive",
+    "prob_flow",
+    "prob_diffusion",
+    "tijepa",
+)
+
+
+def cifar10(results: Results) -> list[str]:
+    """Probes and speed of the CIFAR-10 recipes."""
+    rows = []
+    for name in _CIFAR10:
+        result = results.read(f"recipes/cifar10_{name}.json")
+        row = [f"`cifar10_{name}`", f"{result['epochs']:g}"]
+        for probe in ("knn", "linear"):
+            found = result["probes"][probe]
+            row += [_mean_and_range(found["untrained"]), _percent(found["trained"])]
+        rows.append([*row, f"{result['images_per_second']:.0f}"])
+    heads = ["recipe", "epochs", "kNN, untrained", "kNN", "linear, untrained", "linear"]
+    return _table([*heads, "images/s, 2 cores"], rows)
+
+
+def public_ijepa(results: Results) -> list[str]:
+    """The public I-JEPA code beside `cifar10_ijepa`."""
+    public = results.read("recipes/public_ijepa.json")
+    ours = results.read("recipes/cifar10_ijepa.json")
+    probes = ours["probes"]
+    seeds = _one({len(probe["untrained"]) for probe in probes.values()})
+    slow, fast = public["images_per_second"]
+    return _table(
+        ["", "kNN", "linear", "images/s, 2 cores"],
+        [
+            ["public code, untrained", *map(_percent, public["untrained"].values()), ""],
+            [
+                "public code, trained",
+                *map(_percent, public["trained"].values()),
+                f"{slow} to {fast}",
+            ],
+            [
+                f"`cifar10_ijepa`, untrained, {seeds} seeds",
+                *(_mean_and_range(probes[name]["untrained"]) for name in ("knn", "linear")),
+                "",
+            ],
+            [
+                "`cifar10_ijepa`, trained",
+                *(_percent(probes[name]["trained"]) for name in ("knn", "linear")),
+                f"{ours['images_per_second']:.0f}",
+            ],
+        ],
+    )
+
+
+def operators(results: Results, machine: str = "") -> list[str]:
+    """The operators on one machine, a row a case."""
+    return _races([r for r in _records(results, machine) if not _is_step(r)], "case")
+
+
+def steps(results: Results, machine: str = "") -> list[str]:
+    """The models' whole training steps on one machine, a row a case."""
+    return _races([r for r in _records(results, machine) if _is_step(r)], "step")
+
+
+def _records(results: Results, machine: str) -> list[Any]:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", machine):
+        raise TableError(
+            f"{machine!r} is not a machine's name, as in `<!-- table: operators nvidia-h100 -->` "
+            "for nvidia-h100.json"
+        )
+    return results.read(f"{machine}.json")["records"]
+
+
+def _is_step(record: dict[str, Any]) -> bool:
+    return record["operator"].endswith("_step")
+
+
+def _races(records: Sequence[dict[str, Any]], what: str) -> list[str]:
+    """Speed-ups over eager PyTorch, torch.compile and libraries, and over the best of them.
+
+    On a CPU only ratios from one run count; on a GPU there are also times and shares.
+    """
+    if not records:
+        raise TableError(f"the result has no {what}")
+    (device,) = {record["device"] for record in records}
+    heads = [what, "over eager", "over `torch.compile`", "over libraries", "over the best"]
+    heads.append("peak memory, of eager's")
+    if device == "cuda":
+        heads += ["ms", "of the ceiling"]
+    rows = []
+    for record in records:
+        providers = record["providers"]
+        libraries = [name for name in providers if name not in ("ours", "eager", "compile")]
+        headline = record["headline"]
+        best = f"**{headline['ratio']:.2f}x** ({headline['against']})" if headline else "-"
+        row = [
+            f"`{record['operator']}` {record['case']}",
+            _ratio(providers.get("eager")),
+            _ratio(providers.get("compile")),
+            ", ".join(f"{name} {_ratio(providers[name])}" for name in libraries) or "-",
+            best,
+            _memory(providers["ours"], providers.get("eager")),
+        ]
+        if device == "cuda":
+            share = record["share_of_ceiling"]
+            of = "-" if share is None else f"{100 * share:.0f} % ({record['bound']})"
+            row += [f"{providers['ours']['milliseconds']:.3g}", of]
+        rows.append(row)
+    return _table(heads, rows)
+
+
+def _ratio(provider: dict[str, Any] | None) -> str:
+    return "-" if provider is None or provider["ratio"] is None else f"{provider['ratio']:.2f}x"
+
+
+def _memory(ours: dict[str, Any], eager: dict[str, Any] | None) -> str:
+    if eager is None or not eager["peak_bytes"] or ours["peak_bytes"] is None:
+        return "-"
+    return f"{ours['peak_bytes'] / eager['peak_bytes']:.2f}x"
+
+
+def power(results: Results) -> list[str]:
+    """How often the regression gate notices a slowdown."""
+    result = results.read("power.json")
+    rows = []
+    for row in result["rows"]:
+        low, high = wilson(row["detected"], row["trials"])
+        rows.append(
+            [
+                f"{100 * row['slowdown']:g} %" if row["slowdown"] else "none",
+                f"{row['detected']} of {row['trials']}",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+                f"{row['median_seconds']:.0f} s",
+            ]
+        )
+    return _table(["slowdown", "noticed", "95 % interval", "a comparison takes"], rows)
+
+
+def audit(results: Results, *words: str) -> list[str]:
+    """What compiled kernels take, a row a kernel, configuration and chip.
+
+    Args:
+        words: what to show, by Triton's version (the newest otherwise), chips and compilers:
+            `<!-- table: audit 3.9 sm_90 triton -->`.
+    """
+    versions = [word for word in words if re.fullmatch(r"\d+\.\d+", word)]
+    kernels = _audit(results, *versions)["kernels"]
+    if kernels is None:
+        raise TableError("that audit left the compiled kernels out: run it with them")
+    for kind in ("chip", "compiler"):
+        known = {kernel[kind] for kernel in kernels}
+        if wanted := known.intersection(words):
+            kernels = [kernel for kernel in kernels if kernel[kind] in wanted]
+        words = tuple(word for word in words if word not in known)
+    if unknown := [word for word in words if word not in versions]:
+        raise TableError(f"nothing in the audit is called {', '.join(unknown)}")
+    rows = []
+    for kernel in kernels:
+        mix = kernel["instructions"]
+        occupancy = kernel["occupancy"]
+        rows.append(
+            [
+                f"`{kernel['name']}`",
+                kernel["chip"],
+                str(kernel["registers"]),
+                f"{kernel['shared']:,} B",
+                "?" if occupancy is None else f"{100 * occupancy:.0f} %",
+                _spills(kernel),
+                _widths(mix["loads"], mix["tma"], stores=False),
+                _widths(mix["stores"], mix["tma"], stores=True),
+            ]
+        )
+    heads = ["kernel", "chip", "registers", "shared memory", "occupancy", "spills"]
+    return _table([*heads, "loads", "stores"], rows)
+
+
+def traffic(results: Results, version: str = "*") -> list[str]:
+    """What calls move against the least that they have to, by the audit with Triton `version`."""
+    calls = _audit(results, version)["traffic"]
+    if calls is None:
+        raise TableError("that audit left the traffic out: run it with it")
+    rows = []
+    for call in calls:
+        row = [f"`{call['name']}`", str(_total(call, "launches"))]
+        row.append(str(sum(call["torch_operations"].values())))
+        for way in ("read", "written"):
+            asked, distinct = _total(call, way), _total(call, f"{way}_unique")
+            row += _moved(asked, distinct, call[f"minimum_{way}"])
+        rows.append(row)
+    heads = ["call", "launches", "PyTorch's"]
+    for way in ("read", "written"):
+        heads += [f"least {way}", way, f"{way}, a byte once"]
+    return _table(heads, rows)
+
+
+def _audit(results: Results, version: str = "*") -> Any:
+    names = results.names(f"audit/triton-{version}.json")
+    newest = max(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+    return results.read(newest)
+
+
+def _spills(kernel: dict[str, Any]) -> str:
+    mix = kernel["instructions"]
+    accesses, stack = mix["local_loads"] + mix["local_stores"], kernel["stack"] + kernel["local"]
+    return f"{accesses} ({stack} B)" if accesses or stack else "none"
+
+
+def _widths(widths: dict[str, int], bulk: dict[str, int], stores: bool) -> str:
+    """Bytes that a thread moves at once, widest first, and bulk copies. (JSON's keys are text.)"""
+    found = [f"{width} B x {widths[width]}" for width in sorted(widths, key=int, reverse=True)]
+    found += [f"{name} x {count}" for name, count in bulk.items() if ("ST" in name) == stores]
+    return ", ".join(found) or "none"
+
+
+def _total(call: dict[str, Any], number: str) -> int:
+    return sum(moved[number] for moved in call["kernels"].values())
+
+
+def _moved(asked: int, distinct: int, least: int | None) -> list[str]:
+    """The least, and multiples of it; bytes where there is no least to divide by."""
+    if not least:
+        return ["?" if least is None else "0 B", f"{asked:,} B", f"{distinct:,} B"]
+    return [f"{least:,} B", f"{asked / least:.2f}x", f"{distinct / least:.2f}x"]
+
+
+TABLES: dict[str, Callable[..., list[str]]] = {
+    "demo": demo,
+    "cifar10": cifar10,
+    "public_ijepa": public_ijepa,
+    "operators": operators,
+    "steps": steps,
+    "power": power,
+    "audit": audit,
+    "traffic": traffic,
+}
+"""Generators by name: called with the results and the marker's further words."""
+
+
+# The README
+
+
+def render(readme: str, results: Results) -> str:
+    """The README with every table as the results have it.
+
+    Raises:
+        TableError: a marker that names no table or has no end, or a result that is missing.
+    """
+    lines = readme.splitlines()
+    kept: list[str] = []
+    place = 0
+    while place < len(lines):
+        line = lines[place]
+        kept.append(line)
+        place += 1
+        if line.strip() == _END:
+            raise TableError(f"line {place}: {_END} without a table's beginning")
+        begin = _BEGIN.fullmatch(line.strip())
+        if begin is None:
+            continue
+        start = place
+        while place < len(lines) and lines[place].strip() != _END:
+            if _BEGIN.fullmatch(lines[place].strip()):
+                break
+            place += 1
+        if place == len(lines) or lines[place].strip() != _END:
+            raise TableError(f"line {start}: the table {begin[1]!r} has no {_END}")
+        try:
+            kept += ["", *_generate(begin[1], results), "", lines[place]]
+        except TableError as error:
+            raise TableError(f"line {start}: table {begin[1]!r}: {error}") from error
+        place += 1
+    return "\n".join(kept) + "\n"
+
+
+def _generate(marker: str, results: Results) -> list[str]:
+    name, *words = marker.split() or [""]
+    if name not in TABLES:
+        raise TableError(f"there is no such table; there are: {', '.join(TABLES)}")
+    try:
+        return TABLES[name](results, *words)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise TableError(
+            f"cannot be made of its result: {type(error).__name__}: {error}"
+        ) from error
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's score, which holds near 0 and 1, too."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"expected 0 <= successes <= trials, trials > 0, got {successes}/{trials}")
+    z = 1.959963984540054
+    share = successes / trials
+    middle = share + z**2 / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    for row in rows:
+        if len(row) != len(heads):
+            raise ValueError(f"expected {len(heads)} cells, got {len(row)}")
+    # A cell without text gets one space, as one would write it.
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    lines = [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
+    return [lines[0], "|" + "---|" * len(heads), *lines[1:]]
+
+
+def _percent(share: float, ties_up: bool = False) -> str:
+    """`"78.5 %"`. `ties_up` rounds what `jepa-fast eval` prints, which has two digits; of so many
+    images as are probed here, one share in two is a tie then.
+    """
+    if ties_up:
+        printed = Decimal(f"{100 * share:.2f}")
+        return f"{printed.quantize(Decimal('0.1'), ROUND_HALF_UP)} %"
+    return f"{share:.1%}".replace("%", " %")
+
+
+def _mean_and_range(shares: Sequence[float], ties_up: bool = False) -> str:
+    mean, low, high = (_percent(x, ties_up) for x in (fmean(shares), min(shares), max(shares)))
+    return f"{mean} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
+
+
+def _one(values: set[int]) -> int:
+    if len(values) != 1:
+        raise ValueError(f"expected as many seeds for every probe, got {sorted(values)}")
+    return values.pop()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, or nothing to change; 1 `--check` found a difference; 2 an error."""
+    parser = argparse.ArgumentParser(description="Write the README's tables from the results.")
+    parser.add_argument(
+        "--check", action="store_true", help="show what would change, write nothing"
+    )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
+    try:
+        before = options.readme.read_text()
+        after = render(before, Results(options.results))
+    except (OSError, TableError) as error:
+        print(f"{options.readme.name}: {error}", file=sys.stderr)
+        return 2
+    if before == after:
+        return 0
+    if not options.check:
+        write_text(options.readme, after)
+        return 0
+    difference = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), "README.md", "from the results", lineterm=""
+    )
+    print("\n".join(difference))
+    print("The README's tables are not those of the results: run `make tables`.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

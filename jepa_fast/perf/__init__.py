@@ -1,0 +1,26 @@
+"""Measuring: benchmarks, an audit that needs no GPU, a gate for regressions, profilers' ranges."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_RANGES = ("disable_ranges", "enable_ranges", "phase", "use_ranges")
+"""Of `jepa_fast.ranges`, loaded at first use: the other files here do without torch."""
+_AUDIT = {
+    "Cost": "race",
+    "Launch": "kernel_audit",
+    "Report": "audit_report",
+    "audit": "kernel_audit",
+}
+"""Of the audit of one's own kernels, by the files here, loaded at first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RANGES:
+        from jepa_fast import ranges
+
+        return getattr(ranges, name)
+    if name in _AUDIT:
+        return getattr(importlib.import_module(f"{__name__}.{_AUDIT[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

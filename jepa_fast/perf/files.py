@@ -1,0 +1,39 @@
+"""Writing results: a file is there whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `path` in one step: whoever reads it sees the old content or the new one.
+
+    Raises:
+        OSError: the folder cannot be made or written; an earlier file stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)  # mkstemp's files are for their owner alone
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON, keys in the order given. Raises as `write_text`."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

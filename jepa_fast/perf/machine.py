@@ -1,0 +1,132 @@
+"""Which machine, which versions, which commit: what a result has to say of where it comes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import jepa_fast
+from jepa_fast.perf.errors import PerfError
+
+SOURCES = ("jepa_fast", "csrc", "benchmarks", "setup.py", "pyproject.toml")
+"""What decides a measurement in a checkout of jepa_fast; results and texts do not."""
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine that measures on `device`, `"cpu"` or `"cuda"`.
+
+    `name` is its short name, which results are filed under: the GPU's, or the CPU's with its cores.
+    """
+    cores = len(os.sched_getaffinity(0))
+    cpu = _cpu_name()
+    found: dict[str, Any] = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["gpu_memory_bytes"] = properties.total_memory
+        found["multiprocessors"] = properties.multi_processor_count
+        return {"name": slug(properties.name), **found, "clocks": _gpu_clocks()}
+    return {"name": slug(f"{cpu} {cores} cores"), **found, "clocks": _cpu_clocks()}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that turns source code into what is measured."""
+    found = {
+        "jepa_fast": jepa_fast.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    for package in ("triton", "transformers"):
+        found[package] = version_of(package)
+    return found
+
+
+def version_of(package: str) -> str:
+    """Its installed version, or `"not installed"`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def slug(text: str) -> str:
+    """A file name: lower case, words joined by `-`."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What `git -C folder ...` prints.
+
+    Raises:
+        PerfError: git is not installed, or refuses; with its own words.
+    """
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise PerfError("git is not installed, and a commit was asked for") from error
+    if done.returncode != 0:
+        raise PerfError(f"`git {' '.join(arguments)}` in {folder}: {done.stderr.strip()}")
+    return done.stdout.rstrip("\n")
+
+
+def commit(folder: Path) -> str | None:
+    """The commit checked out in `folder`; None outside a git checkout."""
+    try:
+        return git(folder, "rev-parse", "HEAD")
+    except PerfError:
+        return None
+
+
+def uncommitted(folder: Path, paths: Sequence[str] = SOURCES) -> list[str]:
+    """Files below `paths` that differ from the commit, new ones included; results left out."""
+    there = [path for path in paths if (folder / path).exists()]
+    if commit(folder) is None or not there:
+        return []
+    status = git(folder, "status", "--porcelain", "--untracked-files=all", "--", *there)
+    return [line[3:] for line in status.splitlines() if "benchmarks/results/" not in line]
+
+
+def _cpu_name() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_clocks() -> dict[str, float]:
+    """MHz, where readable."""
+    found = [float(x.partition(":")[2]) for x in _lines("/proc/cpuinfo") if x.startswith("cpu MHz")]
+    return {"cpu_mhz": max(found)} if found else {}
+
+
+def _gpu_clocks() -> dict[str, float]:
+    """MHz now and at most, where nvidia-smi tells."""
+    keys = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+    query = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.splitlines()[0].split(",") if done.stdout else []
+    return {
+        f"{key.replace('.', '_')}_mhz": float(value)
+        for key, value in zip(keys, values, strict=False)
+        if value.strip().isdigit()
+    }
+
+
+def _lines(path: str) -> Iterable[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,187 @@
+"""What a benchmark is: a case, and a race between our way of doing it and the others.
+
+A benchmark file is a list of cases and a function that sets a race up for one of them::
+
+    @benchmark([Case("my_op", "small", {"tokens": 4096}, quick=True)])
+    def bench_my_op(case: Case, device: str) -> Race:
+        x = torch.randn(case["tokens"], device=device)
+        return Race(
+            ours=lambda: my_op(x),
+            others={"eager": lambda: x.exp() + 1},
+            check=lambda: torch.testing.assert_close(my_op(x), x.exp() + 1),
+            cost=Cost(read=x.nbytes, written=x.nbytes),
+        )
+
+`jepa-fast bench` (pytest with `jepa_fast.perf.pytest_plugin`) runs it by the protocol and
+`jepa-fast compare` times `ours` of two versions against each other. This file needs the standard
+library alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jepa_fast.perf.errors import PerfError
+
+Provider = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call has to do at the least.
+
+    Args:
+        read, written: bytes of main memory, every input read once and every output written once.
+        flops: floating-point operations; a multiplication and an addition are two.
+    """
+
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.read + other.read, self.written + other.written, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size at which something is measured.
+
+    Args:
+        operator: what is measured; results and the gate go by it.
+        name: which of the operator's cases; unique among them.
+        sizes: by the names of the field (`B`, `N`, `D`, ...), `case["B"]` for short.
+        dtype: of the floating-point inputs, `"float32"`.
+        devices: where it runs; sizes meant for a GPU take minutes on a CPU.
+        quick: small enough for `--quick` and for the gate: some milliseconds on a CPU.
+    """
+
+    operator: str
+    name: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    dtype: str = "float32"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: bool = False
+
+    def __getitem__(self, size: str) -> int:
+        return self.sizes[size]
+
+    def __str__(self) -> str:
+        return f"{self.operator}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Race:
+    """Several ways to do the same work.
+
+    Args:
+        ours: does the work once, on inputs made before; what is timed, and what the gate watches.
+        others: by name: what a user would do otherwise. `"eager"` is the plain PyTorch reference,
+            `"compile"` the same under `torch.compile`; others go by their library's name.
+        check: raises if a provider is wrong. It runs first, and then there are no numbers.
+        cost: what the work takes at the least.
+        backend: which backend of ours runs, for the record.
+        why_not: by the name of a provider that is missing here: why.
+    """
+
+    ours: Provider
+    others: Mapping[str, Provider]
+    check: Callable[[], None]
+    cost: Cost
+    backend: str = ""
+    why_not: Mapping[str, str] = field(default_factory=dict)
+
+
+SetUp = Callable[[Case, str], Race]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A benchmark as the gate sees it: cases, and the function that sets a race up for one."""
+
+    cases: tuple[Case, ...]
+    set_up: SetUp
+
+
+def benchmark(cases: Iterable[Case]) -> Callable[[SetUp], Callable[..., None]]:
+    """Makes a function that sets a race up into a benchmark of all `cases`.
+
+    Args:
+        cases: what `set_up(case, device)` is called with, one after the other.
+    """
+
+    def decorate(set_up: SetUp) -> Callable[..., None]:
+        def bench(case: Case, device: str, race: Callable[..., None]) -> None:
+            race(case, device, set_up)
+
+        bench.__name__ = bench.__qualname__ = set_up.__name__
+        bench.__doc__ = set_up.__doc__
+        bench.__module__ = set_up.__module__
+        bench.entry = Entry(tuple(cases), set_up)  # type: ignore[attr-defined]
+        return bench
+
+    return decorate
+
+
+def suite_files(folder: Path) -> list[Path]:
+    """The benchmark files of a suite.
+
+    Raises:
+        PerfError: there are none.
+    """
+    files = sorted(folder.glob("bench_*.py"))
+    if not files:
+        raise PerfError(
+            f"no benchmarks (bench_*.py) in {folder}: name the folder that holds them with --suite"
+        )
+    return files
+
+
+def load_suite(folder: Path) -> list[Entry]:
+    """Imports every benchmark file of a suite. Raises as `suite_files`."""
+    sys.path.insert(0, str(folder))  # for what they share
+    try:
+        modules = [_load(path) for path in suite_files(folder)]
+    finally:
+        sys.path.remove(str(folder))
+    return [
+        value.entry
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(getattr(value, "entry", None), Entry)
+    ]
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise PerfError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_names(what: str, wanted: Sequence[str], known: Iterable[str]) -> None:
+    """Raises PerfError if one of `wanted` is not among `known`, and lists these."""
+    known = sorted(set(known))
+    if unknown := [name for name in wanted if name not in known]:
+        raise PerfError(
+            f"unknown {what}: {', '.join(unknown)}; there are: {', '.join(known) or 'none'}"
+        )
+
+
+def quick_entries(entries: Sequence[Entry]) -> list[tuple[Case, Any]]:
+    """(case, set_up) of every quick case."""
+    return [(case, entry.set_up) for entry in entries for case in entry.cases if case.quick]
