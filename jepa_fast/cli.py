@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_fast.errors import BackendError, CheckpointError, DataError
 from jepa_fast.perf import commands as perf_commands
-from jepa_fast.perf.commands import audit
+from jepa_fast.perf.commands import audit, compare
 from jepa_fast.perf.errors import PerfError
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 
@@ -28,6 +28,7 @@ DONE, FAILED, WRONG = 0, 1, 2
 REPORT_SEEDS = 3
 _MEASURING = {
     "audit": (audit, "what compiler and interpreter prove of GPU kernels without a GPU"),
+    "compare": (compare, "time and memory against another version: a gate for CI"),
 }
 
 

@@ -7,13 +7,16 @@ from typing import Any
 
 _RANGES = ("disable_ranges", "enable_ranges", "phase", "use_ranges")
 """Of `jepa_fast.ranges`, loaded at first use: the other files here do without torch."""
-_AUDIT = {
+_PUBLIC = {
+    "Case": "race",
     "Cost": "race",
     "Launch": "kernel_audit",
+    "Race": "race",
     "Report": "audit_report",
     "audit": "kernel_audit",
+    "benchmark": "race",
 }
-"""Of the audit of one's own kernels, by the files here, loaded at first use."""
+"""For one's own benchmarks and audits, by the files here, loaded at first use."""
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +24,6 @@ def __getattr__(name: str) -> Any:
         from jepa_fast import ranges
 
         return getattr(ranges, name)
-    if name in _AUDIT:
-        return getattr(importlib.import_module(f"{__name__}.{_AUDIT[name]}"), name)
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,13 +11,29 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import jepa_fast
 from jepa_fast.perf.errors import PerfError
 
 SOURCES = ("jepa_fast", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 """What decides a measurement in a checkout of jepa_fast; results and texts do not."""
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(wanted: str) -> str:
+    """`"cpu"` or `"cuda"`, which `"auto"` is where there is a GPU.
+
+    Raises:
+        PerfError: `"cuda"` is wanted, and there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise PerfError("no CUDA GPU is visible to torch: leave the device out, or name cpu")
+    if wanted == "auto":
+        return "cuda" if there else "cpu"
+    return wanted
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -25,6 +41,8 @@ def describe(device: str) -> dict[str, Any]:
 
     `name` is its short name, which results are filed under: the GPU's, or the CPU's with its cores.
     """
+    import torch  # here, as git and names are wanted without its second
+
     cores = len(os.sched_getaffinity(0))
     cpu = _cpu_name()
     found: dict[str, Any] = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads()}
@@ -39,6 +57,8 @@ def describe(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of everything that turns source code into what is measured."""
+    import torch
+
     found = {
         "jepa_fast": jepa_fast.__version__,
         "python": platform.python_version(),

@@ -148,11 +148,26 @@ def suite_files(folder: Path) -> list[Path]:
     return files
 
 
-def load_suite(folder: Path) -> list[Entry]:
-    """Imports every benchmark file of a suite. Raises as `suite_files`."""
+def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list[Entry]:
+    """Imports every benchmark file of a suite.
+
+    Args:
+        folder: the suite's.
+        failed: gets, by name, what files raised that cannot be imported; without it they raise.
+
+    Raises:
+        PerfError: as `suite_files`.
+    """
+    modules = []
     sys.path.insert(0, str(folder))  # for what they share
     try:
-        modules = [_load(path) for path in suite_files(folder)]
+        for path in suite_files(folder):
+            try:
+                modules.append(_load(path))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[path.name] = error
     finally:
         sys.path.remove(str(folder))
     return [

@@ -1,0 +1,149 @@
+"""`jepa-fast compare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jepa_fast.perf.gate.gate import Comparison
+
+DONE, WORSE = 0, 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.description = (
+        "Builds BASE and the working tree side by side, lets both take turns at the suite's quick "
+        "cases, and fails (exit code 1) where the working tree is really slower: where the 99 % "
+        "lower bound of the slow-down is above the tolerance, and again in a second run with new "
+        "processes. Fails, too, where a call's peak memory grew, which is deterministic."
+    )
+    parser.add_argument("base", metavar="BASE", help="a git ref: origin/main, a tag, a commit")
+    parser.add_argument("--op", nargs="+", metavar="OP", help="operators (default: all)")
+    parser.add_argument(
+        "--suite",
+        type=Path,
+        default=Path("benchmarks"),
+        metavar="FOLDER",
+        help="of benchmarks, bench_*.py, below the repository's root; both versions run those of "
+        "the working tree (default: benchmarks)",
+    )
+    parser.add_argument(
+        "--build",
+        metavar="COMMAND",
+        help="builds a version, in its root, once (default: nothing; the native library in a "
+        "checkout of jepa_fast)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--threads", type=_positive(int), default=1, metavar="N", help="of torch (default: 1)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_positive(float),
+        default=0.02,
+        metavar="SHARE",
+        help="slow-down that is allowed (default: 0.02, 2 %%)",
+    )
+    parser.add_argument(
+        "--memory-tolerance",
+        type=_positive(float),
+        default=0.01,
+        metavar="SHARE",
+        help="growth of peak memory that is allowed (default: 0.01)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive(float),
+        default=20.0,
+        metavar="S",
+        help="for timing a case, at the most, in each of two runs (default: 20)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="of built versions (~/.cache/jepa_fast)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="for a CI job's summary")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="for CI that shows tests")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+
+
+def _positive(kind: type[int] | type[float]) -> type[int] | type[float]:
+    """A parser of positive numbers."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        return value
+
+    parse.__name__ = "number"  # as argparse names it when the text is none
+    return parse  # type: ignore[return-value]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Builds, compares, prints and writes; gives the exit code.
+
+    Raises:
+        PerfError: a ref, a folder or an operator is not known, there is nothing to compare with, a
+            version cannot be built or run: by kind, each with its exit code.
+        OSError: a result cannot be written; an earlier file stays whole.
+    """
+    from jepa_fast.perf.errors import PerfError
+    from jepa_fast.perf.gate import report
+    from jepa_fast.perf.gate.gate import Limits, compare
+    from jepa_fast.perf.gate.sides import Setting
+    from jepa_fast.perf.gate.snapshots import Snapshots, default_cache
+    from jepa_fast.perf.race import suite_files
+
+    # Nothing that is measured on a CPU needs the minutes of nvcc.
+    environment = {"JEPA_FAST_BUILD": os.environ.get("JEPA_FAST_BUILD", "cpu")}
+    snapshots = Snapshots(
+        Path.cwd(),
+        options.cache or default_cache(),
+        options.build,
+        environment if options.device == "cpu" else None,
+    )
+    suite = options.suite.resolve()
+    if not suite.is_relative_to(snapshots.root):
+        raise PerfError(f"the suite has to be in the repository {snapshots.root}, got {suite}")
+    suite_files(suite)
+    base = snapshots.base(options.base)
+    head = snapshots.head()
+    setting = Setting(
+        head.root / suite.relative_to(snapshots.root), options.device, options.threads
+    )
+    limits = Limits(options.tolerance, options.memory_tolerance, options.seconds)
+    print(f"{head.label} against {base.label}", flush=True)
+    found = compare(
+        base,
+        head,
+        setting,
+        limits,
+        options.op or (),
+        lambda finding: print(report.line(finding, limits.slow_down), flush=True),
+    )
+    _write(options, found)
+    worse = sum(not finding.ok for finding in found.findings)
+    print(f"{worse} of {len(found.findings)} got worse" if worse else "nothing got worse")
+    return WORSE if worse else DONE
+
+
+def _write(options: argparse.Namespace, found: Comparison) -> None:
+    """The files that are asked for."""
+    from jepa_fast.perf.files import write_json, write_text
+    from jepa_fast.perf.gate import report
+    from jepa_fast.perf.summary import junit, markdown
+
+    checks = report.checks(found)
+    if options.markdown:
+        write_text(options.markdown, markdown(report.title(found), checks))
+    if options.junit:
+        write_text(options.junit, junit("jepa-fast compare", checks))
+    if options.json:
+        from jepa_fast.perf.machine import describe, versions
+
+        machine = describe(found.setting.device)
+        write_json(options.json, report.to_json(found, machine, versions()))

@@ -1,0 +1,200 @@
+"""Base against the working tree, case by case: the run as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from jepa_fast.perf.errors import BaselineMissing, BuildFailed, PerfError
+from jepa_fast.perf.gate.decision import Verdict
+from jepa_fast.perf.gate.pair import CaseName, Pair
+from jepa_fast.perf.gate.sampling import Sample, sample
+from jepa_fast.perf.gate.sides import Setting, SideFailed
+from jepa_fast.perf.gate.snapshots import Snapshot
+from jepa_fast.perf.race import check_names
+
+MEMORY_SLACK_BYTES = 1024
+"""Growth up to here is none: a scalar here or there."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is allowed.
+
+    Args:
+        slow_down: as a fraction.
+        memory: growth of the peak allocation, as a fraction.
+        seconds: that the timing of a case may take, in each of two runs.
+    """
+
+    slow_down: float = 0.02
+    memory: float = 0.01
+    seconds: float = 20.0
+
+
+@dataclass
+class Finding:
+    """What came of one case.
+
+    Args:
+        operator, case: which one.
+        runs: one sample, and a second one where the first says slower.
+        base_bytes, head_bytes: peak allocation of a call.
+        memory_grew: beyond the limit.
+        broken: why the working tree cannot run it, which the base can.
+        not_compared: why there is nothing to compare.
+    """
+
+    operator: str
+    case: str
+    runs: list[Sample] = field(default_factory=list)
+    base_bytes: int | None = None
+    head_bytes: int | None = None
+    memory_grew: bool = False
+    broken: str = ""
+    not_compared: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}/{self.case}"
+
+    @property
+    def suspect(self) -> bool:
+        """Slower in the last run that there was."""
+        return bool(self.runs) and self.runs[-1].verdict is Verdict.SLOWER
+
+    @property
+    def slower(self) -> bool:
+        """In both runs."""
+        return len(self.runs) == 2 and all(run.verdict is Verdict.SLOWER for run in self.runs)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.slower or self.memory_grew or self.broken)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All findings, and of what.
+
+    Args:
+        base, head: the versions.
+        setting: how they were run.
+        limits: what was allowed.
+        findings: a case each.
+    """
+
+    base: Snapshot
+    head: Snapshot
+    setting: Setting
+    limits: Limits
+    findings: list[Finding]
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.ok for finding in self.findings)
+
+
+def compare(
+    base: Snapshot,
+    head: Snapshot,
+    setting: Setting,
+    limits: Limits,
+    operators: Sequence[str] = (),
+    tell: Callable[[Finding], None] = lambda finding: None,
+) -> Comparison:
+    """Measures the suite's quick cases on both versions, and what looks slower once more.
+
+    The second run has processes of its own: where a process happens to have its code and data
+    shifts its times for as long as it lives.
+
+    Args:
+        base, head: the versions, built.
+        setting: how they are run.
+        limits: what is allowed.
+        operators: which; none: all.
+        tell: gets each finding as it is made, or changed by the second run.
+
+    Raises:
+        PerfError: an operator is not known, or there is no quick case.
+        BaselineMissing: the base can run none of the cases.
+        BuildFailed: a version does not start, or the working tree cannot run its benchmarks.
+    """
+    findings = []
+    with _started(base, head, setting) as pair:
+        for case in _cases(pair, head, setting, operators):
+            findings.append(_first(pair, case, limits))
+            tell(findings[-1])
+    if all(finding.not_compared for finding in findings):
+        reasons = "; ".join(sorted({finding.not_compared for finding in findings}))
+        raise BaselineMissing(f"there is nothing to compare with: {reasons}")
+    if suspects := [finding for finding in findings if finding.suspect]:
+        with _started(base, head, setting) as pair:
+            for finding in suspects:
+                _second(pair, finding, limits)
+                tell(finding)
+    return Comparison(base, head, setting, limits, findings)
+
+
+def _started(base: Snapshot, head: Snapshot, setting: Setting) -> Pair:
+    try:
+        return Pair(base, head, setting)
+    except SideFailed as error:
+        raise BuildFailed(str(error)) from error
+
+
+def _cases(
+    pair: Pair, head: Snapshot, setting: Setting, operators: Sequence[str]
+) -> list[CaseName]:
+    """What is to be compared: the cases of the working tree's suite."""
+    if broken := "; ".join(f"{name}: {why}" for name, why in pair.failed[1].items()):
+        raise BuildFailed(f"{head.label} cannot run its benchmarks: {broken}")
+    known = list(pair.cases[1])
+    if not known:
+        raise PerfError(
+            f"no benchmark in {setting.suite} has a case with quick=True for {setting.device}"
+        )
+    check_names("operator", operators, [operator for operator, _ in known])
+    return [case for case in known if not operators or case[0] in operators]
+
+
+def _first(pair: Pair, case: CaseName, limits: Limits) -> Finding:
+    """A case for the first time: whether both can run it, memory, then times."""
+    finding = Finding(*case)
+    in_base, in_head = pair.open(case)
+    if in_base:
+        finding.not_compared = f"the base cannot run it: {in_base}"
+        if in_head:
+            finding.not_compared = f"neither version can run it: {in_head}"
+    elif in_head:
+        finding.broken = in_head
+    else:
+        try:
+            finding.base_bytes = pair.base.ask("memory")
+            finding.head_bytes = pair.head.ask("memory")
+            most = finding.base_bytes * (1 + limits.memory) + MEMORY_SLACK_BYTES
+            finding.memory_grew = finding.head_bytes > most
+            finding.runs.append(_sample(pair, case, limits))
+        except SideFailed as error:
+            finding.broken = str(error)
+    pair.close()
+    return finding
+
+
+def _second(pair: Pair, finding: Finding, limits: Limits) -> None:
+    """A case once more."""
+    case = (finding.operator, finding.case)
+    finding.broken = "; ".join(filter(None, pair.open(case)))
+    if not finding.broken:
+        try:
+            finding.runs.append(_sample(pair, case, limits))
+        except SideFailed as error:
+            finding.broken = str(error)
+    pair.close()
+
+
+def _sample(pair: Pair, case: CaseName, limits: Limits) -> Sample:
+    of_base, of_head = pair.cases
+    return sample(
+        pair.base, pair.head, (of_base[case], of_head[case]), limits.slow_down, limits.seconds
+    )

@@ -1,0 +1,127 @@
+"""One version's process, seen from the one that asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from jepa_fast.perf.errors import PerfError
+
+_PATIENCE_SECONDS = 600.0
+"""For one answer; a case that takes longer hangs."""
+_LARGE = 2**32
+_STEADY = {
+    # Data on huge pages and memory that is kept: which pages a tensor happens to get otherwise
+    # shifts a version's times by several per cent until it is allocated anew.
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}"
+        for name in ("hugetlb=1", f"mmap_threshold={_LARGE}", f"trim_threshold={_LARGE}")
+    ),
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "PYTHONHASHSEED": "0",
+}
+
+
+class SideFailed(PerfError):
+    """A version cannot do what it was asked for; says what it raised."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How versions are run.
+
+    Args:
+        suite: folder of the benchmarks, the same for both.
+        device: `"cpu"` or `"cuda"`.
+        threads: of torch.
+    """
+
+    suite: Path
+    device: str = "cpu"
+    threads: int = 1
+
+
+class Side:
+    """A version's process.
+
+    Args:
+        root: the version's files.
+        label: it, for messages.
+        setting: how it is run.
+    """
+
+    def __init__(self, root: Path, label: str, setting: Setting) -> None:
+        self.label = label
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
+        threads = str(setting.threads)
+        environment = {**os.environ, **_STEADY, "OMP_NUM_THREADS": threads}
+        worker = Path(__file__).with_name("worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(worker), str(root), str(setting.suite), setting.device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            cwd=root,
+        )
+        self._questions = cast(IO[bytes], self._process.stdin)
+        self._answers = cast(IO[bytes], self._process.stdout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self._process.poll() is None
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Asks, without waiting for the answer."""
+        line = json.dumps({"do": do, **arguments}) + "\n"
+        with suppress(BrokenPipeError):  # the answer that does not come says why
+            os.write(self._questions.fileno(), line.encode())
+
+    def receive(self) -> Any:
+        """The next answer.
+
+        Raises:
+            SideFailed: it is an error, or the process ended, or does not answer.
+        """
+        if not select.select([self._answers], [], [], _PATIENCE_SECONDS)[0]:
+            self.close()
+            raise SideFailed(f"{self.label}: no answer for {_PATIENCE_SECONDS:.0f} s")
+        line = self._answers.readline()
+        if not line:
+            self.close()
+            raise SideFailed(
+                f"{self.label}: its process ended with {self._process.returncode}\n{self._said()}"
+            )
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "error" in answer:
+            raise SideFailed(f"{self.label}: {answer['error']}")
+        return answer
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Asks and waits. Raises as `receive`."""
+        self.send(do, **arguments)
+        return self.receive()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._questions.close()
+        self._answers.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _said(self) -> str:
+        """The end of what it printed."""
+        self._errors.seek(0)
+        return "\n".join(self._errors.read().decode(errors="replace").splitlines()[-20:])

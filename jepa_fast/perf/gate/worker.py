@@ -1,0 +1,184 @@
+"""The process that runs one version. Started as a file, with that version first on the path.
+
+    python worker.py ROOT SUITE DEVICE
+
+`ROOT` is the version, `SUITE` the folder of benchmarks, which both versions run. It answers one
+JSON object a line on stdout to each command on stdin, until that closes:
+
+    {"do": "list"}                              cases that can be compared, files that fail
+    {"do": "open", "case": i}                   sets the case up, anew if it is set up already
+    {"do": "pin", "core": i}                    stays on that core
+    {"do": "turn", "calls": n}                  seconds of each of n calls, after one that is not
+    {"do": "memory"}                            peak allocation of a call, in bytes
+    {"do": "close"}                             lets go of the case
+
+`{"error": "..."}` answers what cannot be done.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+_PERF = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Answers until stdin closes."""
+    root, suite, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    answers = _own_stdout()
+    sys.path[0] = str(root)  # was this file's folder
+    if (root / "src").is_dir():
+        sys.path.insert(0, str(root / "src"))
+    sys.path.append(str(_PERF.parents[1]))  # for a repository that only uses jepa_fast
+    worker = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            worker = worker or Worker(suite, device)
+            answer = worker.answer(command)
+        except Exception as error:
+            # Said to the parent, which decides: a version may be unable to run a case.
+            answer = {"error": _told(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _own_stdout() -> TextIO:
+    """The stream of answers; whatever else is printed goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _use_this_harness() -> None:
+    """Both versions are measured by this one's `jepa_fast.perf`, also of a jepa_fast without it."""
+    package = importlib.import_module("jepa_fast")
+    name = "jepa_fast.perf"
+    spec = importlib.util.spec_from_file_location(
+        name, _PERF / "__init__.py", submodule_search_locations=[str(_PERF)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{_PERF} is not a package")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    package.perf = module  # type: ignore[attr-defined]
+
+
+class Worker:
+    """What the process holds.
+
+    Args:
+        suite: the folder of benchmarks.
+        device: `"cpu"` or `"cuda"`.
+    """
+
+    def __init__(self, suite: Path, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        _use_this_harness()
+        from jepa_fast.perf.race import load_suite, quick_entries
+
+        self._failed: dict[str, Exception] = {}
+        self._cases = quick_entries(load_suite(suite, self._failed))
+        self._device = device
+        self._call: Callable[[], object] | None = None
+        self._seconds = _event_seconds(torch) if device == "cuda" else _wall_seconds
+
+    def answer(self, command: dict[str, Any]) -> Any:
+        """What a command gives."""
+        doing: dict[str, Callable[..., Any]] = {
+            "list": self._list,
+            "pin": self._pin,
+            "open": self._open,
+            "turn": self._turn,
+            "memory": self._memory,
+            "close": self._close,
+        }
+        return doing[command.pop("do")](**command)
+
+    def _list(self) -> dict[str, Any]:
+        return {
+            "cases": [
+                {
+                    "operator": case.operator,
+                    "case": case.name,
+                    "devices": list(case.devices),
+                    "sizes": dict(case.sizes),
+                    "dtype": case.dtype,
+                }
+                for case, _ in self._cases
+            ],
+            "failed": {name: _told(error) for name, error in self._failed.items()},
+        }
+
+    def _pin(self, core: int) -> dict[str, Any]:
+        os.sched_setaffinity(0, {core})
+        return {}
+
+    def _open(self, case: int) -> dict[str, Any]:
+        import torch
+
+        self._call = None
+        torch.manual_seed(0)
+        known, set_up = self._cases[case]
+        self._call = set_up(known, self._device).ours
+        self._call()
+        return {}
+
+    def _turn(self, calls: int) -> list[float]:
+        call = self._opened()
+        call()
+        gc.disable()
+        try:
+            return [self._seconds(call) for _ in range(calls)]
+        finally:
+            gc.enable()
+
+    def _memory(self) -> int:
+        from jepa_fast.perf.memory import peak_allocation
+
+        return peak_allocation(self._opened(), self._device)
+
+    def _close(self) -> dict[str, Any]:
+        self._call = None
+        return {}
+
+    def _opened(self) -> Callable[[], object]:
+        if self._call is None:
+            raise RuntimeError("no case is open")
+        return self._call
+
+
+def _told(error: Exception) -> str:
+    """In a line."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _event_seconds(torch: Any) -> Callable[[Callable[[], object]], float]:
+    """A clock for a GPU, with a cold L2; as in the benchmarks' protocol."""
+    from jepa_fast.perf.protocol import EventClock
+
+    clock = EventClock()
+    return lambda call: clock.seconds(call, 1)
+
+
+if __name__ == "__main__":
+    main()

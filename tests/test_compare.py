@@ -1,0 +1,460 @@
+"""The gate: verdicts from numbers, versions side by side, and the command end to end.
+
+No test here depends on how fast anything is: the versions under test tell the time themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from jepa_fast.cli import main
+from jepa_fast.perf.errors import BuildFailed, PerfError
+from jepa_fast.perf.gate.decision import LOOKS, Interval, Verdict, decide, slow_down
+from jepa_fast.perf.gate.sampling import sample
+from jepa_fast.perf.gate.sides import Side
+from jepa_fast.perf.gate.snapshots import Snapshots
+
+# What numbers prove
+
+
+def test_a_slow_down_is_the_middle_of_the_ratios_within_its_bounds() -> None:
+    found = slow_down([1.04, 1.05, 1.06] * 30)
+    assert found.estimate == pytest.approx(0.05, abs=1e-3)
+    assert found.early_low <= found.low < found.estimate < found.high <= found.early_high
+    assert found.pairs == 90
+    assert found == slow_down([1.04, 1.05, 1.06] * 30)  # the same numbers, the same verdict
+
+
+def test_equal_times_are_no_slow_down() -> None:
+    found = slow_down([1.0] * 32)
+    assert (found.estimate, found.early_low, found.early_high) == (0, 0, 0)
+
+
+def test_pairs_that_something_disturbed_do_not_count() -> None:
+    ratios = [1.0] * 28 + [9.0] * 4
+    assert slow_down(ratios).estimate == 0
+
+
+def test_bounds_hold_as_often_as_they_say() -> None:
+    """In 120 seeded repetitions the true value may be below the 99 % bound once or twice."""
+    generator = random.Random(1)
+    below = 0
+    for repetition in range(120):
+        ratios = [1.02 * generator.lognormvariate(0, 0.05) for _ in range(LOOKS[1])]
+        below += slow_down(ratios, seed=repetition).low > 0.02
+    assert below <= 5  # of 6 and more, where 1.2 are expected, the probability is 1 in 600
+
+
+def test_one_ratio_proves_nothing() -> None:
+    with pytest.raises(ValueError, match="at least two ratios, got 1"):
+        slow_down([1.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "early_low", "early_high", "last", "verdict"),
+    [
+        (0.03, 0.06, 0.025, 0.07, False, Verdict.SLOWER),
+        (0.03, 0.06, 0.015, 0.07, False, Verdict.UNSURE),  # not yet sure enough
+        (0.03, 0.06, 0.015, 0.07, True, Verdict.SLOWER),
+        (-0.01, 0.01, -0.02, 0.015, False, Verdict.OK),
+        (-0.01, 0.01, -0.02, 0.03, False, Verdict.UNSURE),
+        (-0.01, 0.01, -0.02, 0.03, True, Verdict.OK),
+        (0.01, 0.03, 0.0, 0.04, True, Verdict.UNSURE),
+    ],
+)
+def test_verdicts(
+    low: float, high: float, early_low: float, early_high: float, last: bool, verdict: Verdict
+) -> None:
+    found = Interval((low + high) / 2, low, high, early_low, early_high, 32)
+    assert decide(found, 0.02, last) is verdict
+
+
+class _Side:
+    """A process whose calls take as long as it says."""
+
+    def __init__(self, name: str, log: list[str], seconds: float, noise: float, seed: int) -> None:
+        self._name, self._log, self._seconds, self._noise = name, log, seconds, noise
+        self._generator = random.Random(seed)
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        self._log.append(f"{do} {self._name}")
+        if do == "turn":
+            assert arguments["calls"] >= 1
+            return [
+                self._seconds * self._generator.lognormvariate(0, self._noise)
+                for _ in range(arguments["calls"])
+            ]
+        return {}
+
+
+def _sampled(ratio: float, noise: float = 0.02, seconds: float = 1e9) -> tuple[Any, list[str]]:
+    log: list[str] = []
+    base = cast(Side, _Side("base", log, 1e-3, noise, 1))
+    head = cast(Side, _Side("head", log, 1e-3 * ratio, noise, 2))
+    ticks = iter(range(10**6))
+    return sample(base, head, (0, 0), 0.02, seconds, now=lambda: next(ticks)), log
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.0, Verdict.OK), (0.8, Verdict.OK), (1.2, Verdict.SLOWER)]
+)
+def test_what_is_plain_is_decided_at_the_first_look(ratio: float, verdict: Verdict) -> None:
+    found, _ = _sampled(ratio)
+    assert found.verdict is verdict
+    assert found.interval.pairs == LOOKS[0]
+    assert found.interval.estimate == pytest.approx(ratio - 1, abs=0.02)
+
+
+def test_what_is_close_is_looked_at_longer() -> None:
+    found, _ = _sampled(1.02, noise=0.1)
+    assert found.interval.pairs == LOOKS[-1]
+    assert found.verdict is Verdict.UNSURE
+
+
+def test_when_the_time_is_up_what_is_there_decides() -> None:
+    found, _ = _sampled(1.02, noise=0.1, seconds=40)
+    assert LOOKS[0] <= found.interval.pairs < LOOKS[1]
+
+
+def test_versions_take_turns_and_begin_in_turn() -> None:
+    _, log = _sampled(1.0, noise=0.0)
+    log = log[1:]  # the turn that finds how long a call takes
+    first, second = log[:6], log[6:12]
+    assert first == [f"open {s}" for s in ("head", "base")] + [
+        f"turn {s}" for s in ("head", "base", "base", "head")
+    ]
+    other = {"head": "base", "base": "head"}
+    assert second == [f"{do} {other[side]}" for do, side in (each.split() for each in first)]
+
+
+# Two versions side by side
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    command = ["git", *identity, "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+class _Repository:
+    """A project with a library, its suite, and one commit."""
+
+    def __init__(self, root: Path, files: dict[str, str]) -> None:
+        self.root = root
+        root.mkdir()
+        _git(root, "init", "-q", "-b", "main")
+        self.write(files)
+        self.commit()
+
+    def write(self, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def commit(self) -> str:
+        _git(self.root, "add", "-A")
+        _git(self.root, "commit", "-q", "-m", "A commit")
+        return _git(self.root, "rev-parse", "HEAD")
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> _Repository:
+    return _Repository(tmp_path / "plain", {"a.txt": "1", ".gitignore": "ignored.txt\n"})
+
+
+def _snapshots(repository: _Repository, build: str | None = None) -> Snapshots:
+    return Snapshots(repository.root, repository.root.parent / "snapshots", build)
+
+
+def test_the_base_is_the_commit_and_the_head_the_working_tree(plain: _Repository) -> None:
+    plain.write({"a.txt": "2", "new.txt": "3", "ignored.txt": "4"})
+    snapshots = _snapshots(plain)
+    base, head = snapshots.base("main"), snapshots.head()
+    assert (base.root / "a.txt").read_text() == "1"
+    assert not (base.root / "new.txt").exists()
+    assert (head.root / "a.txt").read_text() == "2"
+    assert (head.root / "new.txt").read_text() == "3"
+    assert not (head.root / "ignored.txt").exists()
+    assert set(head.changed) == {"a.txt", "new.txt"}
+    assert base.label == f"main ({base.commit[:8]})"
+    assert "2 changed files" in head.label
+    assert _git(plain.root, "status", "--porcelain").split() == ["M", "a.txt", "??", "new.txt"]
+
+
+def test_a_deleted_file_is_not_in_the_working_tree(plain: _Repository) -> None:
+    (plain.root / "a.txt").unlink()
+    assert not (_snapshots(plain).head().root / "a.txt").exists()
+
+
+def test_versions_are_built_once(plain: _Repository) -> None:
+    log = plain.root.parent / "log"
+    build = f"pwd >> {log}"
+    base, head = _snapshots(plain, build).base("HEAD"), _snapshots(plain, build).head()
+    assert (base, head) == (_snapshots(plain, build).base("HEAD"), _snapshots(plain, build).head())
+    assert [Path(line) for line in log.read_text().splitlines()] == [base.root, head.root]
+    plain.write({"a.txt": "2"})
+    assert _snapshots(plain, build).head().root != head.root
+    assert len(log.read_text().splitlines()) == 3
+
+
+def test_a_build_that_failed_is_tried_again(plain: _Repository) -> None:
+    flag = plain.root.parent / "flag"
+    build = f"echo no luck; test -f {flag}"
+    with pytest.raises(BuildFailed, match=r"(?s)main \(\w+\) cannot be built: .*no luck"):
+        _snapshots(plain, build).base("main")
+    flag.touch()
+    assert (_snapshots(plain, build).base("main").root / "a.txt").exists()
+
+
+def test_old_snapshots_are_forgotten(plain: _Repository) -> None:
+    roots = []
+    for number in range(10):
+        plain.write({"a.txt": str(number)})
+        roots.append(_snapshots(plain).head().root)
+    assert [root.exists() for root in roots] == [False] * 2 + [True] * 8
+
+
+def test_a_cache_that_was_deleted_is_made_anew(plain: _Repository) -> None:
+    base = _snapshots(plain).base("HEAD")
+    subprocess.run(["rm", "-r", str(base.root)], check=True)
+    assert (_snapshots(plain).base("HEAD").root / "a.txt").read_text() == "1"
+
+
+def test_an_unknown_ref_is_refused(plain: _Repository) -> None:
+    with pytest.raises(PerfError, match=r"no commit 'nowhere' in .*fetch-depth: 0"):
+        _snapshots(plain).base("nowhere")
+
+
+# End to end
+
+_LIBRARY = """
+import os
+import torch
+
+MILLISECONDS = {"steady": 1.0, "slowed": 1.0, "eager": 1.0, "greedy": 1.0, "dying": 1.0}
+EXTRA_BYTES = 0
+BROKEN = ""
+
+def work(name):
+    if name == BROKEN:
+        raise RuntimeError("no longer works")
+    if name == "dying" and BROKEN == "all of it":
+        os._exit(3)
+    print("whatever a library prints")
+    kept = torch.zeros(2**16 + (EXTRA_BYTES if name == "greedy" else 0), dtype=torch.int8)
+    return MILLISECONDS[name], kept
+"""
+_SUITE = """
+import time
+import library
+from jepa_fast.perf import Case, Cost, Race, benchmark
+
+CLOCK = [0.0]
+time.perf_counter = lambda: CLOCK[0]
+
+def set_up(case, device):
+    def ours():
+        milliseconds, kept = library.work(case.operator)
+        CLOCK[0] += milliseconds / 1e3
+        return kept
+    return Race(ours, {}, lambda: None, Cost())
+
+bench = benchmark([Case(name, "small", quick=True) for name in library.MILLISECONDS])(set_up)
+"""
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> _Repository:
+    root = tmp_path_factory.mktemp("origin") / "project"
+    return _Repository(root, {"library.py": _LIBRARY, "benchmarks/bench_library.py": _SUITE})
+
+
+@pytest.fixture
+def project(
+    origin: _Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[_Repository]:
+    """The project as it was committed, and the current folder."""
+    monkeypatch.chdir(origin.root)
+    commit = _git(origin.root, "rev-parse", "HEAD")
+    yield origin
+    _git(origin.root, "reset", "-q", "--hard", commit)
+    _git(origin.root, "clean", "-fdq")
+
+
+def _library(**changed: str) -> str:
+    lines = []
+    for line in _LIBRARY.splitlines():
+        name = line.partition(" = ")[0]
+        lines.append(f"{name} = {changed[name]}" if name in changed else line)
+    return "\n".join(lines)
+
+
+def _told(output: str, name: str) -> str:
+    """The last that was said of a case."""
+    return [line for line in output.splitlines() if f" {name}/small" in line][-1]
+
+
+def test_what_got_worse_is_named_and_nothing_else(
+    project: _Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = (
+        '{"steady": 1.01, "slowed": 1.05, "eager": 0.5, "greedy": 1.0, "dying": 1.0, "new": 1.0}'
+    )
+    project.write(
+        {"library.py": _library(MILLISECONDS=times, EXTRA_BYTES="4096", BROKEN='"all of it"')}
+    )
+    files = {kind: tmp_path / "out" / f"found.{kind}" for kind in ("markdown", "junit", "json")}
+    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    assert main(["compare", "main", *options]) == 1
+    output = capsys.readouterr().out
+
+    assert "ok    steady/small: time +1.0 %" in _told(output, "steady")
+    assert "ok    eager/small: time -50.0 %" in _told(output, "eager")
+    slowed = _told(output, "slowed")
+    assert slowed.startswith(
+        "WORSE slowed/small: SLOWER: time +5.0 % (+5.0 % to +5.0 %), 1 -> 1.05"
+    )
+    assert slowed.endswith("again +5.0 % (+5.0 % to +5.0 %)")
+    assert "WORSE" in _told(output, "greedy")
+    assert "MORE MEMORY: 65,536 -> 69,632 bytes" in _told(output, "greedy")
+    assert "its process ended with 3" in "\n".join(output.splitlines())
+    assert "not compared: the base cannot run it" in _told(output, "new")
+    assert output.splitlines()[-1] == "3 of 6 got worse"
+
+    found = json.loads(files["json"].read_text())
+    cases = {case["operator"]: case for case in found["cases"]}
+    assert [name for name, case in cases.items() if not case["ok"]] == ["slowed", "greedy", "dying"]
+    assert [run["verdict"] for run in cases["slowed"]["runs"]] == ["slower", "slower"]
+    assert [run["verdict"] for run in cases["steady"]["runs"]] == ["ok"]
+    assert cases["slowed"]["runs"][0]["slow_down"] == pytest.approx(0.05)
+    assert found["head"]["changed_files"] == ["library.py"]
+    assert found["base"]["commit"] == _git(project.root, "rev-parse", "main")
+    assert found["machine"]["cores"] >= 1
+    assert found["versions"]["torch"]
+
+    suite = ElementTree.parse(files["junit"]).getroot()[0]
+    assert suite.attrib["failures"] == "3"
+    failed = [case.attrib["name"] for case in suite if case.find("failure") is not None]
+    assert failed == ["slowed/small", "greedy/small", "dying/small"]
+    markdown = files["markdown"].read_text()
+    assert "**3 of 6 got worse**" in markdown
+    assert "| **worse** | slowed/small | SLOWER: time +5.0 %" in markdown
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "found.json",
+        "found.junit",
+        "found.markdown",
+    ]
+
+
+def test_no_change_passes(project: _Repository, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "HEAD", "--op", "steady", "greedy"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in output[1:-1]] == [
+        "ok    steady/small",
+        "ok    greedy/small",
+    ]
+    assert output[-1] == "nothing got worse"
+
+
+def test_a_slow_down_within_a_tolerance_of_one_s_own_passes(project: _Repository) -> None:
+    times = '{"steady": 1.05}'
+    project.write({"library.py": _library(MILLISECONDS=times)})
+    assert main(["compare", "main", "--tolerance", "0.06"]) == 0
+
+
+def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when jepa_fast is compared with one of its versions that had no such harness."""
+    suite = _SUITE.replace("import library", "import jepa_fast as library")
+    repository = _Repository(
+        tmp_path / "project", {"jepa_fast/__init__.py": _LIBRARY, "suite/bench_it.py": suite}
+    )
+    repository.write({"jepa_fast/__init__.py": _library(BROKEN='"eager"')})
+    monkeypatch.chdir(repository.root)
+    assert main(["compare", "main", "--suite", "suite", "--op", "steady", "eager"]) == 1
+    output = capsys.readouterr().out
+    assert "ok    steady" in _told(output, "steady")
+    assert "RuntimeError: no longer works" in _told(output, "eager")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files", "code", "message"),
+    [
+        (["nowhere"], {}, 2, "there is no commit 'nowhere'"),
+        (["main", "--suite", "no_suite"], {}, 2, r"no benchmarks \(bench_\*.py\) in .*no_suite"),
+        (["main", "--suite", "/"], {}, 2, "has to be in the repository"),
+        (["main", "--op", "unknown"], {}, 2, "unknown operator: unknown; there are: dying, eager"),
+        (["main", "--build", "test -f new.txt"], {"new.txt": ""}, 6, r"main \(.* cannot be built"),
+        (
+            ["main", "--build", "! test -f new.txt"],
+            {"new.txt": ""},
+            6,
+            r"the working tree \(.* cannot be built",
+        ),
+        (
+            ["main"],
+            {"benchmarks/bench_library.py": "import not_there"},
+            6,
+            "cannot run its benchmarks: bench_library.py: ModuleNotFoundError",
+        ),
+        (
+            ["main", "--suite", "fresh"],
+            {
+                "fresh/bench_fresh.py": _SUITE.replace("import library", "import fresh as library"),
+                "fresh.py": _LIBRARY,
+            },
+            3,
+            "nothing to compare with: the base cannot run it: .*No module named 'fresh'",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_a_code_of_its_own(
+    project: _Repository,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: Sequence[str],
+    files: dict[str, str],
+    code: int,
+    message: str,
+) -> None:
+    project.write(files)
+    out = tmp_path / "found.json"
+    assert main(["compare", *arguments, "--json", str(out)]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("jepa-fast: ")
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+def test_outside_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "main"]) == 2
+    assert "not a git repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--tolerance=0", "--threads=-1", "--seconds=nan", "--device=tpu"]
+)
+def test_wrong_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "main", option])
+    assert stopped.value.code == 2
+    assert option.partition("=")[0] in capsys.readouterr().err
