@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from gate_project import LIBRARY, SUITE, Repository, git, library
 
 from jepa_fast.cli import main
 from jepa_fast.perf.errors import BuildFailed, PerfError
@@ -144,44 +145,16 @@ def _nobody_else_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-    command = ["git", *identity, "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-class _Repository:
-    """A project with a library, its suite, and one commit."""
-
-    def __init__(self, root: Path, files: dict[str, str]) -> None:
-        self.root = root
-        root.mkdir()
-        _git(root, "init", "-q", "-b", "main")
-        self.write(files)
-        self.commit()
-
-    def write(self, files: dict[str, str]) -> None:
-        for name, text in files.items():
-            path = self.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-
-    def commit(self) -> str:
-        _git(self.root, "add", "-A")
-        _git(self.root, "commit", "-q", "-m", "A commit")
-        return _git(self.root, "rev-parse", "HEAD")
-
-
 @pytest.fixture
-def plain(tmp_path: Path) -> _Repository:
-    return _Repository(tmp_path / "plain", {"a.txt": "1", ".gitignore": "ignored.txt\n"})
+def plain(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "plain", {"a.txt": "1", ".gitignore": "ignored.txt\n"})
 
 
-def _snapshots(repository: _Repository, build: str | None = None) -> Snapshots:
+def _snapshots(repository: Repository, build: str | None = None) -> Snapshots:
     return Snapshots(repository.root, repository.root.parent / "snapshots", build)
 
 
-def test_the_base_is_the_commit_and_the_head_the_working_tree(plain: _Repository) -> None:
+def test_the_base_is_the_commit_and_the_head_the_working_tree(plain: Repository) -> None:
     plain.write({"a.txt": "2", "new.txt": "3", "ignored.txt": "4"})
     snapshots = _snapshots(plain)
     base, head = snapshots.base("main"), snapshots.head()
@@ -193,15 +166,15 @@ def test_the_base_is_the_commit_and_the_head_the_working_tree(plain: _Repository
     assert set(head.changed) == {"a.txt", "new.txt"}
     assert base.label == f"main ({base.commit[:8]})"
     assert "2 changed files" in head.label
-    assert _git(plain.root, "status", "--porcelain").split() == ["M", "a.txt", "??", "new.txt"]
+    assert git(plain.root, "status", "--porcelain").split() == ["M", "a.txt", "??", "new.txt"]
 
 
-def test_a_deleted_file_is_not_in_the_working_tree(plain: _Repository) -> None:
+def test_a_deleted_file_is_not_in_the_working_tree(plain: Repository) -> None:
     (plain.root / "a.txt").unlink()
     assert not (_snapshots(plain).head().root / "a.txt").exists()
 
 
-def test_versions_are_built_once(plain: _Repository) -> None:
+def test_versions_are_built_once(plain: Repository) -> None:
     log = plain.root.parent / "log"
     build = f"pwd >> {log}"
     base, head = _snapshots(plain, build).base("HEAD"), _snapshots(plain, build).head()
@@ -212,7 +185,7 @@ def test_versions_are_built_once(plain: _Repository) -> None:
     assert len(log.read_text().splitlines()) == 3
 
 
-def test_a_build_that_failed_is_tried_again(plain: _Repository) -> None:
+def test_a_build_that_failed_is_tried_again(plain: Repository) -> None:
     flag = plain.root.parent / "flag"
     build = f"echo no luck; test -f {flag}"
     with pytest.raises(BuildFailed, match=r"(?s)main \(\w+\) cannot be built: .*no luck"):
@@ -221,7 +194,7 @@ def test_a_build_that_failed_is_tried_again(plain: _Repository) -> None:
     assert (_snapshots(plain, build).base("main").root / "a.txt").exists()
 
 
-def test_old_snapshots_are_forgotten(plain: _Repository) -> None:
+def test_old_snapshots_are_forgotten(plain: Repository) -> None:
     roots = []
     for number in range(10):
         plain.write({"a.txt": str(number)})
@@ -229,79 +202,36 @@ def test_old_snapshots_are_forgotten(plain: _Repository) -> None:
     assert [root.exists() for root in roots] == [False] * 2 + [True] * 8
 
 
-def test_a_cache_that_was_deleted_is_made_anew(plain: _Repository) -> None:
+def test_a_cache_that_was_deleted_is_made_anew(plain: Repository) -> None:
     base = _snapshots(plain).base("HEAD")
     subprocess.run(["rm", "-r", str(base.root)], check=True)
     assert (_snapshots(plain).base("HEAD").root / "a.txt").read_text() == "1"
 
 
-def test_an_unknown_ref_is_refused(plain: _Repository) -> None:
+def test_an_unknown_ref_is_refused(plain: Repository) -> None:
     with pytest.raises(PerfError, match=r"no commit 'nowhere' in .*fetch-depth: 0"):
         _snapshots(plain).base("nowhere")
 
 
 # End to end
 
-_LIBRARY = """
-import os
-import torch
-
-MILLISECONDS = {"steady": 1.0, "slowed": 1.0, "eager": 1.0, "greedy": 1.0, "dying": 1.0}
-EXTRA_BYTES = 0
-BROKEN = ""
-
-def work(name):
-    if name == BROKEN:
-        raise RuntimeError("no longer works")
-    if name == "dying" and BROKEN == "all of it":
-        os._exit(3)
-    print("whatever a library prints")
-    kept = torch.zeros(2**16 + (EXTRA_BYTES if name == "greedy" else 0), dtype=torch.int8)
-    return MILLISECONDS[name], kept
-"""
-_SUITE = """
-import time
-import library
-from jepa_fast.perf import Case, Cost, Race, benchmark
-
-CLOCK = [0.0]
-time.perf_counter = lambda: CLOCK[0]
-
-def set_up(case, device):
-    def ours():
-        milliseconds, kept = library.work(case.operator)
-        CLOCK[0] += milliseconds / 1e3
-        return kept
-    return Race(ours, {}, lambda: None, Cost())
-
-bench = benchmark([Case(name, "small", quick=True) for name in library.MILLISECONDS])(set_up)
-"""
-
 
 @pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> _Repository:
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     root = tmp_path_factory.mktemp("origin") / "project"
-    return _Repository(root, {"library.py": _LIBRARY, "benchmarks/bench_library.py": _SUITE})
+    return Repository(root, {"library.py": LIBRARY, "benchmarks/bench_library.py": SUITE})
 
 
 @pytest.fixture
 def project(
-    origin: _Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[_Repository]:
+    origin: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Repository]:
     """The project as it was committed, and the current folder."""
     monkeypatch.chdir(origin.root)
-    commit = _git(origin.root, "rev-parse", "HEAD")
+    commit = git(origin.root, "rev-parse", "HEAD")
     yield origin
-    _git(origin.root, "reset", "-q", "--hard", commit)
-    _git(origin.root, "clean", "-fdq")
-
-
-def _library(**changed: str) -> str:
-    lines = []
-    for line in _LIBRARY.splitlines():
-        name = line.partition(" = ")[0]
-        lines.append(f"{name} = {changed[name]}" if name in changed else line)
-    return "\n".join(lines)
+    git(origin.root, "reset", "-q", "--hard", commit)
+    git(origin.root, "clean", "-fdq")
 
 
 def _told(output: str, name: str) -> str:
@@ -310,13 +240,13 @@ def _told(output: str, name: str) -> str:
 
 
 def test_what_got_worse_is_named_and_nothing_else(
-    project: _Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = (
         '{"steady": 1.01, "slowed": 1.05, "eager": 0.5, "greedy": 1.0, "dying": 1.0, "new": 1.0}'
     )
     project.write(
-        {"library.py": _library(MILLISECONDS=times, EXTRA_BYTES="4096", BROKEN='"all of it"')}
+        {"library.py": library(MILLISECONDS=times, EXTRA_BYTES="4096", BROKEN='"all of it"')}
     )
     files = {kind: tmp_path / "out" / f"found.{kind}" for kind in ("markdown", "junit", "json")}
     options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
@@ -343,7 +273,7 @@ def test_what_got_worse_is_named_and_nothing_else(
     assert [run["verdict"] for run in cases["steady"]["runs"]] == ["ok"]
     assert cases["slowed"]["runs"][0]["slow_down"] == pytest.approx(0.05)
     assert found["head"]["changed_files"] == ["library.py"]
-    assert found["base"]["commit"] == _git(project.root, "rev-parse", "main")
+    assert found["base"]["commit"] == git(project.root, "rev-parse", "main")
     assert found["machine"]["cores"] >= 1
     assert found["versions"]["torch"]
 
@@ -361,7 +291,7 @@ def test_what_got_worse_is_named_and_nothing_else(
     ]
 
 
-def test_no_change_passes(project: _Repository, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_change_passes(project: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "HEAD", "--op", "steady", "greedy"]) == 0
     output = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in output[1:-1]] == [
@@ -371,9 +301,9 @@ def test_no_change_passes(project: _Repository, capsys: pytest.CaptureFixture[st
     assert output[-1] == "nothing got worse"
 
 
-def test_a_slow_down_within_a_tolerance_of_one_s_own_passes(project: _Repository) -> None:
+def test_a_slow_down_within_a_tolerance_of_one_s_own_passes(project: Repository) -> None:
     times = '{"steady": 1.05}'
-    project.write({"library.py": _library(MILLISECONDS=times)})
+    project.write({"library.py": library(MILLISECONDS=times)})
     assert main(["compare", "main", "--tolerance", "0.06"]) == 0
 
 
@@ -381,11 +311,11 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As when jepa_fast is compared with one of its versions that had no such harness."""
-    suite = _SUITE.replace("import library", "import jepa_fast as library")
-    repository = _Repository(
-        tmp_path / "project", {"jepa_fast/__init__.py": _LIBRARY, "suite/bench_it.py": suite}
+    suite = SUITE.replace("import library", "import jepa_fast as library")
+    repository = Repository(
+        tmp_path / "project", {"jepa_fast/__init__.py": LIBRARY, "suite/bench_it.py": suite}
     )
-    repository.write({"jepa_fast/__init__.py": _library(BROKEN='"eager"')})
+    repository.write({"jepa_fast/__init__.py": library(BROKEN='"eager"')})
     monkeypatch.chdir(repository.root)
     assert main(["compare", "main", "--suite", "suite", "--op", "steady", "eager"]) == 1
     output = capsys.readouterr().out
@@ -416,8 +346,8 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
         (
             ["main", "--suite", "fresh"],
             {
-                "fresh/bench_fresh.py": _SUITE.replace("import library", "import fresh as library"),
-                "fresh.py": _LIBRARY,
+                "fresh/bench_fresh.py": SUITE.replace("import library", "import fresh as library"),
+                "fresh.py": LIBRARY,
             },
             3,
             "nothing to compare with: the base cannot run it: .*No module named 'fresh'",
@@ -425,7 +355,7 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
     ],
 )
 def test_what_cannot_be_compared_is_refused_with_a_code_of_its_own(
-    project: _Repository,
+    project: Repository,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: Sequence[str],
