@@ -9,7 +9,7 @@ JOBS   ?= auto
 
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml jepa_fast/ops/_build.py $(shell find csrc -type f)
-# The files that hold tests of a tier; collecting all others would cost more than running these.
+# Files that hold tests of a tier; collecting all others would cost more than running these.
 TIER1   = $(shell grep -l tier1 tests/test_*.py)
 TIER3   = $(shell grep -l tier3 tests/test_*.py)
 # The workers of pytest-xdist fill the cores; threads on top of them only fight.
@@ -74,15 +74,9 @@ demo: $(VENV)/.train
 tables:
 	$(PYTHON) benchmarks/tables.py
 
-# On a rented machine: torch, triton, nvcc and pytest are there, the internet is not.
+# Installs nothing. COMMIT=... for the record, where the checkout comes without its .git.
 gpu:
-	mkdir -p $(OUT)
-	JEPA_FAST_BUILD=cuda $(PYTHON) -m jepa_fast.cli build
-	$(PYTHON) -m pytest -q -m tier3 $(TIER3)
-	if command -v compute-sanitizer; then \
-	  compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m tier3 -k "strides or beside" $(TIER3); \
-	fi
-	$(PYTHON) -m pytest -q benchmarks --benchmark-json=$(OUT)/benchmarks.json
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" COMMIT="$(COMMIT)" sh benchmarks/gpu.sh $(TIER3)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

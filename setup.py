@@ -54,13 +54,17 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Takes csrc along, so that `jepa-fast build` can add the library to an installed package."""
+    """Takes along what an installed package's `jepa-fast build` and `jepa-fast bench` need."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "jepa_fast", "_csrc")
-            shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
+            package = Path(self.build_lib, "jepa_fast")
+            shutil.copytree(ROOT / "csrc", package / "_csrc", dirs_exist_ok=True)
+            (package / "_benchmarks").mkdir(parents=True, exist_ok=True)
+            for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks/floors.json"):
+                if file.name != "tables.py":  # of this README
+                    shutil.copy(file, package / "_benchmarks")
 
 
 def extensions() -> list[Extension]:

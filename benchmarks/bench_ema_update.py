@@ -1,95 +1,121 @@
-"""ema_update_ on the parameters of real encoders, against torch's foreach functions.
-
-`pytest benchmarks/bench_ema_update.py`; what counts is the ratio to `_foreach_lerp_`.
-"""
+"""ema_update_ on the parameters of encoders, against a loop and torch's foreach functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
-import pytest
 import torch
+from cases import ema_update_cost, vit_parameters
+from plain import (
+    PLAIN,
+    Compiled,
+    assert_agree,
+    backend_of,
+    compiled,
+    in_float64,
+    tensors_in,
+    values,
+)
 from torch import Tensor
 
-from jepa_fast.nn.vit import create_encoder
-from jepa_fast.ops import ema_update_
-from jepa_fast.ops.ema_update import reference
+from jepa_fast import ops
+from jepa_fast.perf import Case, Race, benchmark
 
 MOMENTUM = 0.996
-FP32, BF16 = torch.float32, torch.bfloat16
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
+_TINY = {"D": 192, "depth": 1}
+_BASE = {"D": 768, "depth": 12}
+_LARGE = {"D": 1024, "depth": 34}
+_Way = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
 
 
-def _parameters(encoder: str, dtype: torch.dtype, device: str) -> list[Tensor]:
-    with torch.device("meta"):
-        shapes = [parameter.shape for parameter in create_encoder(encoder).parameters()]
-    generator = torch.Generator(device).manual_seed(0)
-    return [torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes]
+@benchmark(
+    [
+        Case("ema_update_", "small", _TINY, quick=True),
+        Case("ema_update_", "vit-b", _BASE, devices=("cpu",)),
+        Case("ema_update_", "vit-l", _LARGE, devices=("cuda",)),
+    ]
+)
+def bench_ema_update(case: Case, device: str) -> Race:
+    """Teacher and student in float32."""
+    return _race(case, device, "float32", None, {"foreach_lerp": _lerp})
 
 
-def _bytes(*lists: list[Tensor]) -> int:
-    return sum(tensor.nbytes for tensors in lists for tensor in tensors)
-
-
-def _check(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
-    """The last, first and largest tensors, against the reference."""
-    chosen = {0, len(targets) - 1, max(range(len(targets)), key=lambda i: targets[i].numel())}
-    for i in chosen:
-        got, want = targets[i].clone(), targets[i].clone()
-        shadow = [shadows[i].clone()] if shadows else []
-        ema_update_([got], [sources[i]], MOMENTUM, shadow)
-        reference.ema_update_([want], [sources[i]], [], MOMENTUM)
-        torch.testing.assert_close(got, want)
-        for copy in shadow:
-            torch.testing.assert_close(copy, want.to(copy.dtype))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("encoder", ["vit_base_patch16"])
-def bench_float32(encoder: str, device: str, race: Callable[..., Any]) -> None:
-    targets, sources = (_parameters(encoder, FP32, device) for _ in range(2))
-    race(
-        device,
-        lambda: _check(targets, sources, []),
-        _bytes(targets, targets, sources),
-        ours=lambda: ema_update_(targets, sources, MOMENTUM),
-        foreach_lerp=lambda: torch._foreach_lerp_(targets, sources, 1 - MOMENTUM),
-        loop=lambda: reference.ema_update_(targets, sources, [], MOMENTUM),
-    )
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("encoder", ["vit_base_patch16"])
-def bench_float32_from_bfloat16(encoder: str, device: str, race: Callable[..., Any]) -> None:
+@benchmark([Case("ema_update_", "vit-b-from-bfloat16", _BASE)])
+def bench_ema_update_from_bfloat16(case: Case, device: str) -> Race:
     """`_foreach_lerp_` takes one dtype, so the sources are cast first."""
-    targets, sources = _parameters(encoder, FP32, device), _parameters(encoder, BF16, device)
-    race(
-        device,
-        lambda: _check(targets, sources, []),
-        _bytes(targets, targets, sources),
-        ours=lambda: ema_update_(targets, sources, MOMENTUM),
-        cast_and_foreach_lerp=lambda: torch._foreach_lerp_(
-            targets, [source.float() for source in sources], 1 - MOMENTUM
+    return _race(case, device, "bfloat16", None, {"cast_and_foreach_lerp": _cast_and_lerp})
+
+
+@benchmark([Case("ema_update_", "vit-b-bfloat16-shadow", _BASE)])
+def bench_ema_update_shadow(case: Case, device: str) -> Race:
+    """With a copy of the teacher for its forward pass in bfloat16."""
+    return _race(case, device, "float32", "bfloat16", {"foreach_lerp_and_copy": _lerp_and_copy})
+
+
+def _race(
+    case: Case, device: str, source: str, shadow: str | None, others: Mapping[str, _Way]
+) -> Race:
+    shapes = vit_parameters(case["D"], case["depth"])
+
+    def drawn(dtype: str, first: int) -> list[Tensor]:
+        return [
+            values(*shape, dtype=dtype, device=device, seed=first + i)
+            for i, shape in enumerate(shapes)
+        ]
+
+    targets, sources = drawn("float32", 0), drawn(source, len(shapes))
+    shadows = [] if shadow is None else drawn(shadow, 0)
+    built, why_not = compiled(_loop, device)
+    ways: dict[str, _Way] = {"eager": _loop, **built, **others}
+
+    def check() -> None:
+        exact = _outcome(_loop, *in_float64([targets, sources, shadows]))
+        for name, way in {"ours": _ours, **ways}.items():
+            if isinstance(way, Compiled) and not way.built:
+                continue
+            got = _outcome(way, targets, sources, shadows)
+            assert_agree(name, got[: len(shapes)], exact[: len(shapes)], "float32")
+            assert_agree(name, got[len(shapes) :], exact[len(shapes) :], shadow or "float32")
+
+    return Race(
+        # Over and over, the targets reach the sources and stay there.
+        ours=functools.partial(_ours, targets, sources, shadows),
+        others={
+            name: functools.partial(way, targets, sources, shadows) for name, way in ways.items()
+        },
+        check=check,
+        cost=ema_update_cost(sum(map(torch.Tensor.numel, targets)), "float32", source, shadow),
+        backend=backend_of(
+            "ema_update_", targets, sources, shadows, torch.tensor(MOMENTUM, dtype=torch.float64)
         ),
+        why_not=why_not,
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("encoder", ["vit_base_patch16"])
-def bench_bfloat16_shadow(encoder: str, device: str, race: Callable[..., Any]) -> None:
-    targets, sources = (_parameters(encoder, FP32, device) for _ in range(2))
-    shadows = _parameters(encoder, BF16, device)
+def _outcome(way: _Way, *lists: Sequence[Tensor]) -> list[Tensor]:
+    """Targets and shadows after a call, on copies."""
+    targets, sources, shadows = ([tensor.clone() for tensor in tensors] for tensors in lists)
+    way(targets, sources, shadows)
+    return tensors_in([targets, shadows])
 
-    def lerp_and_copy() -> None:
-        torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
-        torch._foreach_copy_(shadows, targets)
 
-    race(
-        device,
-        lambda: _check(targets, sources, shadows),
-        _bytes(targets, targets, sources, shadows),
-        ours=lambda: ema_update_(targets, sources, MOMENTUM, shadows),
-        foreach_lerp_and_copy=lerp_and_copy,
-    )
+def _ours(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
+    ops.ema_update_(targets, sources, MOMENTUM, shadows)
+
+
+def _loop(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
+    PLAIN["ema_update_"](targets, sources, MOMENTUM, shadows)
+
+
+def _lerp(targets: list[Tensor], sources: list[Tensor], _: list[Tensor]) -> None:
+    torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
+
+
+def _cast_and_lerp(targets: list[Tensor], sources: list[Tensor], _: list[Tensor]) -> None:
+    torch._foreach_lerp_(targets, [source.float() for source in sources], 1 - MOMENTUM)
+
+
+def _lerp_and_copy(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
+    torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
+    torch._foreach_copy_(shadows, targets)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_fast.errors import BackendError, CheckpointError, DataError
 from jepa_fast.perf import commands as perf_commands
-from jepa_fast.perf.commands import audit, compare
+from jepa_fast.perf.commands import audit, bench, compare
 from jepa_fast.perf.errors import PerfError
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG = 0, 1, 2
 REPORT_SEEDS = 3
 _MEASURING = {
+    "bench": (bench, "benchmarks: a table, a results file and a picture"),
     "audit": (audit, "what compiler and interpreter prove of GPU kernels without a GPU"),
     "compare": (compare, "time and memory against another version: a gate for CI"),
 }
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("build", help="build the native kernels").set_defaults(command=_build)
     for name, (module, told) in _MEASURING.items():
         command = commands.add_parser(
-            name, help=told, epilog=(perf_commands.__doc__ or "").strip(), allow_abbrev=False
+            name, help=told, epilog=perf_commands.EXIT_CODES, allow_abbrev=False
         )
         module.configure(command)
         command.set_defaults(command=module.run)

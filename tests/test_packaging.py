@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def tree(tmp_path: Path) -> Path:
     """The sources, so that building leaves nothing behind in the checkout."""
     copy = tmp_path / "tree"
     left_out = shutil.ignore_patterns("*.so", "_native_build.json", "__pycache__", "*.egg-info")
-    for name in ("jepa_fast", "csrc"):
+    for name in ("jepa_fast", "csrc", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=left_out)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -60,13 +61,16 @@ def test_pure_wheel_has_what_is_needed_to_add_the_library(tree: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = _names(wheel)
     data = ("csrc/**/*", "jepa_fast/**/*.json", "jepa_fast/**/*.yaml", "jepa_fast/**/*.html")
+    suites = ("benchmarks/bench_*.py", "benchmarks/floors.json")
     expected = {
-        str(path.relative_to(tree)).replace("csrc/", "jepa_fast/_csrc/", 1)
-        for pattern in data
+        re.sub("^(csrc|benchmarks)/", r"jepa_fast/_\1/", str(path.relative_to(tree)))
+        for pattern in (*data, *suites)
         for path in tree.glob(pattern)
         if path.is_file() and "build" not in path.relative_to(tree).parts
     }
-    assert expected
+    for some in ("_benchmarks/bench_ema_update.py", "_benchmarks/floors.json"):
+        assert f"jepa_fast/{some}" in expected
+    assert "jepa_fast/_benchmarks/tables.py" not in names
     assert expected <= names
     assert "jepa_fast/py.typed" in names
     assert not {name for name in names if name.endswith(".so") or name.startswith("tests/")}

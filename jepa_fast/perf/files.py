@@ -29,6 +29,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError if no file can be made in `folder`, or in what it would be made in."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written to {there}")
+
+
 def write_text(path: Path, text: str) -> None:
     """As `write_bytes`."""
     write_bytes(path, text.encode())

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -159,8 +160,7 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
         PerfError: as `suite_files`.
     """
     modules = []
-    sys.path.insert(0, str(folder))  # for what they share
-    try:
+    with _beside(folder):
         for path in suite_files(folder):
             try:
                 modules.append(_load(path))
@@ -168,14 +168,34 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
                 if failed is None:
                     raise
                 failed[path.name] = error
-    finally:
-        sys.path.remove(str(folder))
     return [
         value.entry
         for module in modules
         for value in vars(module).values()
         if isinstance(getattr(value, "entry", None), Entry)
     ]
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """Files of a suite import what lies beside them, `from cases import ...`.
+
+    Other modules of the same names, such as another suite's, stand aside for the time and are back
+    afterwards. Where there are none the suite's own stay: torch.compile looks them up by name.
+    """
+    names = {path.stem for path in folder.glob("*.py")} & sys.modules.keys()
+    aside = {name: sys.modules.pop(name) for name in names if not _is_in(folder, sys.modules[name])}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.update(aside)
+
+
+def _is_in(folder: Path, module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve().parent == folder.resolve()
 
 
 def _load(path: Path) -> ModuleType:

@@ -1,0 +1,468 @@
+"""Whole training steps of the four models: forward, backward, AdamW, and the EMA of the target.
+
+Masks are drawn, images are on the device. `ours` is what the trainer does: the library's operators
+and the fused AdamW. `eager` is the same model on plain PyTorch operators with AdamW as torch sets
+it up; under `compile` and `ours_compile` every transformer block is compiled by itself, and of the
+plain operators all but the EMA. Cases say how text and images come:
+
+- words as tensors, as from a cache; where the case names a text encoder, `live` is ours with that
+  encoder (a T5 of random weights) in every step;
+- `-live`: the text encoder in every step, of all providers. Without transformers these cases are
+  left out: there is nothing of ours to time;
+- `-cached`: TI-JEPA on given features of its frozen image encoder; `recomputing` is ours with that
+  encoder in every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from cases import IJEPA_STEPS, PROBIJEPA_STEPS, TCJEPA_STEPS, TIJEPA_STEPS, step_cost
+from plain import PLAIN, TOLERANCE, plain_operators, why_no_compile
+from torch import Tensor, nn
+
+from jepa_fast import IJepa, ProbIJepa, TCJepa, TIJepa, ops
+from jepa_fast.masks import BlockMasks, BlockMaskSampler
+from jepa_fast.nn.vit import VisionTransformer
+from jepa_fast.optim import parameter_groups
+from jepa_fast.perf import Case, Race, benchmark
+
+MOMENTUM = 0.996
+_SEED = 0
+_WEIGHT_DECAY = 0.04
+_LEARNING_RATE = 1e-4  # low, as a race takes hundreds of steps on one batch
+_CHECKED_IMAGES = 4
+GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Of an error's length in the gradient's. More than a sum's rounding: max, relu and abs of the text
+conditioner jump, so that a rounding error now and then sends a gradient another way."""
+_NO_TEXT_ENCODER = 'a text encoder needs transformers: pip install "jepa-fast[text]"'
+_HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
+
+def runnable(cases: Iterable[Case]) -> list[Case]:
+    """Those for which everything is installed."""
+    return [case for case in cases if _HAS_TRANSFORMERS or "live" not in case.sizes]
+
+
+@benchmark(runnable(IJEPA_STEPS))
+def bench_ijepa_step(case: Case, device: str) -> Race:
+    """I-JEPA: target and context encoder, predictor."""
+    return step_race(case, device)
+
+
+@benchmark(runnable(TCJEPA_STEPS))
+def bench_tcjepa_step(case: Case, device: str) -> Race:
+    """TC-JEPA: I-JEPA with a text conditioner in the predictor."""
+    return step_race(case, device)
+
+
+@benchmark(runnable(TIJEPA_STEPS))
+def bench_tijepa_step(case: Case, device: str) -> Race:
+    """TI-JEPA: frozen encoders, crossers of image and text, predictor."""
+    return step_race(case, device)
+
+
+@benchmark(runnable(PROBIJEPA_STEPS))
+def bench_probijepa_step(case: Case, device: str) -> Race:
+    """Probabilistic I-JEPA with a mixture density head."""
+    return step_race(case, device)
+
+
+def step_race(case: Case, device: str) -> Race:
+    """The race of a case; every provider has a model of its own, all of the same weights."""
+    inputs = make_inputs(case, device)
+    model = make_model(case, device)
+
+    def step(**options: bool) -> Step:
+        # A copy takes less time than to draw the weights again.
+        return Step(case, device, copy.deepcopy(model), inputs, **options)
+
+    steps = {"ours": step(), "eager": step(plain=True)}
+    why_not = {}
+    if why := why_no_compile(device):
+        why_not = {"compile": why, "ours_compile": why}
+    else:
+        steps["compile"] = step(plain=True, compiled=True)
+        steps["ours_compile"] = step(compiled=True)
+
+    others = dict(steps)
+    if "cached" in case.sizes:
+        whole = make_model(case, device, frozen=True)
+        others["recomputing"] = Step(case, device, whole, replace(inputs, features=None))
+    if "T5" in case.sizes and "live" not in case.sizes:
+        if _HAS_TRANSFORMERS:
+            live = replace(inputs, text=live_text(case, device))
+            others["live"] = Step(case, device, copy.deepcopy(model), live)
+        else:
+            why_not["live"] = _NO_TEXT_ENCODER
+
+    def check() -> None:
+        for name, step in steps.items():
+            if step.first_loss is not None and steps["ours"].first_loss is not None:
+                _assert_close(name, step.first_loss, steps["ours"].first_loss, case.dtype)
+        check_step(case, device)
+
+    return Race(
+        ours=others.pop("ours"),
+        others=others,
+        check=check,
+        cost=step_cost(
+            case,
+            union=inputs.masks.target_union()[0].shape[1],
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            taught=sum(p.numel() for p in networks(model)[0].parameters()),
+        ),
+        backend="auto",
+        why_not=why_not,
+    )
+
+
+# What goes into a step.
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch, as the trainer gives it to a model.
+
+    Args:
+        images: [B, 3, H, W].
+        masks: of the images.
+        text: gives the model's arguments about words; called in every step.
+        features: of the frozen image encoder, instead of images.
+    """
+
+    images: Tensor
+    masks: BlockMasks
+    text: Callable[[], dict[str, Tensor]]
+    features: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model is called with."""
+        images = {"images": self.images}
+        if self.features is not None:
+            images = {"images": None, "image_features": self.features}
+        return {**images, "masks": self.masks, **self.text()}
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    """The same batch at every call."""
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    images = normal(case["B"], 3, case["pixels"], case["pixels"])
+    masks = _masks(case)
+    if case.operator != "tijepa_step":  # whose union of blocks is made on the CPU
+        masks = masks.to(device)
+    words: dict[str, Tensor] = {}
+    if "C" in case.sizes:
+        shape = (case["B"], case["C"], case["S"])
+        words = {
+            "words": normal(*shape, case["Dt"]),
+            "word_mask": torch.ones(shape, dtype=torch.bool, device=device),
+            "caption_mask": torch.ones(shape[:2], dtype=torch.bool, device=device),
+        }
+    text = live_text(case, device) if "live" in case.sizes else lambda: words
+    features = None
+    if "cached" in case.sizes:
+        features = normal(case["B"], math.prod(masks.grid), case["D"])
+    return Inputs(images, masks, text, features)
+
+
+def _masks(case: Case) -> BlockMasks:
+    """Blocks of `Kt` patches, as square as can be, and contexts of `Kc`."""
+    side, size = case["pixels"] // case["patch"], case["Kt"]
+    height = max(h for h in range(1, math.isqrt(size) + 1) if size % h == 0)
+    share, aspect = size / side**2, height**2 / size
+    sampler = BlockMaskSampler(
+        side,
+        num_targets=case["M"],
+        target_scale=(share, share),
+        target_aspect=(aspect, aspect),
+        min_context=case["Kc"],
+        max_context=case["Kc"],
+        seed=_SEED,
+    )
+    return sampler(0, case["B"])
+
+
+def live_text(case: Case, device: str) -> Callable[[], dict[str, Tensor]]:
+    """Encodes the captions of a batch at every call, all of `S` tokens, by a T5 of no training."""
+    # Here, as it takes seconds to import, and only some cases need it.
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    from jepa_fast.interop.text import TextEncoder
+
+    names = ("[PAD]", "[UNK]", "[END]", *(f"word{i}" for i in range(97)))
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [END]", special_tokens=[("[END]", names.index("[END]"))]
+    )
+    config = T5Config(
+        vocab_size=len(names),
+        d_model=case["Dt"],
+        d_kv=case["Dt"] // case["T5_heads"],
+        d_ff=4 * case["Dt"],
+        num_layers=case["T5"],
+        num_heads=case["T5_heads"],
+    )
+    with _seeded(), torch.device(device):
+        model = T5EncoderModel(config).to(getattr(torch, case.dtype))
+    encoder = TextEncoder(
+        model,
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"),
+        max_words=case["S"],
+    )
+    count = case["S"] - 1
+    words = itertools.cycle(names[3:])
+    captions = [
+        [" ".join(itertools.islice(words, count)) for _ in range(case["C"])]
+        for _ in range(case["B"])
+    ]
+
+    def encode() -> dict[str, Tensor]:
+        text = encoder(captions, case["C"])
+        return {
+            "words": text.words,
+            "word_mask": text.word_mask,
+            "caption_mask": text.caption_mask,
+        }
+
+    return encode
+
+
+# A step.
+
+
+class Step:
+    """A provider: one more training step at every call.
+
+    Args:
+        case: sizes and dtype.
+        device: `"cpu"` or `"cuda"`.
+        model: is trained, by this step alone.
+        inputs: the batch of every step.
+        plain: plain operators and torch's AdamW, instead of ours and what the trainer takes.
+        compiled: the transformer blocks under torch.compile, from the first call on.
+
+    Attributes:
+        first_loss: of the first call, None before.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        device: str,
+        model: Any,
+        inputs: Inputs,
+        *,
+        plain: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, _WEIGHT_DECAY),
+            lr=_LEARNING_RATE,
+            fused=None if plain else True,
+        )
+        self.first_loss: Tensor | None = None
+        self._inputs = inputs
+        self._operators: Callable[[], AbstractContextManager[None]] = nullcontext
+        if plain:
+            self._operators = _compiled_operators if compiled else plain_operators
+        self._to_compile = compiled
+        self._autocast = functools.partial(
+            torch.autocast, device, torch.bfloat16, enabled=case.dtype == "bfloat16"
+        )
+
+    def __call__(self) -> Tensor:
+        """A step; gives the loss."""
+        if self._to_compile:
+            self._to_compile = False
+            _compile_blocks(self.model)
+        if self.first_loss is None:
+            with _seeded():
+                loss = self.first_loss = self.backward()
+        else:
+            loss = self.backward()
+        self.update()
+        return loss
+
+    def backward(self) -> Tensor:
+        """Forward and backward pass; gives the loss."""
+        arguments = self._inputs.arguments()
+        with self._operators():
+            with self._autocast():
+                loss = self.model(**arguments).loss
+            loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Moves the weights, and then the teacher."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with self._operators():
+            self.model.update_target(MOMENTUM)
+
+
+def make_model(case: Case, device: str, frozen: bool | None = None) -> Any:
+    """The model of a case, of the same weights at every call.
+
+    Args:
+        frozen: whether TI-JEPA has its frozen encoder; None: if the case's features are not cached.
+    """
+    if frozen is None:
+        frozen = "cached" not in case.sizes
+    with _seeded(), torch.device(device):
+        return _model(case, frozen)
+
+
+def _model(case: Case, with_encoder: bool) -> Any:
+    predictor = {
+        "predictor_dim": case["d"],
+        "predictor_depth": case["L"],
+        "predictor_heads": case["predictor_heads"],
+    }
+    side = case["pixels"] // case["patch"]
+    encoder = None
+    if with_encoder:
+        encoder = VisionTransformer(
+            case["pixels"], case["patch"], case["D"], case["depth"], case["heads"]
+        )
+    if case.operator == "ijepa_step":
+        return IJepa(encoder, **predictor)
+    if case.operator == "tcjepa_step":
+        return TCJepa(encoder, text_dim=case["Dt"], **predictor)
+    if case.operator == "probijepa_step":
+        return ProbIJepa(encoder, head_options={"num_components": case["K"]}, **predictor)
+    return TIJepa(
+        encoder,
+        text_dim=case["Dt"],
+        width=case["crosser"],
+        depth=case["crosser_depth"],
+        num_heads=case["crosser_heads"],
+        image_dim=case["D"],
+        grid=(side, side),
+        **predictor,
+    )
+
+
+def networks(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The teacher of a model, and whom it follows."""
+    if isinstance(model, TIJepa):
+        return model.target_crosser, model.context_crosser
+    return model.target_encoder, model.encoder
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Blocks of all kinds are in lists. Each sees the same shapes at every step."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.compile(dynamic=False)
+
+
+@contextmanager
+def _compiled_operators() -> Iterator[None]:
+    """As `plain_operators`, but compiled."""
+    with plain_operators():  # which puts back what is set here, too
+        for name, function in _compiled_plain().items():
+            setattr(ops, name, function)
+        yield
+
+
+@functools.cache
+def _compiled_plain() -> dict[str, Callable[..., Any]]:
+    # The EMA is a loop over all tensors of a model, which takes minutes to compile.
+    return {
+        name: torch.compile(function, dynamic=False)
+        for name, function in PLAIN.items()
+        if name != "ema_update_"
+    }
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random draws every time, and outside as if there had been none."""
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        yield
+
+
+# Whether it is right.
+
+
+def check_step(case: Case, device: str) -> None:
+    """Loss, gradients and new weights of a step of ours against the plain one, on some images.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    images = min(case["B"], _CHECKED_IMAGES)
+    case = replace(case, sizes={**case.sizes, "B": images})
+    inputs, model = make_inputs(case, device), make_model(case, device)
+    ours = Step(case, device, copy.deepcopy(model), inputs)
+    plain = Step(case, device, model, inputs, plain=True)
+    losses = []
+    for step in (ours, plain):
+        with _seeded():
+            losses.append(step.backward())
+    _assert_close("loss", *losses, case.dtype)
+    _check_gradients(ours.model, plain.model, case.dtype)
+
+    # AdamW divides gradients by their length, so that rounding errors in small ones would come out
+    # as large as any; and a teacher that equals its student could not be seen to move.
+    for mine, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        if mine.grad is not None:
+            other.grad = mine.grad.clone()
+    for step in (ours, plain):
+        teacher, student = networks(step.model)
+        with torch.no_grad():
+            for p in teacher.parameters():
+                p.mul_(0.5)
+        before = [p.clone() for p in teacher.parameters()]
+        step.update()
+        for old, new, source in zip(
+            before, teacher.parameters(), student.parameters(), strict=True
+        ):
+            moved = MOMENTUM * old + (1 - MOMENTUM) * source.detach()
+            torch.testing.assert_close(new, moved, rtol=1e-5, atol=1e-8)
+    theirs = dict(plain.model.named_parameters())
+    for name, mine in ours.model.named_parameters():
+        torch.testing.assert_close(
+            mine, theirs[name], rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def _check_gradients(ours: nn.Module, plain: nn.Module, dtype: str) -> None:
+    """Those of each parameter by their length, or where that is short by the average length."""
+    wanted = {n: p.grad.double() for n, p in plain.named_parameters() if p.grad is not None}
+    got = {n: p.grad.double() for n, p in ours.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys(), f"gradients of {got.keys() ^ wanted.keys()} differ"
+    total = sum(g.square().sum() for g in wanted.values())
+    mean_square = total / sum(g.numel() for g in wanted.values())
+    for name, want in wanted.items():
+        length = torch.maximum(want.norm(), (mean_square * want.numel()).sqrt())
+        error = (got[name] - want).norm()
+        assert error <= GRADIENT_TOLERANCE[dtype] * length, (  # NaN is not
+            f"gradient of {name}: off by {error:.3g}, its length is {length:.3g}"
+        )
+
+
+def _assert_close(name: str, got: Tensor, want: Tensor, dtype: str) -> None:
+    difference = (got.double() - want.double()).abs()
+    assert difference <= TOLERANCE[dtype] * want.double().abs(), (
+        f"{name}: the loss is {float(got)}, not {float(want)}"
+    )
