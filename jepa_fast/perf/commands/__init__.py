@@ -1,8 +1,8 @@
 """The commands of `jepa-fast` that measure. Each has `configure(parser)` and `run(options)`."""
 
 EXIT_CODES = (
-    "Exit codes of bench, audit and compare: 0 done, nothing got worse; 1 something did, or failed, or "
-    "misses its floor; 2 the command asks for what does not exist; 3 no baseline; 4 a baseline of "
-    "another version or machine; 5 uncommitted changes; 6 a version, or a kernel, cannot be built or "
-    "run."
+    "Exit codes of bench, audit and compare: 0 done, nothing got worse; 1 something did, or "
+    "failed, or misses its floor; 2 the command asks for what does not exist; 3 no baseline; 4 a "
+    "baseline of another version or machine; 5 uncommitted changes; 6 a version, or a kernel, "
+    "cannot be built or run."
 )
