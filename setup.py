@@ -63,7 +63,7 @@ class BuildPython(build_py):
             shutil.copytree(ROOT / "csrc", package / "_csrc", dirs_exist_ok=True)
             (package / "_benchmarks").mkdir(parents=True, exist_ok=True)
             for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks/floors.json"):
-                if file.name != "tables.py":  # of this README
+                if file.name not in ("tables.py", "power.py"):  # which are for this checkout
                     shutil.copy(file, package / "_benchmarks")
 
 
