@@ -3,7 +3,8 @@
 Masks are drawn, images are on the device. `ours` is what the trainer does: the library's operators
 and the fused AdamW. `eager` is the same model on plain PyTorch operators with AdamW as torch sets
 it up; under `compile` and `ours_compile` every transformer block is compiled by itself, and of the
-plain operators all but the EMA. Cases say how text and images come:
+plain operators all but the EMA (in a race `compile` comes first, and its blocks then serve
+`ours_compile`, whose first call so costs less). Cases say how text and images come:
 
 - words as tensors, as from a cache; where the case names a text encoder, `live` is ours with that
   encoder (a T5 of random weights) in every step;
@@ -41,9 +42,9 @@ _SEED = 0
 _WEIGHT_DECAY = 0.04
 _LEARNING_RATE = 1e-4  # low, as a race takes hundreds of steps on one batch
 _CHECKED_IMAGES = 4
-GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Of an error's length in the gradient's. More than a sum's rounding: max, relu and abs of the text
-conditioner jump, so that a rounding error now and then sends a gradient another way."""
+_JUMPS = {"tcjepa_step": 1e-3}
+"""How far off gradients may be besides: of captions that are equal but for rounding TC-JEPA's max
+picks one, in ours not always the plain one's. (With `pool="mean"` both are as near to float64.)"""
 _NO_TEXT_ENCODER = 'a text encoder needs transformers: pip install "jepa-fast[text]"'
 _HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
@@ -108,7 +109,7 @@ def step_race(case: Case, device: str) -> Race:
     def check() -> None:
         for name, step in steps.items():
             if step.first_loss is not None and steps["ours"].first_loss is not None:
-                _assert_close(name, step.first_loss, steps["ours"].first_loss, case.dtype)
+                _assert_same_loss(name, step.first_loss, steps["ours"].first_loss, case.dtype)
         check_step(case, device)
 
     return Race(
@@ -151,6 +152,16 @@ class Inputs:
         if self.features is not None:
             images = {"images": None, "image_features": self.features}
         return {**images, "masks": self.masks, **self.text()}
+
+    def in_float64(self) -> Inputs:
+        """The same batch, in a wider dtype."""
+
+        def text() -> dict[str, Tensor]:
+            given = self.text()
+            return {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+
+        features = None if self.features is None else self.features.double()
+        return Inputs(self.images.double(), self.masks, text, features)
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
@@ -407,23 +418,64 @@ def _seeded() -> Iterator[None]:
 def check_step(case: Case, device: str) -> None:
     """Loss, gradients and new weights of a step of ours against the plain one, on some images.
 
+    Losses and gradients are judged by the plain step in float64.
+
     Raises:
-        AssertionError: they differ.
+        AssertionError: ours is off.
     """
     images = min(case["B"], _CHECKED_IMAGES)
     case = replace(case, sizes={**case.sizes, "B": images})
     inputs, model = make_inputs(case, device), make_model(case, device)
     ours = Step(case, device, copy.deepcopy(model), inputs)
-    plain = Step(case, device, model, inputs, plain=True)
-    losses = []
-    for step in (ours, plain):
+    plain = Step(case, device, copy.deepcopy(model), inputs, plain=True)
+    wide = replace(case, dtype="float64")
+    exact = Step(wide, device, model.double(), inputs.in_float64(), plain=True)
+    found = []
+    for step in (ours, plain, exact):
         with _seeded():
-            losses.append(step.backward())
-    _assert_close("loss", *losses, case.dtype)
-    _check_gradients(ours.model, plain.model, case.dtype)
+            loss = step.backward()
+        gradients = {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+        found.append({"the loss": loss, **gradients})
+    allowed = max(TOLERANCE[case.dtype], _JUMPS.get(case.operator, 0.0))
+    _assert_as_accurate(*found, loss=TOLERANCE[case.dtype], gradients=allowed)
+    del exact, model, found
+    _check_update(ours, plain)
 
-    # AdamW divides gradients by their length, so that rounding errors in small ones would come out
-    # as large as any; and a teacher that equals its student could not be seen to move.
+
+def _assert_as_accurate(
+    ours: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    loss: float,
+    gradients: float,
+) -> None:
+    """Ours may be twice as far off as the plain one is anywhere, and by as much as is given."""
+    assert ours.keys() == plain.keys() == exact.keys(), f"{ours.keys() ^ exact.keys()} differ"
+    first, *others = exact
+    # The short may be as far off as the average: some gradients are zero but for rounding.
+    squares = sum(float(exact[name].square().sum()) for name in others)
+    average = squares / sum(exact[name].numel() for name in others)
+
+    def off(got: dict[str, Tensor], name: str) -> float:
+        want = exact[name]
+        length = float(want.norm())
+        if name != first:
+            length = max(length, math.sqrt(average * want.numel()))
+        return float((got[name].double() - want).norm()) / length
+
+    for names, allowed in (([first], loss), (others, gradients)):
+        bound = 2 * max(off(plain, name) for name in names) + allowed
+        for name in names:
+            error = off(ours, name)
+            assert error <= bound, (  # NaN is not
+                f"{name}: ours is off by {error:.3g} of its length, {bound:.3g} is allowed"
+            )
+
+
+def _check_update(ours: Step, plain: Step) -> None:
+    """The weights after an update by the same gradients, and the teacher after its EMA."""
+    # The same: AdamW divides gradients by their length, so that rounding errors in small ones would
+    # come out as large as any.
     for mine, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
         if mine.grad is not None:
             other.grad = mine.grad.clone()
@@ -431,7 +483,7 @@ def check_step(case: Case, device: str) -> None:
         teacher, student = networks(step.model)
         with torch.no_grad():
             for p in teacher.parameters():
-                p.mul_(0.5)
+                p.mul_(0.5)  # one that equals its student could not be seen to move
         before = [p.clone() for p in teacher.parameters()]
         step.update()
         for old, new, source in zip(
@@ -446,22 +498,7 @@ def check_step(case: Case, device: str) -> None:
         )
 
 
-def _check_gradients(ours: nn.Module, plain: nn.Module, dtype: str) -> None:
-    """Those of each parameter by their length, or where that is short by the average length."""
-    wanted = {n: p.grad.double() for n, p in plain.named_parameters() if p.grad is not None}
-    got = {n: p.grad.double() for n, p in ours.named_parameters() if p.grad is not None}
-    assert got.keys() == wanted.keys(), f"gradients of {got.keys() ^ wanted.keys()} differ"
-    total = sum(g.square().sum() for g in wanted.values())
-    mean_square = total / sum(g.numel() for g in wanted.values())
-    for name, want in wanted.items():
-        length = torch.maximum(want.norm(), (mean_square * want.numel()).sqrt())
-        error = (got[name] - want).norm()
-        assert error <= GRADIENT_TOLERANCE[dtype] * length, (  # NaN is not
-            f"gradient of {name}: off by {error:.3g}, its length is {length:.3g}"
-        )
-
-
-def _assert_close(name: str, got: Tensor, want: Tensor, dtype: str) -> None:
+def _assert_same_loss(name: str, got: Tensor, want: Tensor, dtype: str) -> None:
     difference = (got.double() - want.double()).abs()
     assert difference <= TOLERANCE[dtype] * want.double().abs(), (
         f"{name}: the loss is {float(got)}, not {float(want)}"
