@@ -12,7 +12,8 @@ from torch import Tensor
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Context in which matrix products of tensors like this one keep their dtype."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
+    # Dynamo of torch 2.11 cannot trace the question; what gets compiled is on a device that has it.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
