@@ -71,7 +71,7 @@ class Snapshots:
         self._build = build
         self._environment = environment or {}
         digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:8]
-        self._folder = cache / f"{self.root.name}-{digest}"
+        self._folder = cache.resolve() / f"{self.root.name}-{digest}"
         # A library that was built with one torch is not the one for the next.
         told = [build or "", sys.version, version_of("torch"), *map(str, self._environment.items())]
         self._toolchain = hashlib.sha256("\0".join(told).encode()).hexdigest()[:8]
