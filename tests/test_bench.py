@@ -1008,6 +1008,21 @@ def test_a_gpu_that_is_not_there_is_refused(folder: Path, capsys: Capture) -> No
     assert not (folder / "results").exists()
 
 
+def test_a_version_s_own_code_runs(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Wherever it has it, and before what is imported here or lies in the current folder."""
+    version = tmp_path / "version"
+    (version / "src").mkdir(parents=True)
+    folder = _suite(version / "benchmarks", one=(CASES, 2))
+    text = (folder / "bench_one.py").read_text()
+    text = text.replace("import torch\n", "import library\nimport torch\n")
+    (folder / "bench_one.py").write_text(text.replace('"torch"', "library.NAME"))
+    (version / "src/library.py").write_text('NAME = "its own"')
+    (tmp_path / "library.py").write_text('NAME = "of the current folder"')
+    monkeypatch.chdir(tmp_path)
+    outcome = suite.run_suite(folder, "cpu", quick=True, version=version)
+    assert [record["backend"] for record in outcome.records] == ["its own"]
+
+
 @pytest.mark.usefixtures("fast")
 def test_unknown_operators_and_folders_without_benchmarks_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: Patch, capfd: Capture

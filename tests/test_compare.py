@@ -23,6 +23,8 @@ from jepa_fast.perf.gate.decision import LOOKS, Interval, Verdict, decide, slow_
 from jepa_fast.perf.gate.sampling import sample
 from jepa_fast.perf.gate.sides import Side
 from jepa_fast.perf.gate.snapshots import Snapshots
+from jepa_fast.perf.machine import describe
+from jepa_fast.perf.suite import Outcome
 
 # What numbers prove
 
@@ -307,6 +309,40 @@ def test_a_slow_down_within_a_tolerance_of_one_s_own_passes(project: Repository)
     assert main(["compare", "main", "--tolerance", "0.06"]) == 0
 
 
+@pytest.mark.parametrize(("ratio", "code"), [(1.6, 0), (1.4, 1)])
+def test_floors_of_this_machine_are_checked_in_the_working_tree(
+    project: Repository,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ratio: float,
+    code: int,
+) -> None:
+    floor = {"geometric_mean": 1.5, "cases": 1}
+    floors = {
+        describe("cpu")["name"]: {"steady": floor, "eager": floor},
+        "another": {"greedy": floor},
+    }
+    project.write({"benchmarks/floors.json": json.dumps(floors)})
+    raced: list[Any] = []
+
+    def run_suite(folder: Path, device: str, operators: list[str], *, version: Path) -> Outcome:
+        raced.append((folder.relative_to(version), device, operators))
+        assert (version / "benchmarks/floors.json").exists()
+        return Outcome(records=[{"operator": "steady", "headline": {"ratio": ratio}}])
+
+    monkeypatch.setattr("jepa_fast.perf.suite.run_suite", run_suite)
+    out = tmp_path / "found.json"
+    options = ["--device", "cpu", "--json", str(out)]
+    assert main(["compare", "main", "--op", "steady", "greedy", *options]) == code
+    assert raced == [(Path("benchmarks"), "cpu", ["steady"])]
+    line = f"{'WORSE' if code else 'ok   '} steady/floor: {ratio:.3f}x of the best alternatives"
+    assert line in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert [(each["name"], each["ok"]) for each in found["floors"]] == [("steady/floor", not code)]
+    assert found["ok"] == (not code)
+
+
 def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +406,11 @@ def test_what_cannot_be_compared_is_refused_with_a_code_of_its_own(
     assert error.startswith("jepa-fast: ")
     assert re.search(message, error), error
     assert not out.exists()
+
+
+def test_a_relative_cache_is_of_the_current_folder(project: Repository) -> None:
+    assert main(["compare", "main", "--op", "steady", "--cache", "snapshots"]) == 0
+    assert list((project.root / "snapshots").glob("project-*/head-*/library.py"))
 
 
 def test_outside_a_repository(

@@ -52,6 +52,7 @@ def run_suite(
     quick: bool = False,
     rounds: int | None = None,
     budget: float | None = None,
+    version: Path | None = None,
 ) -> Outcome:
     """Runs the benchmark files of a folder under pytest, whose output is printed as it comes.
 
@@ -63,6 +64,7 @@ def run_suite(
             a full run starts without it: its first calls are what they are on a new machine.
         rounds: how often all take turns; the protocol's if None.
         budget: seconds for all.
+        version: the root of the checkout whose code runs; whatever is imported here if None.
 
     Raises:
         PerfError: pytest or pytest-benchmark is missing, the folder has no benchmarks, an operator
@@ -83,8 +85,9 @@ def run_suite(
         command += ["--race-quick"] if quick else []
         command += [] if rounds is None else ["--race-rounds", str(rounds)]
         command += [] if budget is None else ["--race-budget", str(budget)]
-        environment = _environment(None if quick else Path(scratch))
-        done = subprocess.run(command, env=environment, check=False)
+        environment = _environment(None if quick else Path(scratch), version)
+        # `python -m` looks in the current folder first.
+        done = subprocess.run(command, env=environment, cwd=version, check=False)
         outcome = _read(log)
     if done.returncode == _NO_TESTS:
         raise PerfError(f"nothing to run in {folder} on {device}" + " with --quick" * quick)
@@ -108,14 +111,16 @@ def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _environment(caches: Path | None) -> dict[str, str]:
+def _environment(caches: Path | None, version: Path | None = None) -> dict[str, str]:
     """This process's, with its imports, and without what would change pytest's behaviour.
 
     Args:
         caches: where Triton and torch.compile keep what they compile; None: where they always do.
+        version: the root of a checkout that comes before this process's imports.
     """
     own = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_PYTEST}
-    path = os.pathsep.join(filter(None, sys.path))
+    first = [] if version is None else [str(version / "src"), str(version)]
+    path = os.pathsep.join([*first, *filter(None, sys.path)])
     own |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
     if caches is not None:
         own["TRITON_CACHE_DIR"] = str(caches / "triton")

@@ -7,8 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jepa_fast.perf.machine import DEVICES
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jepa_fast.perf.gate.gate import Comparison
+    from jepa_fast.perf.gate.sides import Setting
+    from jepa_fast.perf.summary import Check
 
 DONE, WORSE = 0, 1
 
@@ -19,7 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Builds BASE and the working tree side by side, lets both take turns at the suite's quick "
         "cases, and fails (exit code 1) where the working tree is really slower: where the 99 % "
         "lower bound of the slow-down is above the tolerance, and again in a second run with new "
-        "processes. Fails, too, where a call's peak memory grew, which is deterministic."
+        "processes. Fails, too, where a call's peak memory grew, which is deterministic, and where "
+        "the suite's floors.json names this machine and the working tree is below a floor of it."
     )
     parser.add_argument("base", metavar="BASE", help="a git ref: origin/main, a tag, a commit")
     parser.add_argument("--op", nargs="+", metavar="OP", help="operators (default: all)")
@@ -37,7 +44,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="builds a version, in its root, once (default: nothing; the native library in a "
         "checkout of jepa_fast)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="auto, the default: a GPU if there is one",
+    )
     parser.add_argument(
         "--threads", type=_positive(int), default=1, metavar="N", help="of torch (default: 1)"
     )
@@ -96,15 +108,17 @@ def run(options: argparse.Namespace) -> int:
     from jepa_fast.perf.gate.gate import Limits, compare
     from jepa_fast.perf.gate.sides import Setting
     from jepa_fast.perf.gate.snapshots import Snapshots, default_cache
+    from jepa_fast.perf.machine import choose_device
     from jepa_fast.perf.race import suite_files
 
+    device = choose_device(options.device)
     # Nothing that is measured on a CPU needs the minutes of nvcc.
     environment = {"JEPA_FAST_BUILD": os.environ.get("JEPA_FAST_BUILD", "cpu")}
     snapshots = Snapshots(
         Path.cwd(),
         options.cache or default_cache(),
         options.build,
-        environment if options.device == "cpu" else None,
+        environment if device == "cpu" else None,
     )
     suite = options.suite.resolve()
     if not suite.is_relative_to(snapshots.root):
@@ -112,9 +126,7 @@ def run(options: argparse.Namespace) -> int:
     suite_files(suite)
     base = snapshots.base(options.base)
     head = snapshots.head()
-    setting = Setting(
-        head.root / suite.relative_to(snapshots.root), options.device, options.threads
-    )
+    setting = Setting(head.root / suite.relative_to(snapshots.root), device, options.threads)
     limits = Limits(options.tolerance, options.memory_tolerance, options.seconds)
     print(f"{head.label} against {base.label}", flush=True)
     found = compare(
@@ -125,10 +137,41 @@ def run(options: argparse.Namespace) -> int:
         options.op or (),
         lambda finding: print(report.line(finding, limits.slow_down), flush=True),
     )
+    found.floors.extend(_floors(head.root, setting, options.op or ()))
+    for floor in found.floors:
+        print(report.printed(floor), flush=True)
     _write(options, found)
-    worse = sum(not finding.ok for finding in found.findings)
-    print(f"{worse} of {len(found.findings)} got worse" if worse else "nothing got worse")
+    checks = report.checks(found)
+    worse = sum(not check.ok for check in checks)
+    print(f"{worse} of {len(checks)} got worse" if worse else "nothing got worse")
     return WORSE if worse else DONE
+
+
+def _floors(root: Path, setting: Setting, operators: Sequence[str]) -> list[Check]:
+    """What the suite pins for this machine, raced in the working tree; nothing where it does not.
+
+    Args:
+        root: of the working tree's snapshot.
+        setting: how the versions are run.
+        operators: which; none: all that have a floor.
+    """
+    from jepa_fast.perf.floors import FILE, check_floors, read_floors
+    from jepa_fast.perf.machine import describe
+    from jepa_fast.perf.suite import run_suite
+    from jepa_fast.perf.summary import Check
+
+    if not (setting.suite / FILE).is_file():
+        return []
+    floors = read_floors(setting.suite)
+    machine = describe(setting.device)["name"]
+    pinned = [name for name in floors.get(machine, {}) if not operators or name in operators]
+    if not pinned:
+        return []
+    raced = run_suite(setting.suite, setting.device, pinned, version=root)
+    return [
+        Check(f"{check.name}/floor", check.ok, check.message)
+        for check in check_floors(floors, machine, raced.records, pinned)
+    ]
 
 
 def _write(options: argparse.Namespace, found: Comparison) -> None:

@@ -12,6 +12,7 @@ from jepa_fast.perf.gate.sampling import Sample, sample
 from jepa_fast.perf.gate.sides import Setting, SideFailed
 from jepa_fast.perf.gate.snapshots import Snapshot
 from jepa_fast.perf.race import check_names
+from jepa_fast.perf.summary import Check
 
 MEMORY_SLACK_BYTES = 1024
 """Growth up to here is none: a scalar here or there."""
@@ -82,6 +83,7 @@ class Comparison:
         setting: how they were run.
         limits: what was allowed.
         findings: a case each.
+        floors: what this machine's floors say of the working tree.
     """
 
     base: Snapshot
@@ -89,10 +91,12 @@ class Comparison:
     setting: Setting
     limits: Limits
     findings: list[Finding]
+    floors: list[Check] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return all(finding.ok for finding in self.findings)
+        findings = all(finding.ok for finding in self.findings)
+        return findings and all(floor.ok for floor in self.floors)
 
 
 def compare(

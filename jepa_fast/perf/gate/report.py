@@ -48,7 +48,11 @@ def _memory(finding: Finding) -> str:
 
 def line(finding: Finding, tolerance: float) -> str:
     """A finding, as the command prints it."""
-    told = check(finding, tolerance)
+    return printed(check(finding, tolerance))
+
+
+def printed(told: Check) -> str:
+    """A check, as the command prints it."""
     return f"{'ok   ' if told.ok else 'WORSE'} {told.name}: {told.message}"
 
 
@@ -58,8 +62,8 @@ def title(found: Comparison) -> str:
 
 
 def checks(found: Comparison) -> list[Check]:
-    """All findings."""
-    return [check(finding, found.limits.slow_down) for finding in found.findings]
+    """All findings, and floors."""
+    return [*(check(each, found.limits.slow_down) for each in found.findings), *found.floors]
 
 
 def to_json(found: Comparison, machine: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
@@ -98,6 +102,9 @@ def to_json(found: Comparison, machine: dict[str, Any], versions: dict[str, str]
                 "runs": [_run(run) for run in finding.runs],
             }
             for finding in found.findings
+        ],
+        "floors": [
+            {"name": floor.name, "ok": floor.ok, "message": floor.message} for floor in found.floors
         ],
     }
 
