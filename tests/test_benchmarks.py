@@ -1,0 +1,267 @@
+"""The benchmarks of the operators: they are there, count right, and notice what is wrong.
+
+Steps have `test_bench_step.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from samples import Sample
+from test_contracts import SAMPLES
+from torch import Tensor
+
+from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS
+from jepa_fast.perf import Case, Race
+from jepa_fast.perf.race import load_suite, quick_entries
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+ENTRIES = load_suite(FOLDER)
+CASES = [case for entry in ENTRIES for case in entry.cases]
+QUICK = [
+    pytest.param(case, set_up, id=str(case))
+    for case, set_up in quick_entries(ENTRIES)
+    if not case.operator.endswith("_step")
+]
+each_quick = pytest.mark.parametrize(("case", "set_up"), QUICK)
+OF_OPERATORS = [each.values for each in QUICK if hasattr(ops, each.values[0].operator)]
+each_operator = pytest.mark.parametrize(
+    ("case", "set_up"), [pytest.param(*pair, id=str(pair[0])) for pair in OF_OPERATORS]
+)
+SetUp = Callable[[Case, str], Race]
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/plain.py."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("plain")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for each in value for t in _tensors(each)] if isinstance(value, (list, tuple)) else []
+
+
+# What there is
+
+
+def test_every_operator_has_a_file_and_quick_cases_for_a_cpu() -> None:
+    operators = {name.removesuffix("_backward") for name in OPERATORS}
+    files = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
+    assert {name.rstrip("_") for name in operators} <= files
+    quick = {case.operator for case in CASES if case.quick and "cpu" in case.devices}
+    assert operators <= quick
+
+
+def test_every_operator_has_a_larger_case_for_each_device() -> None:
+    for device in ("cpu", "cuda"):
+        larger = {case.operator for case in CASES if not case.quick and device in case.devices}
+        assert {name.removesuffix("_backward") for name in OPERATORS} <= larger
+
+
+def test_names_are_unique() -> None:
+    names = [str(case) for case in CASES]
+    assert len(set(names)) == len(names)
+
+
+# What costs count
+
+
+def _unread(case: Case) -> int:
+    """Bytes of the inputs that the result does not depend on."""
+    if case.operator in ("gather_patches", "gather_packed"):
+        rows = case["B"] * case["N"] if case.operator == "gather_patches" else case["T"]
+        taken = case["B"] * case["K"] if case.operator == "gather_patches" else case["K"]
+        return (rows - taken) * case["D"] * 4
+    if case.operator == "latent_loss":  # at least these, as blocks overlap
+        return case["B"] * (case["N"] - case["M"] * case["Kt"]) * case["D"] * 4
+    if case.operator == "affine_coupling":  # scale and shift of the half that passes
+        return 2 * case["T"] * case["D"] // 2 * 4
+    return 0
+
+
+@each_operator
+def test_bytes_are_those_of_inputs_outputs_and_gradients(
+    case: Case, set_up: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race, function, calls = set_up(case, "cpu"), getattr(ops, case.operator), []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        calls.append((_tensors(arguments), _tensors(function(*arguments, **options))))
+        return calls[-1][1][0] if len(calls[-1][1]) == 1 else tuple(calls[-1][1])
+
+    monkeypatch.setattr(ops, case.operator, recorded)
+    race.ours()
+    ((inputs, outputs),) = calls
+    grads = [tensor for tensor in inputs if tensor.requires_grad]
+    if case.operator == "ema_update_":  # the first half of the inputs is updated
+        written = sum(tensor.nbytes for tensor in inputs[: len(inputs) // 2])
+    else:
+        assert grads
+        written = sum(tensor.nbytes for tensor in [*outputs, *grads])
+    read = sum(tensor.nbytes for tensor in [*inputs, *outputs]) - _unread(case)
+    assert (race.cost.read, race.cost.written) == (read, written)
+    assert race.cost.flops > 0
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if hasattr(ops, c.operator)], ids=str)
+def test_costs_grow_with_every_size(case: Case) -> None:
+    """Of the functions in cases.py, as called for a case; nothing is set up at these sizes."""
+    module = importlib.import_module("cases")
+    function = getattr(module, f"{case.operator.rstrip('_')}_cost")
+    if case.operator == "ema_update_":
+        shapes = module.vit_parameters(case["D"], case["depth"])
+        count = sum(torch.Size(shape).numel() for shape in shapes)
+        small, large = (function(n, "float32", "float32") for n in (count, 2 * count))
+        assert large == small + small
+        return
+    options = {"event": "joint"} if "mixture" in case.operator else {}
+    if case.name == "realnvp":
+        function = lambda case, backward: module.realnvp_cost(case)  # noqa: E731
+    forward, both = (function(case, backward=b, **options) for b in (False, True))
+    assert both.moved >= forward.moved > 0
+    assert both.flops >= forward.flops
+    for size in {"B", "T", "D", "d"} & case.sizes.keys():
+        doubled = Case(case.operator, case.name, {**case.sizes, size: 2 * case[size]}, case.dtype)
+        assert function(doubled, backward=True, **options).moved > both.moved
+
+
+# What checks notice
+
+
+@each_quick
+def test_what_is_right_passes(case: Case, set_up: SetUp) -> None:
+    race = set_up(case, "cpu")
+    race.check()
+    race.ours()
+    assert {"eager", "compile"} <= race.others.keys() | race.why_not.keys()
+    if hasattr(ops, case.operator):
+        assert race.backend in OPERATORS[case.operator.replace("packed", "patches")].backends
+
+
+class _Scaled(torch.autograd.Function):
+    """x * forward, whose gradient is multiplied by backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.backward_factor = backward
+        return x * forward
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.backward_factor, None, None
+
+
+@pytest.mark.parametrize(
+    ("case", "set_up", "wrong"),
+    [
+        pytest.param(case, set_up, wrong, id=f"{case}-{wrong}")
+        for case, set_up in OF_OPERATORS
+        for wrong in ("output", "gradient")[: 1 if case.operator == "ema_update_" else 2]
+    ],
+)
+def test_what_is_wrong_is_noticed(
+    case: Case, set_up: SetUp, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result off by a thousandth, in all outputs or in all gradients."""
+    function = getattr(ops, case.operator)
+    if case.operator == "ema_update_":
+
+        def perturbed(targets: list[Tensor], *arguments: Any, **options: Any) -> Any:
+            function(targets, *arguments, **options)
+            targets[-1].mul_(1.001)
+    else:
+        factors = (1.001, 1.0) if wrong == "output" else (1.0, 1.001)
+
+        def perturbed(*arguments: Any, **options: Any) -> Any:
+            outputs = function(*arguments, **options)
+            if isinstance(outputs, Tensor):
+                return _Scaled.apply(outputs, *factors)
+            return tuple(_Scaled.apply(output, *factors) for output in outputs)
+
+    monkeypatch.setattr(ops, case.operator, perturbed)
+    with pytest.raises(AssertionError, match=r"^ours: \d+ of \d+ rows of tensor \d+ are off"):
+        set_up(case, "cpu").check()
+
+
+def test_masks_that_are_none_are_noticed() -> None:
+    masks = importlib.import_module("bench_masks")
+    torch.manual_seed(0)
+    contexts, targets = masks.loop_masks(16)
+    masks.assert_masks("right", contexts, targets, whole=True)
+    with_target = torch.cat([contexts[0], targets[0, 0, :1]]).sort().values
+    with pytest.raises(AssertionError, match="wrong: a context holds targets"):
+        masks.assert_masks("wrong", [with_target, *contexts[1:]], targets, whole=True)
+    with pytest.raises(AssertionError, match="wrong: a context has holes"):
+        masks.assert_masks("wrong", [contexts[0][:-1], *contexts[1:]], targets, whole=True)
+    with pytest.raises(AssertionError, match="wrong: images share their blocks"):
+        masks.assert_masks("wrong", contexts, targets[:1].expand(16, -1, -1), whole=True)
+    scattered = torch.arange(targets.shape[-1]).mul(2).expand_as(targets)
+    with pytest.raises(AssertionError, match="wrong: a target is no block"):
+        masks.assert_masks("wrong", contexts, scattered, whole=True)
+
+
+# The plain operators
+
+
+PUBLIC = {
+    case.operator: getattr(ops, case.operator) for case in CASES if hasattr(ops, case.operator)
+}
+
+
+def _is_empty(sample: Sample) -> bool:
+    return any(tensor.numel() == 0 for tensor in _tensors(sample.arguments()))
+
+
+def _found(sample: Sample, function: Callable[..., Any]) -> list[Tensor | None]:
+    """Outputs and gradients, in float64."""
+    arguments = sample.arguments()
+    outputs = _tensors([function(*arguments, **sample.keywords)])
+    taking = [tensor for tensor in _tensors(arguments) if tensor.requires_grad]
+    giving = [output for output in outputs if output.requires_grad]
+    upstream = [torch.linspace(1, 2, x.numel(), dtype=x.dtype).view_as(x) for x in giving]
+    grads = torch.autograd.grad(giving, taking, upstream, allow_unused=True) if taking else ()
+    return [*outputs, *grads]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_plain_operators_equal_ours(
+    name: str, plain: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the operators' tests have a call of it that is not empty."""
+    calls = []
+
+    def plain_operator(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return plain.PLAIN[name](*arguments, **options)
+
+    samples = [each.values[0] for each in SAMPLES if not _is_empty(each.values[0])]
+    for sample in samples:
+        ours = _found(sample, sample.function)
+        called = len(calls)
+        with monkeypatch.context() as patch:
+            # The sample's function is the operator, or one of its test that calls it.
+            patch.setattr(ops, name, plain_operator)
+            for place in {name} & sample.function.__globals__.keys():
+                patch.setitem(sample.function.__globals__, place, plain_operator)
+            direct = sample.function is PUBLIC[name]
+            theirs = _found(sample, plain_operator if direct else sample.function)
+        if len(calls) == called:
+            continue
+        assert len(ours) == len(theirs)
+        for got, want in zip(theirs, ours, strict=True):
+            if got is None or want is None:  # a gradient of nothing
+                assert not any(grad is not None and grad.any() for grad in (got, want))
+            else:
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11, msg=sample.name)
+    assert calls
+    assert set(plain.PLAIN) == set(PUBLIC)
