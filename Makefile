@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 OLDEST ?= .venv-oldest
 OUT    ?= benchmarks/results
+BASE   ?= HEAD
 JOBS   ?= auto
 
 BIN    := $(VENV)/bin
@@ -15,7 +16,7 @@ TIER3   = $(shell grep -l tier3 tests/test_*.py)
 # The workers of pytest-xdist fill the cores; threads on top of them only fight.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help venv install test test-oldest lint demo tables gpu clean
+.PHONY: help venv install test test-oldest lint demo compare tables gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo "make test         lint, then the tests of tiers 0 to 2"
 	@echo "make test-oldest  the same tests under the oldest supported torch and triton"
 	@echo "make lint         ruff and mypy"
+	@echo "make compare      times and peak memory against those of BASE, by default the last commit"
 	@echo "make tables       the README's tables anew, from benchmarks/results"
 	@echo "make gpu          build, test and benchmark on a machine with a GPU, in its own Python"
 	@echo "make install      the development installation in $(VENV)"
@@ -69,6 +71,10 @@ oldest-tiers:
 
 demo: $(VENV)/.train
 	$(BIN)/jepa-fast pretrain demo --report --overwrite
+
+# COMPARE=... for more options.
+compare: $(VENV)/.test
+	$(BIN)/jepa-fast compare $(BASE) $(COMPARE)
 
 # Needs no installation; a test fails where the README and the results differ.
 tables:

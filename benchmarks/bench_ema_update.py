@@ -23,8 +23,9 @@ from jepa_fast import ops
 from jepa_fast.perf import Case, Race, benchmark
 
 MOMENTUM = 0.996
-# Enough for the kernel to take most of the call, of which Python has 0.2 ms.
-_SMALL = {"D": 384, "depth": 2}
+# A shard of a flat parameter, as FSDP has them. Tensors and the kernel's part of the call are large
+# enough to tell a slower kernel, and small enough for caches, where times repeat to some per cent.
+_SHARD = {"elements": 2**20}
 _BASE = {"D": 768, "depth": 12}
 _LARGE = {"D": 1024, "depth": 34}
 _Way = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
@@ -32,7 +33,7 @@ _Way = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
 
 @benchmark(
     [
-        Case("ema_update_", "small", _SMALL, quick=True),
+        Case("ema_update_", "shard", _SHARD, quick=True),
         Case("ema_update_", "vit-b", _BASE, devices=("cpu",)),
         Case("ema_update_", "vit-l", _LARGE, devices=("cuda",)),
     ]
@@ -57,7 +58,10 @@ def bench_ema_update_shadow(case: Case, device: str) -> Race:
 def _race(
     case: Case, device: str, source: str, shadow: str | None, others: Mapping[str, _Way]
 ) -> Race:
-    shapes = vit_parameters(case["D"], case["depth"])
+    if "elements" in case.sizes:
+        shapes: list[tuple[int, ...]] = [(case["elements"],)]
+    else:
+        shapes = vit_parameters(case["D"], case["depth"])
 
     def drawn(dtype: str, first: int) -> list[Tensor]:
         return [
