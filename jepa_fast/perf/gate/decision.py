@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-LOOKS = (32, 64, 128, 256)
+LOOKS = (32, 64, 128, 256, 512)
 """After how many pairs the numbers are looked at; the last one decides."""
 _CONFIDENCE, _EARLY_CONFIDENCE = 0.99, 0.999
 """One-sided. Stricter before the last look, as every look is a chance to err."""

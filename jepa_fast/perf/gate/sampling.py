@@ -11,8 +11,8 @@ from jepa_fast.perf.gate.sides import Side
 
 _ORDER = "ABBA"
 """The turns within a pair: what drifts evenly hits both alike."""
-_TURN_SECONDS = 2e-3
-_MOST_CALLS = 8
+_TURN_SECONDS = 4e-3
+_MOST_CALLS = 16
 
 
 @dataclass(frozen=True)
