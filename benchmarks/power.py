@@ -99,8 +99,9 @@ def _copy(scratch: Path, slow: float) -> Path:
 def slower(source: str, share: float) -> str:
     """The kernel's source code, with a loop that makes a call, Python's part included, that slower.
 
-    It goes by the time from the end of one call to that of the next. (The clock is the one that
-    costs some ns; the thread's own takes as long as 1 % of the call.)
+    A call is the time from the end of one to that of the next, and the shortest so far counts: what
+    else runs does not make the loop longer. (The clock is one that costs some ns; the thread's own
+    takes as long as 1 % of the call.)
 
     Args:
         source: the C++ code.
@@ -117,11 +118,15 @@ def slower(source: str, share: float) -> str:
     before = before.replace("#include <algorithm>\n", "#include <algorithm>\n#include <chrono>\n")
     began = (
         "\n    using Clock = std::chrono::steady_clock;"
-        "\n    thread_local Clock::time_point ended = Clock::now();"
+        "\n    using Seconds = std::chrono::duration<double>;"
+        "\n    thread_local Clock::time_point ended;"
+        "\n    thread_local Seconds call{1};"
     )
     spin = (
         "\n    const auto worked = Clock::now();"
-        f"\n    const std::chrono::duration<double> more = {share} * (worked - ended);"
+        "\n    const bool first = ended == Clock::time_point();"
+        "\n    if (!first) call = std::min<Seconds>(call, worked - ended);"
+        f"\n    const Seconds more = call < Seconds(1) ? {share} * call : Seconds(0);"
         "\n    do {"
         "\n      ended = Clock::now();"
         "\n    } while (ended - worked < more);"

@@ -178,17 +178,29 @@ def test_wilson_refuses_what_is_no_share() -> None:
 
 def test_power(invented: Copy) -> None:
     rows = [
-        {"slowdown": 0.1, "trials": 40, "detected": 39, "median_seconds": 21.4},
-        {"slowdown": 0.0, "trials": 100, "detected": 0, "median_seconds": 33.0},
+        {
+            "slowdown": 0.1,
+            "trials": 40,
+            "detected": 39,
+            "median_estimate": 0.0951,
+            "median_seconds": 21.4,
+        },
+        {
+            "slowdown": 0.0,
+            "trials": 100,
+            "detected": 0,
+            "median_estimate": -0.0012,
+            "median_seconds": 33.0,
+        },
     ]
     invented.write("power.json", {"machine": {}, "tolerance": 0.05, "rows": rows})
     assert invented.show("power").splitlines() == [
         "<!-- table: power -->",
         "",
-        "| slowdown | noticed | 95 % interval | a comparison takes |",
-        "|---|---|---|---|",
-        "| 10 % | 39 of 40 | 87.1 to 99.6 % | 21 s |",
-        "| none | 0 of 100 | 0.0 to 3.7 % | 33 s |",
+        "| slow-down | noticed | 95 % interval | measured, median | a comparison takes |",
+        "|---|---|---|---|---|",
+        "| 10 % | 39 of 40 | 87.1 to 99.6 % | +9.5 % | 21 s |",
+        "| none | 0 of 100 | 0.0 to 3.7 % | -0.1 % | 33 s |",
         "",
         "<!-- end of table -->",
     ]
