@@ -27,7 +27,7 @@ MOMENTUM = 0.996
 # enough to tell a slower kernel, and small enough for caches, where times repeat to some per cent.
 _SHARD = {"elements": 2**20}
 _BASE = {"D": 768, "depth": 12}
-_LARGE = {"D": 1024, "depth": 34}
+_LARGE = {"D": 1024, "depth": 24}
 _Way = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
 
 

@@ -32,6 +32,7 @@ from jepa_fast.perf.files import write_text  # noqa: E402
 
 _BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->")
 _END = "<!-- end of table -->"
+_ROUNDS = 30
 
 
 class TableError(Exception):
@@ -172,7 +173,15 @@ def _records(results: Results, machine: str) -> list[Any]:
             f"{machine!r} is not a machine's name, as in `<!-- table: operators nvidia-h100 -->` "
             "for nvidia-h100.json"
         )
-    return results.read(f"{machine}.json")["records"]
+    result = results.read(f"{machine}.json")
+    dirty = {run["id"] for run in result["runs"] if run["dirty"]}
+    for record in result["records"]:
+        name = f"{machine}.json: {record['operator']} {record['case']}"
+        if record["quick"] or record["rounds"] < _ROUNDS:
+            raise TableError(f"{name} is of {record['rounds']} rounds, in a quick run")
+        if record["run"] in dirty:
+            raise TableError(f"{name} is of uncommitted changes")
+    return result["records"]
 
 
 def _is_step(record: dict[str, Any]) -> bool:
@@ -188,13 +197,16 @@ def _races(records: Sequence[dict[str, Any]], what: str) -> list[str]:
         raise TableError(f"the result has no {what}")
     (device,) = {record["device"] for record in records}
     heads = [what, "over eager", "over `torch.compile`", "over libraries", "over the best"]
-    heads.append("peak memory, of eager's")
+    has_variants = any(record["variants"] for record in records)
+    heads += ["variants of ours"] * has_variants + ["peak memory, of eager's"]
     if device == "cuda":
         heads += ["ms", "of the ceiling"]
     rows = []
     for record in records:
         providers = record["providers"]
-        libraries = [name for name in providers if name not in ("ours", "eager", "compile")]
+        variants = record["variants"]
+        known = {"ours", "eager", "compile", *variants}
+        libraries = [name for name in providers if name not in known]
         headline = record["headline"]
         best = f"**{headline['ratio']:.2f}x** ({headline['against']})" if headline else "-"
         row = [
@@ -203,6 +215,8 @@ def _races(records: Sequence[dict[str, Any]], what: str) -> list[str]:
             _ratio(providers.get("compile")),
             ", ".join(f"{name} {_ratio(providers[name])}" for name in libraries) or "-",
             best,
+            *[", ".join(f"{name} {_ratio(providers[name])}" for name in variants) or "-"]
+            * has_variants,
             _memory(providers["ours"], providers.get("eager")),
         ]
         if device == "cuda":

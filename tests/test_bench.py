@@ -83,6 +83,7 @@ def _contest(clock: FakeClock, others: Sequence[str], settings: Settings, **more
         {name: more.pop(name, None) or clock.provider(name) for name in others},
         check=more.pop("check", lambda: clock.log.append("check")),
         cost=Cost(read=600, written=400, flops=500),
+        variants={name: clock.provider(name) for name in more.pop("variants", ())},
     )
     return Contest(race, "cpu", settings, clock)
 
@@ -157,6 +158,21 @@ def test_the_headline_is_against_the_best_of_the_others() -> None:
     assert alone.record(Case("op", "case"), "run", Ceilings(1.0))["headline"] is None
 
 
+def test_variants_of_ours_are_timed_and_no_rivals() -> None:
+    clock = FakeClock({"ours": 2.0, "eager": 3.0, "ours_compile": 1.0})
+    contest = _contest(clock, ["eager"], Settings(), variants=["ours_compile"])
+    contest.measure()
+    record = contest.record(Case("op", "case"), "run", Ceilings(1.0))
+    assert record["headline"] == {"against": "eager", "ratio": 1.5}
+    assert record["variants"] == ["ours_compile"]
+    assert record["providers"]["ours_compile"]["ratio"] == 0.5
+    text = table([{**record, "providers": dict(record["providers"])}])
+    heads, row = text.splitlines()
+    assert "variants" in heads
+    assert "eager 1.50x" in row
+    assert "ours_compile 0.50x" in row
+
+
 def test_no_garbage_is_collected_within_a_round() -> None:
     collecting = []
 
@@ -220,7 +236,7 @@ def test_other_errors_of_a_provider_are_not_swallowed() -> None:
 
 
 def test_nothing_of_the_others_may_be_called_ours() -> None:
-    with pytest.raises(PerfError, match="'ours' is no name"):
+    with pytest.raises(PerfError, match="several providers called ours"):
         _contest(FakeClock({}), ["ours"], Settings())
 
 
@@ -361,6 +377,7 @@ def _record(operator: str = "op", case: str = "case", run: str = "new", **more: 
             "eager": times(milliseconds * ratio, ratio),
             "compile": times(milliseconds * ratio * 2, 2 * ratio),
         },
+        "variants": [],
         "why_not": {},
         "headline": {"against": "eager", "ratio": ratio},
         "gigabytes_per_second": 10 / milliseconds,
@@ -803,6 +820,29 @@ def test_the_plugin_skips_what_the_budget_does_not_suffice_for(
     assert "over budget: the budget is used up" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("options", [(), ("--benchmark-disable",)], ids=["timed", "checked"])
+@pytest.mark.usefixtures("fast")
+def test_cases_that_lack_something_here_are_skipped(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """And are known all the same: what was measured of them elsewhere stays."""
+    folder = _suite(tmp_path / "suite", one=(CASES, 2))
+    text = (folder / "bench_one.py").read_text()
+    raises = 'raise NotHere("it needs a library")'
+    text = text.replace("return _race(case, device)", raises).replace("Cost,", "Cost, NotHere,")
+    (folder / "bench_one.py").write_text(text)
+    code, log = _pytest(folder, "--race-device=cpu", *options)
+    assert code == pytest.ExitCode.OK
+    assert ["add", "small"] in log[0]["known"]
+    assert "record" not in _kinds(log)
+    if not options:
+        skipped = [line["skipped"] for line in log if "skipped" in line]
+        assert [(each["case"], each["why"]) for each in skipped] == [
+            ("small", "it needs a library"),
+            ("large", "it needs a library"),
+        ]
+
+
 @pytest.mark.usefixtures("fast")
 def test_without_timing_the_checks_still_run(tmp_path: Path) -> None:
     folder = _suite(tmp_path / "s", one=(CASES, 2), two=('Case("sub", "x", {"n": 8})', 3))
@@ -854,6 +894,7 @@ def outcome(monkeypatch: Patch) -> suite.Outcome:
         records=[_record("op", "1"), _record("op", "2")],
         known=[("op", "1"), ("op", "2")],
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     clocks = {"clocks": {}}
     monkeypatch.setattr(machine, "describe", lambda device: {**MACHINE, **clocks})
     monkeypatch.setattr(suite, "run_suite", lambda *_, **__: found)
@@ -1099,7 +1140,7 @@ def test_full_runs_start_without_what_was_compiled_before(
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A full run of a suite in which nearly everything goes wrong, and then a quick one of a part.
+    """A full run of a suite in which nearly everything goes wrong, one of a part, a quick one.
 
     The files run by name: one is right, one cannot be imported, one is wrong, the last one ends
     the process.
@@ -1115,12 +1156,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = folder / f"results/{machine.describe('cpu')['name']}.json"
     found = {"folder": folder, "path": path, "first": first, "written": _listed(path.parent)}
     found["after first"] = json.loads(path.read_text())
-    pinned = {"add": {"geometric_mean": 1e-6, "cases": 1}}
+    pinned = {"add": {"geometric_mean": 1e-6, "cases": 2}}
     (folder / "floors.json").write_text(json.dumps({path.stem: pinned}))
-    options = ["--op", "add", "--quick", "--rounds", "3", "--device", "cpu", "--check-floors"]
     (folder / "bench_b.py").unlink()
-    found["second"] = _told(folder, *options, "--budget", "600")
+    options = ["--op", "add", "--device", "cpu"]
+    found["second"] = _told(folder, *options, "--check-floors", "--budget", "600")
     found["after second"] = json.loads(path.read_text())
+    found["quick"] = _told(folder, *options, "--quick", "--rounds", "3")
+    found["after quick"] = json.loads(path.read_text())
+    quick = path.with_name(f"{path.stem}-quick.json")
+    found["of quick"] = json.loads(quick.read_text())
     return found
 
 
@@ -1165,14 +1210,26 @@ def test_a_part_replaces_its_own_records(ran: dict[str, Any]) -> None:
     assert (code, told) == (0, "")
     assert "ok add: " in printed
     before, after = ran["after first"], ran["after second"]
-    small, *rest = after["records"]
-    assert rest == before["records"][1:]
-    assert (small["case"], small["rounds"], small["quick"]) == ("small", 3, True)
+    small, large, right = after["records"]
+    assert right == before["records"][2]
+    assert (small["case"], small["rounds"], small["quick"]) == ("small", 30, False)
     old, new = after["runs"]
     assert old == before["runs"][0]
-    assert small["run"] == new["id"] != old["id"]
+    assert small["run"] == large["run"] == new["id"] != old["id"]
     assert new["options"]["op"] == ["add"]
     assert new["options"]["budget"] == 600.0
+
+
+def test_a_quick_run_replaces_nothing(ran: dict[str, Any]) -> None:
+    assert ran["quick"][0] == 0
+    assert ran["after quick"] == ran["after second"]
+    (record,) = ran["of quick"]["records"]
+    assert (record["case"], record["rounds"], record["quick"]) == ("small", 3, True)
+
+
+def test_floors_are_not_checked_in_a_quick_run(folder: Path, capsys: Capture) -> None:
+    assert _bench(folder, "--quick", "--check-floors") == 2
+    assert "leave out --quick or --check-floors" in capsys.readouterr().err
 
 
 def test_benchmarks_of_ones_own_run_under_pytest(tmp_path: Path) -> None:

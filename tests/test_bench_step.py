@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_fast import ops
 from jepa_fast.models import ijepa, probijepa, tcjepa, tijepa
-from jepa_fast.perf import Case
+from jepa_fast.perf import Case, NotHere
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 bench_step: Any = importlib.import_module("bench_step")
@@ -64,7 +64,8 @@ def test_ours_and_eager_agree_and_train(case: Case) -> None:
     race.check()
     assert losses["ours"] == pytest.approx(losses["eager"], rel=1e-5)
     assert losses["ours"][2] < losses["ours"][0]
-    assert set(race.others) | set(race.why_not) == {"eager", "compile", "ours_compile"}
+    raced = {*race.others, *race.variants, *race.why_not}
+    assert raced == {"eager", "compile", "ours_compile"}
     assert race.cost.flops > 0
 
 
@@ -209,17 +210,18 @@ def test_a_live_text_encoder_races_against_given_words() -> None:
     case = _named("tcjepa_step/tiny-live")
     sizes = {name: size for name, size in case.sizes.items() if name != "live"}
     race = bench_step.step_race(Case(case.operator, "both", sizes), "cpu")
-    assert torch.isfinite(race.others["live"]())
+    assert torch.isfinite(race.variants["live"]())
     race.ours()
     race.check()
 
 
 def test_without_transformers_live_cases_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "_HAS_TRANSFORMERS", False)
-    assert bench_step.runnable(CASES) == [case for case in CASES if case not in LIVE]
+    with pytest.raises(NotHere, match=r"jepa-fast\[text\]"):
+        bench_step.step_race(LIVE[0], "cpu")
     sizes = {name: size for name, size in LIVE[0].sizes.items() if name != "live"}
     race = bench_step.step_race(Case(LIVE[0].operator, "both", sizes), "cpu")
-    assert "live" not in race.others
+    assert "live" not in race.variants
     assert "jepa-fast[text]" in race.why_not["live"]
 
 
@@ -229,7 +231,7 @@ def test_cached_features_race_against_the_frozen_encoder() -> None:
     race = bench_step.step_race(case, "cpu")
     assert race.ours.model.encoder is None
     assert race.others["eager"].model.encoder is None
-    recomputing = race.others["recomputing"]
+    recomputing = race.variants["recomputing"]
     encoded = []
     recomputing.model.encoder.register_forward_hook(lambda *args: encoded.append(args))
     for step in (race.ours, race.others["eager"], recomputing):
@@ -246,7 +248,8 @@ def test_compiled_steps_agree() -> None:
         pytest.skip(why)
     torch.compiler.reset()
     race = bench_step.step_race(case, "cpu")
-    compiled = [race.others[name] for name in ("compile", "ours_compile")]
+    assert "ours_compile" not in race.others
+    compiled = [race.others["compile"], race.variants["ours_compile"]]
     losses = [[float(step()) for _ in range(2)] for step in [race.ours, *compiled]]
     race.check()
     for other in losses[1:]:

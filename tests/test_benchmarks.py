@@ -18,6 +18,7 @@ from test_contracts import SAMPLES
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.nn.vit import create_encoder
 from jepa_fast.ops._registry import OPERATORS
 from jepa_fast.perf import Case, Race
 from jepa_fast.perf.race import load_suite, quick_entries
@@ -71,6 +72,16 @@ def test_every_operator_has_a_larger_case_for_each_device() -> None:
 def test_names_are_unique() -> None:
     names = [str(case) for case in CASES]
     assert len(set(names)) == len(names)
+
+
+def test_parameters_are_those_of_the_encoders() -> None:
+    """All but the positions, which are no parameter, by their shapes."""
+    cases = importlib.import_module("cases")
+    for name, width, depth in (("small", 384, 12), ("base", 768, 12), ("large", 1024, 24)):
+        with torch.device("meta"):
+            encoder = create_encoder(f"vit_{name}_patch16", 32)
+        shapes = sorted(tuple(parameter.shape) for parameter in encoder.parameters())
+        assert sorted(cases.vit_parameters(width, depth)) == shapes
 
 
 # What costs count

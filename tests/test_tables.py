@@ -294,11 +294,19 @@ def _record(operator: str, device: str, **more: Any) -> dict[str, Any]:
             "compile": _provider(0.25, 2.0, 100),
             "foreach_lerp": _provider(0.15, 1.25, 50),
         },
+        "variants": [],
+        "rounds": 30,
+        "quick": False,
+        "run": "one",
         "headline": {"against": "foreach_lerp", "ratio": 1.25},
         "share_of_ceiling": 0.78,
         "bound": "memory",
     }
     return {**record, **more}
+
+
+def _results(*records: dict[str, Any], dirty: bool = False) -> dict[str, Any]:
+    return {"runs": [{"id": "one", "dirty": dirty}], "records": list(records)}
 
 
 def test_a_gpu_has_times_and_shares_a_cpu_has_ratios(invented: Copy) -> None:
@@ -315,7 +323,7 @@ def test_a_gpu_has_times_and_shares_a_cpu_has_ratios(invented: Copy) -> None:
         ("cuda", " ms | of the ceiling |", " 0.123 | 78 % (memory) |"),
     ):
         records = [_record("ema_update_", device), _record("ijepa_step", device)]
-        invented.write("chip-1.json", {"records": records})
+        invented.write("chip-1.json", _results(*records))
         shown = invented.show("operators chip-1").splitlines()
         assert shown[2] == heads + more_heads
         assert shown[4:-2] == [cells + more]
@@ -331,14 +339,45 @@ def test_what_was_not_raced_is_a_dash(invented: Copy) -> None:
         providers={"ours": _provider(1.0, 1.0, 0), "eager": _provider(2.0, 2.0, 0)},
         share_of_ceiling=None,
     )
-    invented.write("chip.json", {"records": [record]})
+    invented.write("chip.json", _results(record))
     row = invented.show("operators chip").splitlines()[4]
     assert row.startswith("| `mixture_nll` vit_b | 2.00x | - | - | **1.25x** (foreach_lerp) | - |")
     assert row.endswith(" 1 | - |")
 
 
+def test_variants_of_ours_are_no_libraries(invented: Copy) -> None:
+    providers = {name: _provider(1.0, ratio, 10) for name, ratio in (("ours", 1.0), ("fast", 0.5))}
+    record = _record("ijepa_step", "cpu", providers=providers, variants=["fast"], headline=None)
+    invented.write("chip.json", _results(record, _record("ijepa_step", "cpu")))
+    _, _, heads, _, one, other, *_ = invented.show("steps chip").splitlines()
+    assert "| over the best | variants of ours | peak memory" in heads
+    assert one == "| `ijepa_step` vit_b | - | - | - | - | fast 0.50x | - |"
+    assert "| **1.25x** (foreach_lerp) | - | 0.25x |" in other
+
+
+@pytest.mark.parametrize(
+    ("more", "dirty", "message"),
+    [
+        ({"quick": True, "rounds": 30}, False, "ema_update_ vit_b is of 30 rounds, in a quick run"),
+        ({"rounds": 3}, False, "ema_update_ vit_b is of 3 rounds"),
+        ({}, True, "ema_update_ vit_b is of uncommitted changes"),
+    ],
+)
+def test_what_is_not_by_the_protocol_is_not_shown(
+    invented: Copy,
+    capsys: pytest.CaptureFixture[str],
+    more: dict[str, Any],
+    dirty: bool,
+    message: str,
+) -> None:
+    invented.write("chip.json", _results(_record("ema_update_", "cpu", **more), dirty=dirty))
+    invented.readme.write_text("<!-- table: operators chip -->\n<!-- end of table -->\n")
+    assert invented.run() == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_machine_without_such_records(invented: Copy, capsys: pytest.CaptureFixture[str]) -> None:
-    invented.write("chip.json", {"records": [_record("ema_update_", "cpu")]})
+    invented.write("chip.json", _results(_record("ema_update_", "cpu")))
     invented.readme.write_text("<!-- table: steps chip -->\n<!-- end of table -->\n")
     assert invented.run() == 2
     assert "the result has no step" in capsys.readouterr().err

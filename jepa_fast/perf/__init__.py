@@ -11,6 +11,7 @@ _PUBLIC = {
     "Case": "race",
     "Cost": "race",
     "Launch": "kernel_audit",
+    "NotHere": "errors",
     "Race": "race",
     "Report": "audit_report",
     "audit": "kernel_audit",

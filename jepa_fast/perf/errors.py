@@ -12,6 +12,10 @@ class PerfError(RuntimeError):
     exit_code = 2
 
 
+class NotHere(PerfError):
+    """A case lacks something on this machine: its set-up raises this, and the case is skipped."""
+
+
 class BaselineMissing(PerfError):
     """There is nothing to compare with (exit code 3)."""
 

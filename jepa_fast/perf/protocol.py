@@ -173,15 +173,16 @@ class Contest:
     def __init__(
         self, race: Race, device: str, settings: Settings, clock: Clock | None = None
     ) -> None:
-        if OURS in race.others:
-            raise PerfError(f"{OURS!r} is no name for one of the others of a race")
+        names = [OURS, *race.others, *race.variants]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise PerfError(f"a race has several providers called {', '.join(twice)}")
         self.race = race
         self.device = device
         self.settings = settings
         self.why_not = dict(race.why_not)
         self.graph_seconds: float | None = None
         self._clock = clock or clock_of(device)
-        self._providers: dict[str, Provider] = {OURS: race.ours, **race.others}
+        self._providers: dict[str, Provider] = {OURS: race.ours, **race.others, **race.variants}
         self._calls: dict[str, int] = {}
         self.times: dict[str, Times] = {}
         self._round = 0
@@ -310,7 +311,8 @@ class Contest:
             ceilings: of the machine.
         """
         ratios = self.ratios()
-        best = min(ratios, key=ratios.__getitem__) if ratios else None
+        rivals = [name for name in ratios if name in self.race.others]
+        best = min(rivals, key=ratios.__getitem__, default=None)
         seconds, cost = self.times[OURS].median, self.race.cost
         share, bound = ceilings.share(cost, case.dtype, seconds)
         return {
@@ -335,6 +337,7 @@ class Contest:
                 }
                 for name, times in self.times.items()
             },
+            "variants": [name for name in self.times if name in self.race.variants],
             "why_not": self.why_not,
             "headline": best and {"against": best, "ratio": _digits(ratios[best])},
             "gigabytes_per_second": _digits(cost.moved / seconds / 1e9 if cost.moved else None),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from jepa_fast.perf.errors import PerfError
+from jepa_fast.perf.errors import NotHere, PerfError
 from jepa_fast.perf.machine import DEVICES, choose_device
 from jepa_fast.perf.race import Case, Entry, SetUp, check_names
 
@@ -176,7 +176,11 @@ class Races:
         from jepa_fast.perf.protocol import Contest, OverBudget
 
         if benchmark.disabled:  # by --benchmark-disable, or by pytest-xdist
-            Contest(set_up(case, device), device, self._settings()).check()
+            try:
+                found = set_up(case, device)
+            except NotHere as error:
+                pytest.skip(str(error))
+            Contest(found, device, self._settings()).check()
             benchmark.pedantic(lambda: None)
             return
         ceilings = self._measured_ceilings(device)
@@ -191,10 +195,10 @@ class Races:
                 raise OverBudget("the budget is used up")
             contest = Contest(set_up(case, device), device, settings)
             contest.prepare()
-        except OverBudget as error:
+        except (NotHere, OverBudget) as error:
             why = {"operator": case.operator, "case": case.name, "why": str(error)}
             self._write({"skipped": why})
-            pytest.skip(f"over budget: {error}")
+            pytest.skip(f"over budget: {error}" if isinstance(error, OverBudget) else str(error))
 
         def one_round() -> None:
             self._ours += contest.round()

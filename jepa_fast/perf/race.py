@@ -94,6 +94,8 @@ class Race:
         cost: what the work takes at the least.
         backend: which backend of ours runs, for the record.
         why_not: by the name of a provider that is missing here: why.
+        variants: by name: ours in other ways, such as under `torch.compile`. They are timed beside
+            it, and are nothing that ours is ahead of or behind.
     """
 
     ours: Provider
@@ -102,6 +104,7 @@ class Race:
     cost: Cost
     backend: str = ""
     why_not: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, Provider] = field(default_factory=dict)
 
 
 SetUp = Callable[[Case, str], Race]

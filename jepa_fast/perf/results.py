@@ -18,9 +18,12 @@ Record = dict[str, Any]
 Results = dict[str, Any]
 
 
-def results_file(folder: Path, machine: Mapping[str, Any]) -> Path:
-    """Where the results of a machine, as `machine.describe` tells of it, lie in a folder."""
-    return folder / f"{machine['name']}.json"
+def results_file(folder: Path, machine: Mapping[str, Any], quick: bool = False) -> Path:
+    """Where the results of a machine, as `machine.describe` tells of it, lie in a folder.
+
+    Those of quick runs lie apart: they are for trying things out, and replace no others.
+    """
+    return folder / f"{machine['name']}{'-quick' if quick else ''}.json"
 
 
 def read_results(path: Path, machine: Mapping[str, Any] | None = None) -> Results:
@@ -122,6 +125,7 @@ _COLUMNS = (
     "+-",
     "over the best",
     "others",
+    "variants",
     "GB/s",
     "TFLOP/s",
     "of the ceiling",
@@ -132,6 +136,9 @@ _COLUMNS = (
 )
 
 
+_TEXT = ("operator", "case", "over the best", "others", "variants")
+
+
 def table(records: Sequence[Record]) -> str:
     """The records as text, a line a case; columns without anything in them are left out."""
     lines = [list(_COLUMNS), *map(_row, records)]
@@ -139,7 +146,7 @@ def table(records: Sequence[Record]) -> str:
     padded = []
     for column in columns:
         width = max(map(len, column))
-        is_text = column[0] in ("operator", "case", "over the best", "others")
+        is_text = column[0] in _TEXT
         padded.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in column])
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
@@ -159,11 +166,14 @@ def gaps(records: Sequence[Record]) -> list[str]:
 def _row(record: Record) -> list[str]:
     ours, headline = record["providers"]["ours"], record["headline"]
     share, peak = record["share_of_ceiling"], ours["peak_bytes"]
-    others = [
-        f"{name} {each['ratio']:.2f}x"
-        for name, each in record["providers"].items()
-        if each["ratio"] is not None
-    ]
+    others, variants = (
+        [
+            f"{name} {each['ratio']:.2f}x"
+            for name, each in record["providers"].items()
+            if each["ratio"] is not None and (name in record["variants"]) is of_ours
+        ]
+        for of_ours in (False, True)
+    )
     return [
         record["operator"],
         record["case"],
@@ -171,6 +181,7 @@ def _row(record: Record) -> list[str]:
         f"{100 * ours['spread']:.0f} %",
         f"{headline['ratio']:.2f}x {headline['against']}" if headline else "",
         ", ".join(others),
+        ", ".join(variants),
         _number(record["gigabytes_per_second"]),
         _number(record["teraflops"]),
         "" if share is None else f"{100 * share:.0f} % {record['bound']}",

@@ -24,8 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
         "Races our operators against eager PyTorch, torch.compile and libraries: correct first, "
-        "then all in turn for 30 rounds or more. Prints a table, and writes <machine>.json, which "
-        "says what produced each number, and <machine>.png beside it."
+        "then all in turn for 30 rounds or more. Prints a table, and writes <machine>.json (with "
+        "--quick, <machine>-quick.json), which says what produced each number, and a picture."
     )
     parser.add_argument("--op", nargs="+", metavar="OP", help="operators (default: all)")
     parser.add_argument("--quick", action="store_true", help="small cases alone, timed less often")
@@ -78,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
         OSError: a result cannot be written; earlier files stay whole.
     """
     started = time.monotonic()
+    from jepa_fast.perf.errors import PerfError
     from jepa_fast.perf.files import check_writable
     from jepa_fast.perf.floors import read_floors
     from jepa_fast.perf.machine import choose_device, describe
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
     from jepa_fast.perf.suite import check_packages, run_suite
 
     check_packages()
+    if options.quick and options.check_floors:
+        raise PerfError("floors are means over all cases: leave out --quick or --check-floors")
     suite = (options.suite or _default_suite()).resolve()
     output = (options.output or _default_output(suite)).resolve()
     # All that can be refused is, before the minutes that measuring takes.
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     sources = _sources(suite, output, options)
     device = choose_device(options.device)
     machine = describe(device)
-    path = results_file(output, machine)
+    path = results_file(output, machine, options.quick)
     read_results(path, machine)
     check_writable(output)
     operators = options.op or []
