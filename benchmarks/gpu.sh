@@ -43,7 +43,7 @@ part() { # NAME SECOND COMMAND...: its log, and a row of the report
   echo "== $name"
   log="$OUT/gpu-$name.txt"
   # In the background, so that the trap can end it; timeout ends what it has started, too.
-  timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1 &
+  timeout --kill-after=15 "$limit" "$@" >"$log" 2>&1 &
   running=$!
   wait "$running"
   status=$?

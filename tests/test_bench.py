@@ -240,6 +240,15 @@ def test_nothing_of_the_others_may_be_called_ours() -> None:
         _contest(FakeClock({}), ["ours"], Settings())
 
 
+def test_first_calls_stop_where_the_budget_is_used_up() -> None:
+    clock = FakeClock({"ours": 1.0, "a": 1.0, "b": 1.0})
+    left = iter([5.0, 1.0, -3.0])
+    contest = _contest(clock, ["a", "b"], Settings(left=lambda: next(left)))
+    with pytest.raises(OverBudget, match="before the first call of b"):
+        contest.prepare()
+    assert "check" not in clock.log
+
+
 def test_calls_follow_from_what_is_left_and_rounds_do_not() -> None:
     seconds = {"ours": 1.0, "a": 3.0}
     clock = FakeClock(seconds)
@@ -1069,9 +1078,10 @@ def test_unknown_operators_and_folders_without_benchmarks_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: Patch, capfd: Capture
 ) -> None:
     def here(command: list[str], **_: object) -> SimpleNamespace:
-        return SimpleNamespace(returncode=_in_here([*command[3:], "-pno:faulthandler"]))
+        code = _in_here([*command[3:], "-pno:faulthandler"])
+        return SimpleNamespace(wait=lambda: code)
 
-    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(Popen=here))
     assert _bench(folder, "--op", "add", "mul", "--device", "cpu", "--commit", "x") == 2
     assert "jepa-fast: unknown operator: mul; there are: add" in capfd.readouterr().err
     (folder / "bench_one.py").write_text(SUITE.replace("CASES", 'Case("add", "x")'))
@@ -1218,6 +1228,27 @@ def test_a_part_replaces_its_own_records(ran: dict[str, Any]) -> None:
     assert small["run"] == large["run"] == new["id"] != old["id"]
     assert new["options"]["op"] == ["add"]
     assert new["options"]["budget"] == 600.0
+
+
+def test_what_was_measured_before_a_signal_is_written(tmp_path: Path) -> None:
+    folder = _suite(tmp_path / "suite", a=('Case("add", "small", {"n": 64})', 2))
+    _suite(folder, b=('Case("stopped", "x", {"n": 8})', 2), c=('Case("late", "x", {"n": 8})', 2))
+    text = (folder / "bench_b.py").read_text()
+    stop = "import os, signal, time\n    os.kill(os.getppid(), signal.SIGTERM)\n    time.sleep(600)"
+    (folder / "bench_b.py").write_text(text.replace("return _race(case, device)", stop))
+    command = [sys.executable, "-m", "jepa_fast.cli", "bench", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--suite", str(folder)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130
+    assert "stopped by a signal; what was measured before counts" in done.stderr
+    (path,) = (folder / "results").glob("*.json")
+    assert [record["operator"] for record in json.loads(path.read_text())["records"]] == ["add"]
 
 
 def test_a_quick_run_replaces_nothing(ran: dict[str, Any]) -> None:

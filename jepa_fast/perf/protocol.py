@@ -194,9 +194,12 @@ class Contest:
         first call would do so unmeasured. Another's lack of memory only ends its own part.
 
         Raises:
+            OverBudget: the time was used up before all had been called.
             PerfError: there is not enough memory for ours.
         """
         for name, provider in list(self._providers.items()):
+            if self.settings.left is not None and self.settings.left() <= 0:
+                raise OverBudget(f"the budget was used up before the first call of {name}")
             found = _first_call(self._clock, provider)
             if isinstance(found, float):
                 self.times[name] = Times(first_call=found)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from jepa_fast.perf.errors import PerfError
 from jepa_fast.perf.race import suite_files
 
 _OK, _FAILED, _NO_TESTS = 0, 1, 5
+_PATIENCE_SECONDS = 3.0
+"""For a process that was told to end: whoever stops this one may not wait for long."""
 _OF_ANOTHER_PYTEST = ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
 
 
@@ -35,6 +39,7 @@ class Outcome:
         known: (operator, case) of the whole suite.
         skipped: cases for which the budget did not suffice: operator, case, why.
         failed: whether a benchmark failed, or the process ended early.
+        stopped: by a signal (Ctrl-C, SIGTERM); what was measured before is there.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +47,7 @@ class Outcome:
     known: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     failed: bool = False
+    stopped: bool = False
 
 
 def run_suite(
@@ -87,14 +93,40 @@ def run_suite(
         command += [] if budget is None else ["--race-budget", str(budget)]
         environment = _environment(None if quick else Path(scratch), version)
         # `python -m` looks in the current folder first.
-        done = subprocess.run(command, env=environment, cwd=version, check=False)
+        process = subprocess.Popen(command, env=environment, cwd=version)
+        code = _wait(process)
         outcome = _read(log)
-    if done.returncode == _NO_TESTS:
+    if code == _NO_TESTS:
         raise PerfError(f"nothing to run in {folder} on {device}" + " with --quick" * quick)
-    if done.returncode not in (_OK, _FAILED):
-        print(f"the benchmarks' process ended early, with {done.returncode}", file=sys.stderr)
-    outcome.failed = done.returncode != _OK
+    if code is None:
+        print("stopped by a signal; what was measured before counts", file=sys.stderr)
+    elif code not in (_OK, _FAILED):
+        print(f"the benchmarks' process ended early, with {code}", file=sys.stderr)
+    outcome.failed, outcome.stopped = code != _OK, code is None
     return outcome
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status; None where a signal to this process ended both."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    before = signal.signal(signal.SIGTERM, interrupt) if here else None
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        try:
+            process.wait(timeout=_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return None
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
 
 def check_packages() -> None:

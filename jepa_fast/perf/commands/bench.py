@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jepa_fast.perf.suite import Outcome
 
-DONE, FAILED = 0, 1
+DONE, FAILED, STOPPED = 0, 1, 130
 _PACKAGE = Path(__file__).resolve().parents[2]
 _IN_CHECKOUT, _PACKAGED = _PACKAGE.parent / "benchmarks", _PACKAGE / "_benchmarks"
 
@@ -112,6 +112,8 @@ def run(options: argparse.Namespace) -> int:
         _write(path, outcome, {**sources, "options": _told(options, device)})
     else:
         print("nothing was measured, and nothing written")
+    if outcome.stopped:
+        return STOPPED
     ok = floors is None or _floors_hold(floors, machine["name"], outcome.records, operators)
     return DONE if ok and outcome.records and not outcome.failed else FAILED
 
