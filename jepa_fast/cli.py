@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jepa_fast.train.config import Config
 
 DONE, FAILED, WRONG = 0, 1, 2
+UNMEASURED = 7
+"""Of the commands whose 1 says that something got worse: they could not do their work."""
 REPORT_SEEDS = 3
 _MEASURING = {
     "bench": (bench, "benchmarks: a table, a results file and a picture"),
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         OSError,  # no such file, no permission, a full disk
     ) as error:
         print(f"jepa-fast: {error}", file=sys.stderr)
-        return FAILED
+        return getattr(options, "failed", FAILED)
 
 
 def _is_first() -> bool:
@@ -150,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=told, epilog=perf_commands.EXIT_CODES, allow_abbrev=False
         )
         module.configure(command)
-        command.set_defaults(command=module.run)
+        command.set_defaults(command=module.run, failed=UNMEASURED)
     return parser
 
 

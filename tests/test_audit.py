@@ -790,6 +790,8 @@ def test_results_and_summaries_of_a_regression(
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
     assert [case.get("name") for case in suite if len(case)] == ["c on any chip"]
     assert Report.read(written) == instant
+    assert main(["audit", "--markdown", str(summary)]) == 0
+    assert "**compared with nothing**" in summary.read_text()
 
 
 def test_a_write_that_fails_leaves_the_earlier_file_whole(
@@ -804,7 +806,7 @@ def test_a_write_that_fails_leaves_the_earlier_file_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jepa_fast.perf.files.os.replace", full)
-    assert main(["audit", "--write", str(file)]) == 1
+    assert main(["audit", "--write", str(file)]) == 7
     assert "No space left on device" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["baseline.json"]
     assert file.read_text() == earlier

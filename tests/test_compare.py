@@ -273,7 +273,7 @@ def test_what_got_worse_is_named_and_nothing_else(
     assert "MORE MEMORY: 65,536 -> 69,632 bytes" in _told(output, "greedy")
     assert "its process ended with 3" in "\n".join(output.splitlines())
     assert "not compared: the base cannot run it" in _told(output, "new")
-    assert output.splitlines()[-1] == "3 of 6 got worse"
+    assert output.splitlines()[-1] == "3 of 6 got worse, 1 could not be told"
 
     found = json.loads(files["json"].read_text())
     cases = {case["operator"]: case for case in found["cases"]}
@@ -287,11 +287,14 @@ def test_what_got_worse_is_named_and_nothing_else(
     assert found["versions"]["torch"]
 
     suite = ElementTree.parse(files["junit"]).getroot()[0]
-    assert suite.attrib["failures"] == "3"
+    assert (suite.attrib["failures"], suite.attrib["skipped"]) == ("3", "1")
+    (unknown,) = (case.attrib["name"] for case in suite if case.find("skipped") is not None)
+    assert unknown == "new/small"
     failed = [case.attrib["name"] for case in suite if case.find("failure") is not None]
     assert failed == ["slowed/small", "greedy/small", "dying/small"]
     markdown = files["markdown"].read_text()
-    assert "**3 of 6 got worse**" in markdown
+    assert "**3 of 6 got worse, 1 could not be told**" in markdown
+    assert "| ? | new/small | not compared" in markdown
     assert "| **worse** | slowed/small | SLOWER: time +5.0 %" in markdown
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "found.json",
@@ -418,6 +421,27 @@ def test_what_cannot_be_compared_is_refused_with_a_code_of_its_own(
 def test_a_relative_cache_is_of_the_current_folder(project: Repository) -> None:
     assert main(["compare", "main", "--op", "steady", "--cache", "snapshots"]) == 0
     assert list((project.root / "snapshots").glob("project-*/head-*/library.py"))
+
+
+def test_a_base_that_fails_is_not_the_working_tree_s_fault(
+    project: Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.write({"library.py": library(BROKEN='"all of it"')})
+    git(project.root, "commit", "-qam", "dies")
+    project.write({"library.py": LIBRARY})
+    assert main(["compare", "HEAD", "--op", "steady", "dying"]) == 0
+    output = capsys.readouterr().out
+    assert "ok    dying/small: not compared: the base cannot run it" in output
+    assert output.splitlines()[-1] == "nothing got worse, 1 could not be told"
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(
+    project: Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "main", "--json", "library.py/found.json"]) == 7
+    captured = capsys.readouterr()
+    assert "library.py is not a folder" in captured.err
+    assert "against" not in captured.out
 
 
 def test_outside_a_repository(

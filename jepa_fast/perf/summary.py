@@ -16,30 +16,44 @@ class Check:
         ok: whether it passed.
         message: in a line, what was found.
         lines: whatever else there is to say.
+        told: False where it passes because nothing could be told.
     """
 
     name: str
     ok: bool
     message: str = ""
     lines: tuple[str, ...] = ()
+    told: bool = True
 
 
-def markdown(title: str, checks: Sequence[Check], details: str = "") -> str:
+def verdict(checks: Sequence[Check]) -> str:
+    """All checks in a line."""
+    if not checks:
+        return "nothing was checked"
+    failed = sum(not check.ok for check in checks)
+    text = f"{failed} of {len(checks)} got worse" if failed else "nothing got worse"
+    unknown = sum(not check.told for check in checks)
+    return f"{text}, {unknown} could not be told" if unknown else text
+
+
+def markdown(
+    title: str, checks: Sequence[Check], details: str = "", headline: str | None = None
+) -> str:
     """A heading, the verdict, and a table of the checks, failed ones first.
 
     Args:
         title: without the `#`.
         checks: in the order to be shown.
         details: text of fixed width, folded away below.
+        headline: instead of the verdict.
     """
     failed = [check for check in checks if not check.ok]
     passed = [check for check in checks if check.ok]
-    verdict = f"{len(failed)} of {len(checks)} got worse" if failed else "nothing got worse"
-    text = [f"## {title}", "", f"**{verdict}**", ""]
+    text = [f"## {title}", "", f"**{verdict(checks) if headline is None else headline}**", ""]
     if checks:
         text += ["| | what | |", "|---|---|---|"]
         text += [
-            f"| {'ok' if check.ok else '**worse**'} | {_cell(check.name)} | {_cell(_told(check))} |"
+            f"| {_mark(check)} | {_cell(check.name)} | {_cell(_told(check))} |"
             for check in [*failed, *passed]
         ]
         text.append("")
@@ -47,6 +61,12 @@ def markdown(title: str, checks: Sequence[Check], details: str = "") -> str:
         text += ["<details><summary>all numbers</summary>", "", "```text", details, "```", ""]
         text += ["</details>", ""]
     return "\n".join(text)
+
+
+def _mark(check: Check) -> str:
+    if not check.ok:
+        return "**worse**"
+    return "ok" if check.told else "?"
 
 
 def _told(check: Check) -> str:
@@ -58,16 +78,19 @@ def _cell(text: str) -> str:
 
 
 def junit(suite: str, checks: Sequence[Check]) -> str:
-    """The checks as JUnit XML: a test case each, failures with their messages."""
+    """The checks as JUnit XML: a test case each, failures and skipped ones with their messages."""
     failures = sum(not check.ok for check in checks)
     root = ElementTree.Element("testsuites")
     counts = {"tests": str(len(checks)), "failures": str(failures), "errors": "0"}
+    counts["skipped"] = str(sum(check.ok and not check.told for check in checks))
     parent = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts})
     for check in checks:
         case = ElementTree.SubElement(parent, "testcase", classname=suite, name=check.name)
         text = "\n".join(check.lines)
         if not check.ok:
             ElementTree.SubElement(case, "failure", message=check.message).text = text
+        elif not check.told:
+            ElementTree.SubElement(case, "skipped", message=check.message)
         elif text:
             ElementTree.SubElement(case, "system-out").text = text
     ElementTree.indent(root)

@@ -143,7 +143,8 @@ def _summarise(options: argparse.Namespace, report: Report, checks: Sequence[Che
     from jepa_fast.perf.summary import junit, markdown
 
     if options.markdown:
-        write_text(options.markdown, markdown("jepa-fast audit", checks, str(report)))
+        headline = None if options.compare else "compared with nothing"
+        write_text(options.markdown, markdown("jepa-fast audit", checks, str(report), headline))
     if options.junit:
         write_text(options.junit, junit("jepa-fast audit", checks))
 

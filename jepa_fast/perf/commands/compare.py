@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jepa_fast.perf.machine import DEVICES
 
@@ -104,14 +104,18 @@ def run(options: argparse.Namespace) -> int:
         OSError: a result cannot be written; an earlier file stays whole.
     """
     from jepa_fast.perf.errors import PerfError
+    from jepa_fast.perf.files import check_writable
     from jepa_fast.perf.gate import report
     from jepa_fast.perf.gate.gate import Limits, compare
     from jepa_fast.perf.gate.sides import Setting
     from jepa_fast.perf.gate.snapshots import Snapshots, default_cache
     from jepa_fast.perf.machine import choose_device
     from jepa_fast.perf.race import suite_files
+    from jepa_fast.perf.summary import verdict
 
     device = choose_device(options.device)
+    for file in filter(None, (options.markdown, options.junit, options.json)):
+        check_writable(file.absolute().parent)
     # Nothing that is measured on a CPU needs the minutes of nvcc.
     environment = {"JEPA_FAST_BUILD": os.environ.get("JEPA_FAST_BUILD", "cpu")}
     snapshots = Snapshots(
@@ -129,6 +133,7 @@ def run(options: argparse.Namespace) -> int:
     setting = Setting(head.root / suite.relative_to(snapshots.root), device, options.threads)
     limits = Limits(options.tolerance, options.memory_tolerance, options.seconds)
     print(f"{head.label} against {base.label}", flush=True)
+    pinned = _pinned(setting, options.op or ())
     found = compare(
         base,
         head,
@@ -137,40 +142,50 @@ def run(options: argparse.Namespace) -> int:
         options.op or (),
         lambda finding: print(report.line(finding, limits.slow_down), flush=True),
     )
-    found.floors.extend(_floors(head.root, setting, options.op or ()))
+    found.floors.extend(_floors(head.root, setting, pinned))
     for floor in found.floors:
         print(report.printed(floor), flush=True)
     _write(options, found)
     checks = report.checks(found)
-    worse = sum(not check.ok for check in checks)
-    print(f"{worse} of {len(checks)} got worse" if worse else "nothing got worse")
-    return WORSE if worse else DONE
+    print(verdict(checks))
+    return DONE if all(check.ok for check in checks) else WORSE
 
 
-def _floors(root: Path, setting: Setting, operators: Sequence[str]) -> list[Check]:
-    """What the suite pins for this machine, raced in the working tree; nothing where it does not.
+def _pinned(setting: Setting, operators: Sequence[str]) -> dict[str, Any]:
+    """The floors that the suite has for this machine, by operator.
 
     Args:
-        root: of the working tree's snapshot.
         setting: how the versions are run.
         operators: which; none: all that have a floor.
+
+    Raises:
+        PerfError: the suite's floors are none, or what runs their races is not installed.
     """
-    from jepa_fast.perf.floors import FILE, check_floors, read_floors
+    from jepa_fast.perf.floors import FILE, read_floors
     from jepa_fast.perf.machine import describe
+    from jepa_fast.perf.suite import check_packages
+
+    if not (setting.suite / FILE).is_file():
+        return {}
+    floors = read_floors(setting.suite).get(describe(setting.device)["name"], {})
+    pinned = {name: each for name, each in floors.items() if not operators or name in operators}
+    if pinned:
+        check_packages()
+    return pinned
+
+
+def _floors(root: Path, setting: Setting, pinned: dict[str, Any]) -> list[Check]:
+    """Whether the working tree, whose snapshot is `root`, reaches what is pinned."""
+    from jepa_fast.perf.floors import check_floors
     from jepa_fast.perf.suite import run_suite
     from jepa_fast.perf.summary import Check
 
-    if not (setting.suite / FILE).is_file():
-        return []
-    floors = read_floors(setting.suite)
-    machine = describe(setting.device)["name"]
-    pinned = [name for name in floors.get(machine, {}) if not operators or name in operators]
     if not pinned:
         return []
-    raced = run_suite(setting.suite, setting.device, pinned, version=root)
+    raced = run_suite(setting.suite, setting.device, list(pinned), version=root)
     return [
         Check(f"{check.name}/floor", check.ok, check.message)
-        for check in check_floors(floors, machine, raced.records, pinned)
+        for check in check_floors({"here": pinned}, "here", raced.records)
     ]
 
 

@@ -180,20 +180,30 @@ def _first(pair: Pair, case: CaseName, limits: Limits) -> Finding:
             finding.memory_grew = finding.head_bytes > most
             finding.runs.append(_sample(pair, case, limits))
         except SideFailed as error:
-            finding.broken = str(error)
+            _blame(pair, finding, error)
     pair.close()
     return finding
+
+
+def _blame(pair: Pair, finding: Finding, error: SideFailed) -> None:
+    """Notes what one of the versions could not do: of the base it is no fault of the other's."""
+    if error.side is pair.base:
+        finding.not_compared = f"the base cannot run it: {error}"
+    else:
+        finding.broken = str(error)
 
 
 def _second(pair: Pair, finding: Finding, limits: Limits) -> None:
     """A case once more."""
     case = (finding.operator, finding.case)
-    finding.broken = "; ".join(filter(None, pair.open(case)))
-    if not finding.broken:
+    in_base, finding.broken = pair.open(case)
+    if in_base:
+        finding.not_compared = f"the base cannot run it: {in_base}"
+    elif not finding.broken:
         try:
             finding.runs.append(_sample(pair, case, limits))
         except SideFailed as error:
-            finding.broken = str(error)
+            _blame(pair, finding, error)
     pair.close()
 
 

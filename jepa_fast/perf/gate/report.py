@@ -16,9 +16,10 @@ def check(finding: Finding, tolerance: float) -> Check:
     if finding.broken:
         return Check(finding.name, False, f"the working tree cannot run it: {finding.broken}")
     if finding.not_compared:
-        return Check(finding.name, True, f"not compared: {finding.not_compared}")
-    told = [_times(finding, tolerance), _memory(finding)]
-    return Check(finding.name, finding.ok, "; ".join(filter(None, told)))
+        return Check(finding.name, True, f"not compared: {finding.not_compared}", told=False)
+    text = [_times(finding, tolerance), _memory(finding)]
+    unsure = bool(finding.runs) and finding.runs[-1].verdict is Verdict.UNSURE
+    return Check(finding.name, finding.ok, "; ".join(filter(None, text)), told=not unsure)
 
 
 def _times(finding: Finding, tolerance: float) -> str:

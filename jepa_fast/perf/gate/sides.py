@@ -31,7 +31,16 @@ _STEADY = {
 
 
 class SideFailed(PerfError):
-    """A version cannot do what it was asked for; says what it raised."""
+    """A version cannot do what it was asked for; says what it raised.
+
+    Args:
+        side: the version's process.
+        why: what it cannot do.
+    """
+
+    def __init__(self, side: Side, why: str) -> None:
+        super().__init__(f"{side.label}: {why}")
+        self.side = side
 
 
 @dataclass(frozen=True)
@@ -94,16 +103,15 @@ class Side:
         """
         if not select.select([self._answers], [], [], _PATIENCE_SECONDS)[0]:
             self.close()
-            raise SideFailed(f"{self.label}: no answer for {_PATIENCE_SECONDS:.0f} s")
+            raise SideFailed(self, f"no answer for {_PATIENCE_SECONDS:.0f} s")
         line = self._answers.readline()
         if not line:
             self.close()
-            raise SideFailed(
-                f"{self.label}: its process ended with {self._process.returncode}\n{self._said()}"
-            )
+            ended = f"its process ended with {self._process.returncode}"
+            raise SideFailed(self, f"{ended}\n{self._said()}")
         answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
-            raise SideFailed(f"{self.label}: {answer['error']}")
+            raise SideFailed(self, answer["error"])
         return answer
 
     def ask(self, do: str, **arguments: Any) -> Any:
