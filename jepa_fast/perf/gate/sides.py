@@ -17,17 +17,9 @@ from jepa_fast.perf.errors import PerfError
 
 _PATIENCE_SECONDS = 600.0
 """For one answer; a case that takes longer hangs."""
-_LARGE = 2**32
-_STEADY = {
-    # Data on huge pages and memory that is kept: which pages a tensor happens to get otherwise
-    # shifts a version's times by several per cent until it is allocated anew.
-    "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{name}"
-        for name in ("hugetlb=1", f"mmap_threshold={_LARGE}", f"trim_threshold={_LARGE}")
-    ),
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "PYTHONHASHSEED": "0",
-}
+_SAME = {"PYTHONHASHSEED": "0"}
+"""Of both. The allocator is left as it is: told to keep memory, or to take huge pages, it gives every
+set-up of a case the same pages, and which these are shifts all times of a process by per cents."""
 
 
 class SideFailed(PerfError):
@@ -71,7 +63,7 @@ class Side:
         self.label = label
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         threads = str(setting.threads)
-        environment = {**os.environ, **_STEADY, "OMP_NUM_THREADS": threads}
+        environment = {**os.environ, **_SAME, "OMP_NUM_THREADS": threads}
         worker = Path(__file__).with_name("worker.py")
         self._process = subprocess.Popen(
             [sys.executable, str(worker), str(root), str(setting.suite), setting.device],
