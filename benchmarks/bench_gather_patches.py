@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from cases import VIT_L, VIT_S, gather_patches_cost
-from plain import Other, backend_of, drawn_patches, operator_race, values
+from plain import Other, backend_of, distinct_patches, drawn_patches, operator_race, values
 from torch import Tensor
 
 from jepa_fast.perf import Case, Race, benchmark
@@ -48,7 +48,7 @@ def _race(case: Case, device: str, backward: bool) -> Race:
     return operator_race(
         case,
         device,
-        gather_patches_cost(case, backward),
+        gather_patches_cost(case, backward, distinct_patches(index)),
         (x, index),
         backend=backend_of("gather_patches", x, index),
         grads=[grad] if backward else [],

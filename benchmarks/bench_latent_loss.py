@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from cases import VIT_L, VIT_S, latent_loss_cost
-from plain import backend_of, drawn_patches, operator_race, values
+from plain import backend_of, distinct_patches, drawn_patches, operator_race, values
 
 from jepa_fast.perf import Case, Race, benchmark
 
@@ -34,7 +34,7 @@ def bench_latent_loss(case: Case, device: str) -> Race:
     return operator_race(
         case,
         device,
-        latent_loss_cost(case, backward=True),
+        latent_loss_cost(case, backward=True, distinct=distinct_patches(index)),
         (prediction, teacher, index),
         {"kind": kind},
         backend=backend_of("latent_loss", prediction, teacher, index, None, kind, True, 1.0, 1e-5),

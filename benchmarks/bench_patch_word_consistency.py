@@ -35,7 +35,7 @@ def bench_patch_word_consistency(case: Case, device: str) -> Race:
     return operator_race(
         case,
         device,
-        patch_word_consistency_cost(case, backward=True),
+        patch_word_consistency_cost(case, backward=True, present=int(word_mask.sum())),
         (queries, keys, word_mask),
         backend=backend_of(
             "patch_word_consistency", queries, keys, word_mask, None, None, *_OPTIONS

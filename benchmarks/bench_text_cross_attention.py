@@ -48,7 +48,7 @@ def _race(case: Case, device: str, backward: bool) -> Race:
     return operator_race(
         case,
         device,
-        text_cross_attention_cost(case, backward),
+        text_cross_attention_cost(case, backward, int(word_mask.sum())),
         arguments,
         backend=backend_of("text_cross_attention", *arguments, *_MASKS, *_OPTIONS),
         grads=grads if backward else [],

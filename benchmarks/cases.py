@@ -46,11 +46,14 @@ def vit_parameters(width: int, depth: int) -> list[tuple[int, ...]]:
     return [(width, 3, 16, 16), (width,), *depth * [*attention, *mlp], *norm]
 
 
-def gather_patches_cost(case: Case, backward: bool) -> Cost:
-    """`[B, M, K]` of `[B, N, D]`; the gradient has a value for every patch."""
+def gather_patches_cost(case: Case, backward: bool, distinct: int) -> Cost:
+    """`[B, M, K]` of `[B, N, D]`; the gradient has a value for every patch.
+
+    Args:
+        distinct: patches of the batch that the index names, however often.
+    """
     item, width = _BYTES[case.dtype], case["D"]
     rows, index = case["B"] * case["M"] * case["K"], case["B"] * case["M"] * case["K"] * _INDEX
-    distinct = case["B"] * min(case["N"], case["M"] * case["K"])
     forward = Cost(read=distinct * width * item + index, written=rows * width * item)
     if not backward:
         return forward
@@ -83,11 +86,15 @@ def assemble_predictor_tokens_cost(case: Case, backward: bool) -> Cost:
     return forward + Cost(tokens * _WIDE, context + width * _WIDE, tokens)
 
 
-def latent_loss_cost(case: Case, backward: bool) -> Cost:
-    """LayerNorm of the target (5 flops an element), residual and loss (4), gradient (2)."""
+def latent_loss_cost(case: Case, backward: bool, distinct: int) -> Cost:
+    """LayerNorm of the target (5 flops an element), residual and loss (4), gradient (2).
+
+    Args:
+        distinct: patches of the batch that are in any block.
+    """
     item, blocks = _BYTES[case.dtype], case["M"] * case["Kt"]
     elements = case["B"] * blocks * case["D"]
-    teacher = case["B"] * min(case["N"], blocks) * case["D"] * item
+    teacher = distinct * case["D"] * item
     index = case["B"] * blocks * _INDEX
     forward = Cost(elements * item + teacher + index, _WIDE, 9 * elements)
     return forward + Cost(_WIDE, elements * item, 2 * elements) if backward else forward
@@ -100,11 +107,17 @@ def ema_update_cost(parameters: int, target: str, source: str, shadow: str | Non
     return Cost(kept + parameters * _BYTES[source], kept + copied, 3 * parameters)
 
 
-def text_cross_attention_cost(case: Case, backward: bool) -> Cost:
-    """Two products of queries and words, four in the backward pass; cosines reuse the scores."""
+def text_cross_attention_cost(case: Case, backward: bool, present: int) -> Cost:
+    """Two products of queries and words, four in the backward pass; cosines reuse the scores.
+
+    Padding is read and takes a gradient, of zero, but has no part in the products.
+
+    Args:
+        present: words of the batch that are no padding.
+    """
     item, width = _BYTES[case.dtype], case["d"]
     tokens, words = case["B"] * case["M"] * case["T"], case["B"] * case["C"] * case["S"]
-    product = 2 * tokens * case["C"] * case["S"] * width
+    product = 2 * case["M"] * case["T"] * present * width
     inputs = (tokens + 2 * words) * width * item
     features = tokens * width * _WIDE  # of the residual, and of the sum
     forward = Cost(inputs + features + words, features + _WIDE, 2 * product)
@@ -113,11 +126,15 @@ def text_cross_attention_cost(case: Case, backward: bool) -> Cost:
     return forward + Cost(features + _WIDE, inputs + features, 4 * product)
 
 
-def patch_word_consistency_cost(case: Case, backward: bool) -> Cost:
-    """One product a layer, two in the backward pass, which needs only the signs of the others."""
+def patch_word_consistency_cost(case: Case, backward: bool, present: int) -> Cost:
+    """One product a layer, two in the backward pass, which needs only the signs of the others.
+
+    Args:
+        present: words of the batch that are no padding.
+    """
     item, width, layers = _BYTES[case.dtype], case["d"], case["L"]
     tokens, words = case["B"] * case["M"] * case["T"], case["B"] * case["C"] * case["S"]
-    product = 2 * tokens * case["C"] * case["S"] * width * layers
+    product = 2 * case["M"] * case["T"] * present * width * layers
     inputs = layers * (tokens + words) * width * item
     forward = Cost(inputs + words, _WIDE, product)
     return forward + Cost(_WIDE, inputs, 2 * product) if backward else forward
@@ -176,9 +193,10 @@ def realnvp_cost(case: Case) -> Cost:
     half = width // 2
     weights = half * hidden + case["d"] * hidden + hidden * hidden + hidden * 2 * half
     parameters = case["couplings"] * weights * _BYTES[case.dtype]
-    inputs = tokens * (width + case["d"]) * _BYTES[case.dtype]
+    condition = tokens * case["d"] * _BYTES[case.dtype]
+    target = tokens * width * _BYTES[case.dtype]
     flops = 3 * 2 * tokens * case["couplings"] * weights
-    return Cost(parameters + inputs, parameters, flops)
+    return Cost(parameters + condition + target, parameters + condition, flops)
 
 
 def block_masks_cost(case: Case, indices: int) -> Cost:

@@ -393,6 +393,11 @@ def drawn_patches(*shape: int, patches: int, device: str = "cpu", seed: int = 0)
     return draws.argsort(-1)[..., :taken].sort(-1).values.to(device)
 
 
+def distinct_patches(index: Tensor) -> int:
+    """Patches of all images that an index [B, ...] names, however often."""
+    return sum(len(image.unique()) for image in index)
+
+
 def drawn_words(images: int, captions: int, words: int, device: str = "cpu") -> Tensor:
     """[B, C, S] bool: captions are half as long as the padded length, or longer."""
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,12 @@
 """Audits a Triton kernel on a machine without a GPU: `python examples/audit_kernel.py`.
 
-With a file's name, `python examples/audit_kernel.py baseline.json`, it also compares with the
-report in that file and fails if something got worse; it writes the file where there is none.
+`python examples/audit_kernel.py --write baseline.json` writes what it found, to be committed, and
+`python examples/audit_kernel.py baseline.json` compares with that. Exit codes are those of
+`jepa-fast audit`: 1 something got worse, 3 there is no such file, 4 it was made with another
+Triton, 6 the kernel cannot be compiled.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jepa_fast.perf import Cost, Launch, audit
+from jepa_fast.perf import Cost, Launch, PerfError, audit
 
 
 @triton.jit
@@ -24,6 +27,10 @@ def scaled_sum(x, y, out, n, BLOCK: tl.constexpr):
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("baseline", nargs="?", type=Path)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
     n = 5000
     report = audit(
         scaled_sum,
@@ -37,16 +44,20 @@ def main() -> int:
         ),
     )
     print(report)
-    if len(sys.argv) < 2:
+    if options.baseline is None:
         return 0
-    baseline = Path(sys.argv[1])
-    if not baseline.exists():
-        baseline.write_text(json.dumps(report.to_json(), indent=2))
-    findings = report.compare(baseline)
+    if options.write:
+        options.baseline.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        return 0
+    findings = report.compare(options.baseline)
     for finding in findings:
         print(finding)
     return 1 if findings else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except PerfError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -16,6 +16,7 @@ import torch
 from samples import Sample
 from test_contracts import SAMPLES
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_fast import ops
 from jepa_fast.nn.vit import create_encoder
@@ -87,14 +88,13 @@ def test_parameters_are_those_of_the_encoders() -> None:
 # What costs count
 
 
-def _unread(case: Case) -> int:
+def _unread(case: Case, inputs: list[Tensor]) -> int:
     """Bytes of the inputs that the result does not depend on."""
-    if case.operator in ("gather_patches", "gather_packed"):
-        rows = case["B"] * case["N"] if case.operator == "gather_patches" else case["T"]
-        taken = case["B"] * case["K"] if case.operator == "gather_patches" else case["K"]
-        return (rows - taken) * case["D"] * 4
-    if case.operator == "latent_loss":  # at least these, as blocks overlap
-        return case["B"] * (case["N"] - case["M"] * case["Kt"]) * case["D"] * 4
+    if case.operator == "gather_packed":
+        return (case["T"] - len(set(inputs[1].tolist()))) * case["D"] * 4
+    if case.operator in ("gather_patches", "latent_loss"):
+        taken = {(b, i) for b, row in enumerate(inputs[-1].flatten(1).tolist()) for i in row}
+        return (case["B"] * case["N"] - len(taken)) * case["D"] * 4
     if case.operator == "affine_coupling":  # scale and shift of the half that passes
         return 2 * case["T"] * case["D"] // 2 * 4
     return 0
@@ -119,9 +119,36 @@ def test_bytes_are_those_of_inputs_outputs_and_gradients(
     else:
         assert grads
         written = sum(tensor.nbytes for tensor in [*outputs, *grads])
-    read = sum(tensor.nbytes for tensor in [*inputs, *outputs]) - _unread(case)
+    read = sum(tensor.nbytes for tensor in [*inputs, *outputs]) - _unread(case, inputs)
     assert (race.cost.read, race.cost.written) == (read, written)
     assert race.cost.flops > 0
+
+
+# What plain PyTorch multiplies, forward and backward, for one product of the model.
+PRODUCTS = {
+    "masked_linear": (2, 1),  # half of the weights are masked
+    "linear_mixture_nll": (1, 1),
+    "text_cross_attention": (9, 6),  # cosines are a third product there, and reuse scores here
+    "patch_word_consistency": (3, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "set_up"),
+    [pytest.param(*pair, id=str(pair[0])) for pair in OF_OPERATORS if pair[0].operator in PRODUCTS],
+)
+def test_products_are_those_that_are_counted(case: Case, set_up: SetUp, plain: ModuleType) -> None:
+    race = set_up(case, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        race.others["eager"]()
+    theirs, ours = PRODUCTS[case.operator]
+    expected = counter.get_total_flops() * ours / theirs
+    if "S" in case.sizes:  # where padding is multiplied, too
+        words = plain.drawn_words(case["B"], case["C"], case["S"])
+        expected *= float(words.double().mean())
+    if case.operator == "linear_mixture_nll":
+        expected += 16 * case["T"] * case["K"] * case["D"]  # the likelihood, which is no product
+    assert race.cost.flops == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if hasattr(ops, c.operator)], ids=str)
@@ -133,7 +160,11 @@ def test_costs_grow_with_every_size(case: Case) -> None:
         small, large = (function(n, "float32", "float32") for n in (1000, 2000))
         assert large == small + small
         return
-    options = {"event": "joint"} if "mixture" in case.operator else {}
+    options: dict[str, Any] = {"event": "joint"} if "mixture" in case.operator else {}
+    if case.operator in ("gather_patches", "latent_loss"):
+        options = {"distinct": case["B"]}
+    if case.operator in ("text_cross_attention", "patch_word_consistency"):
+        options = {"present": case["B"] * case["C"]}
     if case.name == "realnvp":
         function = lambda case, backward: module.realnvp_cost(case)  # noqa: E731
     forward, both = (function(case, backward=b, **options) for b in (False, True))

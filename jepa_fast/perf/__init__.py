@@ -12,6 +12,7 @@ _PUBLIC = {
     "Cost": "race",
     "Launch": "kernel_audit",
     "NotHere": "errors",
+    "PerfError": "errors",
     "Race": "race",
     "Report": "audit_report",
     "audit": "kernel_audit",

@@ -18,8 +18,8 @@ from jepa_fast.perf.errors import PerfError
 _PATIENCE_SECONDS = 600.0
 """For one answer; a case that takes longer hangs."""
 _SAME = {"PYTHONHASHSEED": "0"}
-"""Of both. The allocator is left as it is: told to keep memory, or to take huge pages, it gives every
-set-up of a case the same pages, and which these are shifts all times of a process by per cents."""
+"""Of both. The allocator is left as it is: told to keep memory, it gives every set-up of a case the
+same pages, and which these are shifts all times of a process by per cents."""
 
 
 class SideFailed(PerfError):
