@@ -134,10 +134,15 @@ def _sources(suite: Path, output: Path, options: argparse.Namespace) -> dict[str
 
     Raises:
         DirtyWorktree: files differ, and that is not allowed.
+        BuildFailed: the native library was built from others.
     """
-    from jepa_fast.perf.errors import DirtyWorktree
+    from jepa_fast.ops import _build
+    from jepa_fast.perf.errors import BuildFailed, DirtyWorktree
     from jepa_fast.perf.machine import SOURCES, commit, git, uncommitted
 
+    record = _build.Record.read()
+    if suite == _IN_CHECKOUT and record and _build.source_digest() not in ("", record.sources):
+        raise BuildFailed("the native library is older than its sources: run `jepa-fast build`")
     if suite == _PACKAGED or commit(suite) is None:
         return {"commit": options.commit, "dirty": None}
     root = Path(git(suite, "rev-parse", "--show-toplevel"))
