@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from jepa_fast.cli import main
+from jepa_fast.ops import _build
 from jepa_fast.perf import Case, Cost, Race, ceilings, files, machine, memory, suite
 from jepa_fast.perf.ceilings import Ceilings
 from jepa_fast.perf.commands import bench
@@ -1256,6 +1257,17 @@ def test_a_quick_run_replaces_nothing(ran: dict[str, Any]) -> None:
     assert ran["after quick"] == ran["after second"]
     (record,) = ran["of quick"]["records"]
     assert (record["case"], record["rounds"], record["quick"]) == ("small", 3, True)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_native_library_of_other_sources_is_refused(
+    folder: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(bench, "_IN_CHECKOUT", folder.resolve())
+    monkeypatch.setattr(_build.Record, "read", lambda *_: _build.Record(sources="then"))
+    monkeypatch.setattr(_build, "source_digest", lambda: "now")
+    assert _bench(folder, "--device", "cpu") == 6
+    assert "older than its sources: run `jepa-fast build`" in capsys.readouterr().err
 
 
 def test_floors_are_not_checked_in_a_quick_run(folder: Path, capsys: Capture) -> None:
