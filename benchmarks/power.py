@@ -3,8 +3,8 @@
 `python benchmarks/power.py` clones the commit that is checked out, makes calls of `ema_update_`
 slower by a loop in the clone's C++ kernel, and lets `jepa-fast compare` judge, many times, beside a
 background load. It writes benchmarks/results/power.json, from which the README has its table. A
-trial takes 10 to 20 seconds. What is found goes to a log as it comes, and the same command goes on
-from there.
+trial takes about half a minute. What is found goes to a log as it comes, and the same command goes
+on from there.
 """
 
 from __future__ import annotations

@@ -213,10 +213,9 @@ def _races(records: Sequence[dict[str, Any]], what: str) -> list[str]:
             f"`{record['operator']}` {record['case']}",
             _ratio(providers.get("eager")),
             _ratio(providers.get("compile")),
-            ", ".join(f"{name} {_ratio(providers[name])}" for name in libraries) or "-",
+            _ratios(providers, libraries),
             best,
-            *[", ".join(f"{name} {_ratio(providers[name])}" for name in variants) or "-"]
-            * has_variants,
+            *[_ratios(providers, variants)] * has_variants,
             _memory(providers["ours"], providers.get("eager")),
         ]
         if device == "cuda":
@@ -229,6 +228,10 @@ def _races(records: Sequence[dict[str, Any]], what: str) -> list[str]:
 
 def _ratio(provider: dict[str, Any] | None) -> str:
     return "-" if provider is None or provider["ratio"] is None else f"{provider['ratio']:.2f}x"
+
+
+def _ratios(providers: dict[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {_ratio(providers[name])}" for name in names) or "-"
 
 
 def _memory(ours: dict[str, Any], eager: dict[str, Any] | None) -> str:

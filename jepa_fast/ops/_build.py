@@ -66,6 +66,10 @@ class Record:
         path = folder / RECORD
         return cls(**json.loads(path.read_text())) if path.is_file() else None
 
+    def is_older_than_sources(self) -> bool:
+        """Whether the sources here are others than those that were built; False without any."""
+        return source_digest() not in ("", self.sources)
+
 
 def source_folder() -> Path:
     """csrc: inside an installed package, beside the package in a checkout."""

@@ -45,7 +45,7 @@ def _load() -> dict[str, list[str]]:
     if not path.is_file() or record is None:
         why_not = record.why_not if record else {}
         return {part: _not_built(part, why_not.get(part)) for part in _build.PARTS}
-    if _build.source_digest() not in ("", record.sources):
+    if record.is_older_than_sources():
         warnings.warn(
             "the native library was built from other sources than those in "
             f"{_build.source_folder()}: run `jepa-fast build`",

@@ -113,8 +113,7 @@ def _cuda_kernels(operators: Sequence[str] | None, targets: Sequence[str]) -> li
     library = _build.PACKAGE / _build.LIBRARY
     if not library.is_file():
         raise BuildFailed(f"the native library {library} is gone; `jepa-fast build` makes it")
-    digest = _build.source_digest()
-    if digest and digest != record.sources:
+    if record.is_older_than_sources():
         raise BuildFailed("the native library is older than its sources: run `jepa-fast build`")
     found = []
     for code in machine_code.read(library, launch_bounds=True):

@@ -166,21 +166,19 @@ def gaps(records: Sequence[Record]) -> list[str]:
 def _row(record: Record) -> list[str]:
     ours, headline = record["providers"]["ours"], record["headline"]
     share, peak = record["share_of_ceiling"], ours["peak_bytes"]
-    others, variants = (
-        [
-            f"{name} {each['ratio']:.2f}x"
-            for name, each in record["providers"].items()
-            if each["ratio"] is not None and (name in record["variants"]) is of_ours
-        ]
-        for of_ours in (False, True)
-    )
+    ratios = {
+        name: f"{name} {each['ratio']:.2f}x"
+        for name, each in record["providers"].items()
+        if each["ratio"] is not None
+    }
+    variants = [ratios.pop(name) for name in record["variants"]]
     return [
         record["operator"],
         record["case"],
         _number(ours["milliseconds"]),
         f"{100 * ours['spread']:.0f} %",
         f"{headline['ratio']:.2f}x {headline['against']}" if headline else "",
-        ", ".join(others),
+        ", ".join(ratios.values()),
         ", ".join(variants),
         _number(record["gigabytes_per_second"]),
         _number(record["teraflops"]),

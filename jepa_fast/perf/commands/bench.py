@@ -141,7 +141,7 @@ def _sources(suite: Path, output: Path, options: argparse.Namespace) -> dict[str
     from jepa_fast.perf.machine import SOURCES, commit, git, uncommitted
 
     record = _build.Record.read()
-    if suite == _IN_CHECKOUT and record and _build.source_digest() not in ("", record.sources):
+    if suite == _IN_CHECKOUT and record and record.is_older_than_sources():
         raise BuildFailed("the native library is older than its sources: run `jepa-fast build`")
     if suite == _PACKAGED or commit(suite) is None:
         return {"commit": options.commit, "dirty": None}
