@@ -1200,6 +1200,9 @@ def test_a_record_has_all_that_the_protocol_asks_for(ran: dict[str, Any]) -> Non
     (run,) = ran["after first"]["runs"]
     assert (run["commit"], run["dirty"], run["skipped"]) == (None, None, [])
     assert run["versions"]["torch"] == torch.__version__
+    library = _build.Record.read()
+    compilers = None if library is None else "; ".join(library.compilers)
+    assert run["versions"].get("compilers") == compilers
     assert run["ceilings"]["gigabytes_per_second"] > 0
     assert run["ceilings"]["teraflops"]["float32"] > 0
     for record in ran["after first"]["records"]:

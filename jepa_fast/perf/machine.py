@@ -57,7 +57,9 @@ def describe(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of everything that turns source code into what is measured."""
-    import torch
+    import torch  # here, as above
+
+    from jepa_fast.ops import _build
 
     found = {
         "jepa_fast": jepa_fast.__version__,
@@ -66,6 +68,11 @@ def versions() -> dict[str, str]:
     }
     for package in ("triton", "transformers"):
         found[package] = version_of(package)
+    record = _build.Record.read()
+    if record is not None and record.compilers:
+        found["compilers"] = "; ".join(record.compilers)
+    if torch.cuda.is_available():
+        found["driver"] = ", ".join(_nvidia_smi("driver_version")) or "not known"
     return found
 
 
@@ -132,17 +139,23 @@ def _cpu_clocks() -> dict[str, float]:
 def _gpu_clocks() -> dict[str, float]:
     """MHz now and at most, where nvidia-smi tells."""
     keys = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+    return {
+        f"{key.replace('.', '_')}_mhz": float(value)
+        for key, value in zip(keys, _nvidia_smi(*keys), strict=False)
+        if value.isdigit()
+    }
+
+
+def _nvidia_smi(*keys: str) -> list[str]:
+    """What it tells of the first GPU; nothing where it is not there or does not answer."""
     query = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return {}
-    values = done.stdout.splitlines()[0].split(",") if done.stdout else []
-    return {
-        f"{key.replace('.', '_')}_mhz": float(value)
-        for key, value in zip(keys, values, strict=False)
-        if value.strip().isdigit()
-    }
+        return []
+    if done.returncode != 0 or not done.stdout:
+        return []
+    return [value.strip() for value in done.stdout.splitlines()[0].split(",")]
 
 
 def _lines(path: str) -> Iterable[str]:
