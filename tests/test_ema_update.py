@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from backends import backends, needs_native
 from samples import Sample
 from tolerance import assert_as_accurate
 from torch import Tensor
 
 from jepa_fast import BackendError
-from jepa_fast.ops import _native, ema_update_
+from jepa_fast.ops import ema_update_
+from jepa_fast.ops._registry import OPERATORS
 from jepa_fast.ops.ema_update import contract, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -21,19 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((3,), (8, 16), (3, 1001), (2, 4096), (0, 5), ())
 MOMENTA = (0.0, 0.3, 0.5, 0.996, 1.0)
 
-needs_native = pytest.mark.skipif(
-    bool(_native.missing()) and shutil.which("g++") is None, reason="no compiler, no native kernels"
-)
-each_backend = pytest.mark.parametrize(
-    ("backend", "device"),
-    [
-        pytest.param("reference", "cpu"),
-        pytest.param("cpu", "cpu", marks=needs_native),
-        pytest.param("triton", "cpu", marks=pytest.mark.tier1),
-        pytest.param("triton", "cuda", marks=pytest.mark.tier3),
-        pytest.param("cuda", "cuda", marks=pytest.mark.tier3),
-    ],
-)
+each_backend = backends(OPERATORS["ema_update_"].backends)
 
 
 def _updated(

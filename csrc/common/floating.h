@@ -9,11 +9,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#define JEPA_FAST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define JEPA_FAST_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace jepa_fast {
 
