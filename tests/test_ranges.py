@@ -222,6 +222,8 @@ PAPERS = {
             jepa_fast.latent_loss [reference]
           metrics
         backward
+          jepa_fast.latent_loss_backward [reference]
+          jepa_fast.latent_loss_backward [reference]
         EMA of the target
           jepa_fast.ema_update_ [reference]
     """,
