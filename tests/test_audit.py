@@ -538,6 +538,13 @@ def tile(x, out, rows, columns, SIZE: tl.constexpr):
     row = tl.program_id(0) * SIZE
     target.store([row, 0], source.load([row, 0]))
 
+@triton.jit
+def rows(x, out, count, width, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    mask = (d < width) & (row < count)
+    tl.store(out + row * width + d, tl.load(x + row * width + d, mask=mask), mask=mask)
+
 x, out = torch.ones(101, dtype=torch.float16), torch.empty(100, dtype=torch.float16)
 numbers, total = torch.ones(64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 matrix, copy = torch.ones(20, 16), torch.empty(20, 16)
@@ -547,6 +554,7 @@ def call():
     count[(2,)](numbers, total, BLOCK=64)
     count[(1,)](numbers, total, BLOCK=64)
     tile[(2,)](matrix, copy, 20, 16, SIZE=16)
+    rows[(9,)](matrix, copy, 7, 5, BLOCK=8)
     out.view(10, 10).add_(1)
     torch.empty(3)
 
@@ -576,6 +584,8 @@ def test_every_way_to_memory_is_counted(tmp_path: Path) -> None:
     assert Moved(**kernels["count"]) == Moved(2, 3 * 264, 2 * 260, 3 * 8, 2 * 4)
     # Descriptors leave out what is beyond the matrix: 20 rows, not 32.
     assert Moved(**kernels["tile"]) == Moved(1, 1280, 1280, 1280, 1280)
+    # A mask that is a single number in part: 7 rows of 5.
+    assert Moved(**kernels["rows"]) == Moved(1, 140, 140, 140, 140)
     assert operations == {"aten.add_": 1}
 
 

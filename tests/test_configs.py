@@ -23,9 +23,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     (configs / "NVIDIA_H200.json").write_text(json.dumps({"small": {"block": 8}}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    _configs.lookup.cache_clear()
+    _configs._lookup.cache_clear()
     yield configs
-    _configs.lookup.cache_clear()
+    _configs._lookup.cache_clear()
 
 
 def test_a_miss_falls_back_and_says_so_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

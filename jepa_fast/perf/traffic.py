@@ -50,7 +50,8 @@ class _Addresses:
         """The addresses in a block of pointers where `mask` is set, None: all."""
         addresses = handle.data
         if mask is not None:
-            addresses = addresses[np.broadcast_to(mask, addresses.shape)]
+            # A mask that was a single number, or made from one, is no array of bool.
+            addresses = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)]
         width = max(8, handle.get_element_ty().primitive_bitwidth) // 8
         self.total += addresses.size * width
         piece = np.unique(addresses)

@@ -69,6 +69,7 @@ FORWARD = Operator(
     "Tensor context_index, Tensor target_index, str backend) -> Tensor",
     fake=_fake,
     backends={
+        "triton": Backend(f"{_FOLDER}.triton:assemble_predictor_tokens", _unsupported),
         "cpu": Backend(f"{_FOLDER}.native:assemble_predictor_tokens", _unsupported),
         "reference": Backend(f"{__name__}:_reference"),
     },
@@ -78,6 +79,9 @@ BACKWARD = Operator(
     "SymInt patches, bool[] needs, str backend) -> Tensor[]",
     fake=_fake_backward,
     backends={
+        "triton": Backend(
+            f"{_FOLDER}.triton:assemble_predictor_tokens_backward", _unsupported_backward
+        ),
         "cpu": Backend(
             f"{_FOLDER}.native:assemble_predictor_tokens_backward", _unsupported_backward
         ),

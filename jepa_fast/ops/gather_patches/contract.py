@@ -32,6 +32,7 @@ FORWARD = Operator(
     "gather_patches(Tensor x, Tensor index, str backend) -> Tensor",
     fake=_fake,
     backends={
+        "triton": Backend(f"{_FOLDER}.triton:gather_patches", _unsupported),
         "cpu": Backend(f"{_FOLDER}.native:gather_patches", _unsupported),
         "reference": Backend(f"{__name__}:_reference"),
     },
@@ -41,6 +42,7 @@ BACKWARD = Operator(
     "gather_patches_backward(Tensor grad, Tensor index, SymInt patches, str backend) -> Tensor",
     fake=_fake_backward,
     backends={
+        "triton": Backend(f"{_FOLDER}.triton:gather_patches_backward", _unsupported),
         "cpu": Backend(f"{_FOLDER}.native:gather_patches_backward", _unsupported),
         "reference": Backend(f"{reference.__name__}:gather_patches_backward"),
     },

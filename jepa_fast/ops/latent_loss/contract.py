@@ -55,6 +55,16 @@ def _unsupported(prediction: Tensor, teacher: Tensor, *rest: object) -> list[str
     return only_kernel_dtypes(prediction, teacher)
 
 
+_WIDEST = 8192  # columns that a Triton program holds in registers
+
+
+def _unsupported_triton(prediction: Tensor, teacher: Tensor, *rest: object) -> list[str]:
+    reasons = only_kernel_dtypes(prediction, teacher)
+    if prediction.shape[-1] > _WIDEST:
+        reasons.append(f"takes up to {_WIDEST} columns, got {prediction.shape[-1]}")
+    return reasons
+
+
 def _fake_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     return slope.new_empty(slope.shape, dtype=dtype)
 
@@ -65,6 +75,7 @@ FORWARD = Operator(
     "-> (Tensor, Tensor)",
     fake=_fake,
     backends={
+        "triton": Backend("jepa_fast.ops.latent_loss.triton:latent_loss", _unsupported_triton),
         "cpu": Backend("jepa_fast.ops.latent_loss.native:latent_loss", _unsupported),
         "reference": Backend(f"{__name__}:_reference"),
     },

@@ -1,0 +1,139 @@
+"""Launches of Triton kernels that work on rows, and the compile cases that follow from them.
+
+Every launch goes through `launch`; `recorded_cases` calls launchers without a GPU and turns what
+they would have launched into `CompileCase`s, so that what is tested is what is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from jepa_fast.ops import _configs
+from jepa_fast.ops._compile import CompileCase
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_ALIGNED = 16
+_recorded: list[CompileCase] | None = None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Tensor | int | float],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """Launches a kernel on the device of its first argument; nothing where the grid is empty.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        grid: of programs.
+        arguments: by the kernel's names, tensors and numbers.
+        constants: the kernel's `tl.constexpr` arguments.
+        num_warps: of a program.
+    """
+    if _recorded is not None:
+        _recorded.append(_case(kernel, arguments, constants, num_warps))
+        return
+    if 0 in grid:
+        return
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device_of(tensor):
+        kernel[grid](**arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def row_warps(block: int, *tensors: Tensor) -> int:
+    """How many warps move `block` elements of the narrowest of the tensors, 16 bytes a thread."""
+    item = min(tensor.dtype.itemsize for tensor in tensors)
+    return min(8, max(1, block * item // (32 * _ALIGNED)))
+
+
+def recorded_cases(
+    folder: Path, calls: dict[str, Callable[[], object]], narrow: frozenset[str] = frozenset()
+) -> list[CompileCase]:
+    """What calls of launchers launch, for every GPU whose configs are shipped.
+
+    Args:
+        folder: of the configs.
+        calls: by name, `"gather_patches-bfloat16"`, launchers with arguments on the CPU, of which
+            shapes, strides and alignment count; a case's name is the operator, the GPU, the rest
+            and, where a call launches several kernels, the kernel.
+        narrow: names of calls whose rows do not allow 16 bytes at once.
+    """
+    found = []
+    for gpu in _configs.shipped(folder):
+        for name, call in calls.items():
+            operator, _, rest = name.partition("-")
+            with _configs.pretend(gpu), _recording() as cases:
+                call()
+            for case in cases:
+                kernel = f"-{case.name}" if len(cases) > 1 else ""
+                found.append(
+                    CompileCase(
+                        **{
+                            **vars(case),
+                            "name": f"{operator}-{gpu}-{rest}{kernel}",
+                            "wide": name not in narrow,
+                        }
+                    )
+                )
+    return found
+
+
+@contextmanager
+def _recording() -> Iterator[list[CompileCase]]:
+    global _recorded
+    cases: list[CompileCase] = []
+    _recorded = cases
+    try:
+        yield cases
+    finally:
+        _recorded = None
+
+
+def _case(
+    kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], num_warps: int
+) -> CompileCase:
+    """As Triton specialises the launch: 16s and what they divide are known, other numbers not."""
+    signature, divisible = {}, []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            aligned = value.data_ptr() % _ALIGNED == 0
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            aligned = value % _ALIGNED == 0
+        if aligned:
+            divisible.append(name)
+    return CompileCase(
+        name=kernel.fn.__name__,
+        kernel=kernel,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constants=constants,
+        divisible=tuple(divisible),
+        num_warps=num_warps,
+        fp_fusion=False,
+    )
