@@ -144,7 +144,7 @@ class BlockMaskSampler:
             return BlockMasks(context, targets, None, self.grid)
         if ids.device.type == "cpu":
             longest = int(lengths.max()) if len(lengths) else 0
-            context, real = context[:, :longest], real[:, :longest]
+            context, real = context.narrow(1, 0, longest), real.narrow(1, 0, longest)
         return BlockMasks(context, targets, real, self.grid)
 
     def _check_feasible(self) -> None:
