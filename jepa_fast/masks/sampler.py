@@ -23,8 +23,13 @@ class BlockMaskSampler:
     patches are removed. Block sizes are a function of (seed, step), one target and one context
     size a batch; positions are a function of (seed, step, sample id), uniform over every place in
     the grid, borders included. So the masks of an image do not depend on workers, on the split
-    into batches or on the number of processes, and a resumed run draws the same ones. Contexts of
-    different lengths are padded (``context_mask``).
+    into batches, on the number of processes or on the device, and a resumed run draws the same
+    ones. Contexts of different lengths are padded (``context_mask``).
+
+    Where ``sample_ids`` are on the CPU, contexts are padded to the longest of the batch. On a GPU
+    nobody waits to learn how long that is: there they are padded to the most that the step's block
+    sizes can leave, and the masks differ in that alone. Draw on the CPU (:meth:`BlockMasks.to`
+    moves masks), or set ``max_context``, where the encoder's time on padding matters more.
 
     As in the public code one uniform number drives scale and aspect ratio of a size. A layout that
     leaves fewer than ``min_context`` context patches is drawn again, as a whole; after every 20
@@ -109,12 +114,12 @@ class BlockMaskSampler:
                 set); or a batch size, short for the ids 0 to B - 1.
 
         Returns:
-            Masks on the device of ``sample_ids``. ``context_mask`` is ``None`` where all contexts
-            have one length whatever is drawn: with ``allow_overlap``, or with ``max_context`` equal
-            to ``min_context``.
+            Masks on the device of ``sample_ids``, by :func:`jepa_fast.ops.draw_block_masks`.
+            ``context_mask`` is ``None`` where all contexts have one length whatever is drawn: with
+            ``allow_overlap``, or with ``max_context`` equal to ``min_context``.
 
         Raises:
-            TypeError: ``sample_ids`` is neither an int nor int64.
+            TypeError: ``sample_ids`` is neither an int nor int64, or ``step`` is no integer.
             ValueError: ``step`` is negative or ``sample_ids`` has another shape than ``[B]``.
         """
         ids = torch.arange(sample_ids) if isinstance(sample_ids, int) else sample_ids
@@ -189,4 +194,3 @@ def _block_sizes(
     heights = (area * ratio).sqrt().round().clamp(1, grid[0]).long().tolist()
     widths = (area / ratio).sqrt().round().clamp(1, grid[1]).long().tolist()
     return list(zip(heights, widths, strict=True))
-

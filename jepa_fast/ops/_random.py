@@ -34,11 +34,9 @@ def draws(key: Tensor, counter: Tensor | int) -> Tensor:
     return _mix_tensor(key + (counter + 1) * signed(_GOLDEN))
 
 
-def folded(key: Tensor | int, value: Tensor | int) -> Tensor:
-    """`fold` for every entry; one of the two is a tensor, the other may be `signed` bits."""
-    if isinstance(value, Tensor):
-        return _mix_tensor(_mix_tensor(value + signed(_GOLDEN)) ^ key)
-    return _mix_tensor(key ^ signed(_mix(value + _GOLDEN & _BITS)))
+def folded(key: Tensor | int, value: Tensor) -> Tensor:
+    """`fold` for every entry of int64 tensors, which broadcast; a key may be `signed` bits."""
+    return _mix_tensor(_mix_tensor(value + signed(_GOLDEN)) ^ key)
 
 
 def signed(bits: int) -> int:
