@@ -92,7 +92,7 @@ def _assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 
 @each_kernel
 @settings(
-    max_examples=3000,
+    max_examples=1500,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,
