@@ -41,7 +41,6 @@ struct Row {
   // The patches left of column `end`.
   static JEPA_FAST_HOST_DEVICE Row until(int end) {
     Row row;
-#pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int bits = end - 64 * i;
       row.word[i] = bits >= 64 ? ~uint64_t{0} : bits <= 0 ? 0 : (uint64_t{1} << bits) - 1;
@@ -53,32 +52,20 @@ struct Row {
     return until(left + width).without(until(left));
   }
 
-  static JEPA_FAST_HOST_DEVICE Row none() { return until(0); }
-
   JEPA_FAST_HOST_DEVICE Row without(const Row& other) const {
     Row row;
-#pragma unroll
     for (int i = 0; i < kWords; ++i) row.word[i] = word[i] & ~other.word[i];
-    return row;
-  }
-
-  JEPA_FAST_HOST_DEVICE Row with(const Row& other) const {
-    Row row;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) row.word[i] = word[i] | other.word[i];
     return row;
   }
 
   JEPA_FAST_HOST_DEVICE Row both(const Row& other) const {
     Row row;
-#pragma unroll
     for (int i = 0; i < kWords; ++i) row.word[i] = word[i] & other.word[i];
     return row;
   }
 
   JEPA_FAST_HOST_DEVICE int count() const {
     int count = 0;
-#pragma unroll
     for (int i = 0; i < kWords; ++i) {
 #if defined(__CUDA_ARCH__)
       count += __popcll(word[i]);
@@ -90,7 +77,8 @@ struct Row {
   }
 
   JEPA_FAST_HOST_DEVICE bool has(int column) const {
-    return word[column / 64] >> (column % 64) & 1;
+    // Without an index that is computed, for which a GPU would keep the row in memory.
+    return (column < 64 ? word[0] : word[kWords - 1]) >> (column % 64) & 1;
   }
 };
 
