@@ -298,6 +298,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     [
         ({"sample_ids": [1, 2]}, "sample_ids must be a tensor, got list"),
         ({"sample_ids": torch.zeros(2)}, r"sample_ids must be int64, got torch.float32; use"),
+        ({"grid": 14}, r"grid must be a tuple \(height, width\), got int"),
         ({"step": 0.5}, "step must be an int, got float"),
         ({"target_size": (6.0, 5)}, "target_size's sides must be an int, got float"),
     ],

@@ -26,10 +26,11 @@ class BlockMaskSampler:
     into batches, on the number of processes or on the device, and a resumed run draws the same
     ones. Contexts of different lengths are padded (``context_mask``).
 
-    Where ``sample_ids`` are on the CPU, contexts are padded to the longest of the batch. On a GPU
-    nobody waits to learn how long that is: there they are padded to the most that the step's block
-    sizes can leave, and the masks differ in that alone. Draw on the CPU (:meth:`BlockMasks.to`
-    moves masks), or set ``max_context``, where the encoder's time on padding matters more.
+    Where ``sample_ids`` are on the CPU, contexts are padded to the longest of the batch (a view of
+    longer rows). On a GPU nobody waits to learn how long that is: there they are padded to the most
+    that the step's block sizes can leave, and the masks differ in that alone. Draw on the CPU
+    (:meth:`BlockMasks.to` moves masks), or set ``max_context``, where the encoder's time on padding
+    matters more.
 
     As in the public code one uniform number drives scale and aspect ratio of a size. A layout that
     leaves fewer than ``min_context`` context patches is drawn again, as a whole; after every 20

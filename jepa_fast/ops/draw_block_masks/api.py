@@ -105,6 +105,9 @@ def _check_number(argument: str, value: int, least: int) -> None:
 
 
 def _check_size(argument: str, size: Sequence[int], grid: Sequence[int] | None) -> None:
+    if not isinstance(size, (tuple, list)):
+        got = type(size).__name__
+        raise TypeError(f"{_OP}: {argument} must be a tuple (height, width), got {got}")
     if len(size) != 2:
         raise ValueError(f"{_OP}: {argument} must be (height, width), got {tuple(size)}")
     for value in size:
