@@ -130,6 +130,7 @@ def test_thousands_of_tight_configurations_end(
     assert set(backends_run) == {("draw_block_masks", backend)}
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @each_backend
 def test_masks_belong_to_the_sample(backend: str, device: str) -> None:
     """Whatever the batch, its order and its strides."""
