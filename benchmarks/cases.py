@@ -199,6 +199,12 @@ def realnvp_cost(case: Case) -> Cost:
     return Cost(parameters + condition + target, parameters + condition, flops)
 
 
+def draw_block_masks_cost(case: Case) -> Cost:
+    """Ids to contexts of Kc slots with their mask and lengths, and to M targets of Kt patches."""
+    indices = case["Kc"] + 1 + case["M"] * case["Kt"]
+    return Cost(read=case["B"] * _INDEX, written=case["B"] * (indices * _INDEX + case["Kc"]))
+
+
 def block_masks_cost(case: Case, indices: int) -> Cost:
     """As many indices of context and target patches, drawn for B images."""
     return Cost(read=case["B"] * _INDEX, written=indices * _INDEX)

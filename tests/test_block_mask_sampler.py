@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, MaskCollator
+from jepa_fast.ops._registry import OPERATORS
 
 
 def _check(sampler: BlockMaskSampler, masks: BlockMasks) -> None:
@@ -113,6 +116,50 @@ def test_only_the_infeasible_is_refused(
     message = f"min_context: expected at most {best}," if best else "target_scale: nothing is left"
     with pytest.raises(ValueError, match=message):
         make(best + 1)
+
+
+# Digests of what the sampler drew before the kernels were written.
+RECORDED = [
+    ({"grid": (14, 14)}, "c2741a855781311a"),
+    ({"grid": (3, 3), "min_context": 2}, "748f2b157d117232"),
+    ({"grid": (7, 5), "seed": 2**63 - 1, "min_context": 6}, "f9ef99d1413a4c7a"),
+    ({"grid": (6, 6), "allow_overlap": True}, "8d2172ff61db55b6"),
+    ({"grid": (4, 4), "min_context": 11}, "0fb8239d6450ee89"),
+    ({"grid": (24, 24), "target_scale": (0.5, 0.5), "context_scale": (0.5, 0.5),
+      "target_aspect": (1.0, 1.0), "min_context": 189}, "2986051f304adff6"),
+    ({"grid": (16, 9), "min_context": 8, "max_context": 20, "seed": 3}, "12b4ca018dbbb69e"),
+    ({"grid": (9, 16), "min_context": 12, "max_context": 12, "num_targets": 7},
+     "cfe0453aca2a4697"),
+    ({"grid": (5, 100), "max_context": 33, "allow_overlap": True}, "3dfa28c42a8cabbf"),
+    ({"grid": (128, 128)}, "f2eb5ecdc9361a57"),
+    ({"grid": (40, 140), "max_context": 300}, "37a3474cdeb3dd02"),
+]  # fmt: skip
+
+
+@backends(OPERATORS["draw_block_masks"].backends)
+@pytest.mark.parametrize(("options", "expected"), RECORDED, ids=lambda x: str(x)[:16])
+def test_masks_are_those_of_the_first_version(
+    options: dict[str, Any],
+    expected: str,
+    backend: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if max(options["grid"]) <= 128:
+        monkeypatch.setenv("JEPA_FAST_BACKEND", backend)
+    sampler = BlockMaskSampler(**options)
+    ids = torch.tensor([0, 1, 2, 12345, 2**62, -3, 4], device=device)
+    digest = hashlib.sha256()
+    for step in (0, 9, 2**40):
+        masks = sampler(step, ids)
+        context, real = masks.context.cpu(), masks.context_mask
+        tensors = [context, masks.targets.cpu()]
+        if real is not None:  # on a GPU longer than the longest context
+            longest = int(real.sum(1).max())
+            tensors = [context[:, :longest], tensors[1], real[:, :longest].cpu()]
+        for tensor in tensors:
+            digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+    assert digest.hexdigest()[:16] == expected
 
 
 def _mix(x: int) -> int:

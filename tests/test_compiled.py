@@ -39,6 +39,11 @@ pytestmark = pytest.mark.tier2
 CASES = all_cases()
 BASELINES = Path(__file__).resolve().parents[1] / "benchmarks/results/audit"
 
+# CUDA kernels that move no rows: 16 bytes at once are for those that do.
+WITHOUT_ROWS = {
+    "draw_block_masks_kernel": "reads one id an image; each lane writes an index where a bit is set"
+}
+
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -112,8 +117,9 @@ def _broken_rules(kernel: CompiledKernel) -> list[str]:
         "cannot be launched: no block fits": kernel.occupancy != 0,
     }
     if kernel.compiler == "nvcc":
-        rules["has no 16-byte load"] = mix.loads.get(16, 0) > 0
-        rules["has no 16-byte store"] = mix.stores.get(16, 0) > 0
+        if not any(name in kernel.name for name in WITHOUT_ROWS):
+            rules["has no 16-byte load"] = mix.loads.get(16, 0) > 0
+            rules["has no 16-byte store"] = mix.stores.get(16, 0) > 0
     else:
         allowed = _narrow_accesses_allowed(kernel.name)
         widths = [*mix.loads.items(), *mix.stores.items()]

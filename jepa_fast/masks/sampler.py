@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
-from jepa_fast.masks.block_masks import BlockMasks, pack_members
+from jepa_fast.masks.block_masks import BlockMasks
+from jepa_fast.ops import _random, draw_block_masks
 
 _SIZES = 4096  # equally likely values of the number that drives a block's size
-_TRIES = 20  # layouts drawn before one more target block must share the place of another
-_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, splitmix64's increment, as int64
+_SHIFT = 52  # leaves the bits of a draw that choose among them
 
 Size = tuple[int, int]  # patches: height, width
 
@@ -21,8 +23,14 @@ class BlockMaskSampler:
     patches are removed. Block sizes are a function of (seed, step), one target and one context
     size a batch; positions are a function of (seed, step, sample id), uniform over every place in
     the grid, borders included. So the masks of an image do not depend on workers, on the split
-    into batches or on the number of processes, and a resumed run draws the same ones. Contexts of
-    different lengths are padded (``context_mask``).
+    into batches, on the number of processes or on the device, and a resumed run draws the same
+    ones. Contexts of different lengths are padded (``context_mask``).
+
+    Where ``sample_ids`` are on the CPU, contexts are padded to the longest of the batch (a view of
+    longer rows). On a GPU nobody waits to learn how long that is: there they are padded to the most
+    that the step's block sizes can leave, and the masks differ in that alone. Draw on the CPU
+    (:meth:`BlockMasks.to` moves masks), or set ``max_context``, where the encoder's time on padding
+    matters more.
 
     As in the public code one uniform number drives scale and aspect ratio of a size. A layout that
     leaves fewer than ``min_context`` context patches is drawn again, as a whole; after every 20
@@ -92,6 +100,8 @@ class BlockMaskSampler:
         self.max_context = max_context
         self.allow_overlap = allow_overlap
         self.seed = seed
+        self._seed_key = _random.fold(0, seed)
+        self._equally_long = allow_overlap or max_context == min_context
         self._target_sizes = _block_sizes(self.grid, "target", target_scale, target_aspect)
         self._context_sizes = _block_sizes(self.grid, "context", context_scale, context_aspect)
         self._check_feasible()
@@ -105,12 +115,12 @@ class BlockMaskSampler:
                 set); or a batch size, short for the ids 0 to B - 1.
 
         Returns:
-            Masks on the device of ``sample_ids``. ``context_mask`` is ``None`` where all contexts
-            have one length whatever is drawn: with ``allow_overlap``, or with ``max_context`` equal
-            to ``min_context``.
+            Masks on the device of ``sample_ids``, by :func:`jepa_fast.ops.draw_block_masks`.
+            ``context_mask`` is ``None`` where all contexts have one length whatever is drawn: with
+            ``allow_overlap``, or with ``max_context`` equal to ``min_context``.
 
         Raises:
-            TypeError: ``sample_ids`` is neither an int nor int64.
+            TypeError: ``sample_ids`` is neither an int nor int64, or ``step`` is no integer.
             ValueError: ``step`` is negative or ``sample_ids`` has another shape than ``[B]``.
         """
         ids = torch.arange(sample_ids) if isinstance(sample_ids, int) else sample_ids
@@ -119,86 +129,29 @@ class BlockMaskSampler:
             raise TypeError(f"sample_ids: expected an int or an int64 tensor [B], got {got}")
         if ids.dim() != 1:
             raise ValueError(f"sample_ids: expected shape [B], got {list(ids.shape)}")
+        step = operator.index(step)
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
 
-        step_key = _fold(_fold(torch.tensor(0), torch.tensor(self.seed)), torch.tensor(step))
-        sizes = _stream(step_key, torch.arange(2)) >> 52 & _SIZES - 1
-        target_size = self._target_sizes[int(sizes[0])]
-        context_size = self._context_sizes[int(sizes[1])]
-
-        keys = _fold(step_key, ids)
-        tops, lefts = self._place(keys, 0, target_size, context_size)
-        context = self._context(tops, lefts, target_size, context_size)
-        for attempt in range(1, _TRIES * self.num_targets + 1):
-            again = (context.sum(dim=1) < self.min_context).nonzero()[:, 0]
-            if not len(again):
-                break
-            tops[again], lefts[again] = self._place(keys[again], attempt, target_size, context_size)
-            context[again] = self._context(tops[again], lefts[again], target_size, context_size)
-
-        width = self.grid[1]
-        rows = torch.arange(target_size[0], device=ids.device)[:, None] * width
-        block = (rows + torch.arange(target_size[1], device=ids.device)).flatten()
-        corners = tops[:, :-1] * width + lefts[:, :-1]
-        if self.max_context is not None:
-            context &= self._kept(keys, context)
-        index, valid = pack_members(context)
-        mask = None if self.allow_overlap or self.max_context == self.min_context else valid
-        return BlockMasks(index, corners[:, :, None] + block, mask, self.grid)
-
-    def _place(
-        self, keys: Tensor, attempt: int, target_size: Size, context_size: Size
-    ) -> tuple[Tensor, Tensor]:
-        """Top rows and left columns ``[B, M + 1]`` of the target blocks and, last, the context."""
-        blocks = self.num_targets + 1
-        draws = _stream(keys[:, None], attempt * blocks + torch.arange(blocks, device=keys.device))
-        sizes = torch.tensor([target_size] * self.num_targets + [context_size], device=keys.device)
-        last_top, last_left = self.grid[0] - sizes[:, 0], self.grid[1] - sizes[:, 1]
-        distinct = self.num_targets - attempt // _TRIES
-        if distinct:
-            tops = _below(draws >> 32, last_top + 1)
-            lefts = _below(draws, last_left + 1)
-            source = torch.arange(self.num_targets, device=keys.device) % distinct
-            tops[:, :-1], lefts[:, :-1] = tops[:, source], lefts[:, source]
-            return tops, lefts
-        is_context = torch.arange(blocks, device=keys.device) == self.num_targets
-        at_bottom = (draws[:, :1] < 0) ^ is_context
-        at_right = (draws[:, :1] & 1 == 1) ^ is_context
-        return at_bottom * last_top, at_right * last_left
-
-    def _context(
-        self,
-        tops: Tensor,
-        lefts: Tensor,
-        target_size: Size,
-        context_size: Size,
-    ) -> Tensor:
-        """``[B, H * W]`` bool, True for the context patches."""
-        y = torch.arange(self.grid[0], device=tops.device)[:, None]
-        x = torch.arange(self.grid[1], device=tops.device)
-
-        def covers(block: int, size: Size) -> Tensor:
-            top, left = tops[:, block, None, None], lefts[:, block, None, None]
-            return ((y >= top) & (y < top + size[0])) & ((x >= left) & (x < left + size[1]))
-
-        context = covers(self.num_targets, context_size)
-        if not self.allow_overlap:
-            for block in range(self.num_targets):
-                context &= ~covers(block, target_size)
-        return context.flatten(1)
-
-    def _kept(self, keys: Tensor, context: Tensor) -> Tensor:
-        """``[B, H * W]`` bool, True for the ``max_context`` patches that an image keeps."""
-        height, width = self.grid
-        patches = torch.arange(height * width, device=keys.device)
-        by_row, by_column = patches, patches % width * height + patches // width
-        last = height * width - 1
-        from_side = torch.stack([by_row, last - by_row, by_column, last - by_column])
-        side = _shift(_stream(_fold(keys, torch.tensor(-1)), torch.tensor(0)), 62)
-        order = torch.where(context, from_side[side], height * width)
-        kept = order.argsort(dim=1)[:, : self.max_context]
-        return torch.zeros_like(context).scatter_(1, kept, True)
+        step_key = _random.fold(self._seed_key, step)
+        context, real, lengths, targets = draw_block_masks(
+            ids,
+            self.seed,
+            step,
+            self.grid,
+            self.num_targets,
+            self._target_sizes[_random.draw(step_key, 0) >> _SHIFT],
+            self._context_sizes[_random.draw(step_key, 1) >> _SHIFT],
+            self.min_context,
+            self.max_context,
+            self.allow_overlap,
+        )
+        if self._equally_long:
+            return BlockMasks(context, targets, None, self.grid)
+        if ids.device.type == "cpu":
+            longest = int(lengths.max()) if len(lengths) else 0
+            context, real = context.narrow(1, 0, longest), real.narrow(1, 0, longest)
+        return BlockMasks(context, targets, real, self.grid)
 
     def _check_feasible(self) -> None:
         """Every size that can be drawn has a layout: all targets opposite to the context."""
@@ -242,32 +195,3 @@ def _block_sizes(
     heights = (area * ratio).sqrt().round().clamp(1, grid[0]).long().tolist()
     widths = (area / ratio).sqrt().round().clamp(1, grid[1]).long().tolist()
     return list(zip(heights, widths, strict=True))
-
-
-# A counter-based generator in wrapping int64 arithmetic, the same on every device: splitmix64
-# (Steele, Lea and Flood, 2014), whose k-th draw needs no draw before it.
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return x >> bits & (1 << 64 - bits) - 1  # torch shifts the sign in
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as int64
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB as int64
-    return x ^ _shift(x, 31)
-
-
-def _stream(key: Tensor, counter: Tensor) -> Tensor:
-    """The draws number ``counter`` of the stream ``key``: 64 random bits each."""
-    return _mix(key + (counter + 1) * _GOLDEN)
-
-
-def _fold(key: Tensor, value: Tensor) -> Tensor:
-    """The key of sub-stream ``value`` of ``key``; different values give different keys."""
-    return _mix(key ^ _mix(value + _GOLDEN))
-
-
-def _below(draws: Tensor, bound: Tensor) -> Tensor:
-    """The low 32 bits of ``draws`` scaled to ``[0, bound)``."""
-    return (draws & 0xFFFFFFFF) * bound >> 32

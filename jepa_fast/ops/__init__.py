@@ -3,6 +3,7 @@
 from jepa_fast.ops._registry import BACKENDS
 from jepa_fast.ops.affine_coupling import affine_coupling
 from jepa_fast.ops.assemble_predictor_tokens import assemble_predictor_tokens
+from jepa_fast.ops.draw_block_masks import draw_block_masks
 from jepa_fast.ops.ema_update import ema_update_
 from jepa_fast.ops.gather_patches import gather_packed, gather_patches
 from jepa_fast.ops.latent_loss import latent_loss
@@ -17,6 +18,7 @@ __all__ = [
     "affine_coupling",
     "assemble_predictor_tokens",
     "attention_statistics",
+    "draw_block_masks",
     "ema_update_",
     "gather_packed",
     "gather_patches",

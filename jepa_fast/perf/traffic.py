@@ -51,7 +51,7 @@ class _Addresses:
         addresses = handle.data
         if mask is not None:
             # A mask that was a single number, or made from one, is no array of bool.
-            addresses = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)]
+            addresses = addresses[np.broadcast_to(np.asarray(mask, bool), addresses.shape)]
         width = max(8, handle.get_element_ty().primitive_bitwidth) // 8
         self.total += addresses.size * width
         piece = np.unique(addresses)

@@ -1,4 +1,4 @@
-"""Drawing the block masks of a batch of 224 px images, against a loop over images."""
+"""Block masks of a batch of 224 px images: operator, sampler and collator, against a loop."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from cases import block_masks_cost
+from cases import block_masks_cost, draw_block_masks_cost
+from plain import backend_of
 from torch import Tensor
 
+from jepa_fast import ops
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, MaskCollator
+from jepa_fast.ops.draw_block_masks import reference
 from jepa_fast.perf import Case, Race, benchmark
 
 _GRID = (14, 14)
@@ -19,6 +22,48 @@ _TARGET_SCALE, _TARGET_ASPECT, _CONTEXT_SCALE = (0.15, 0.2), (0.75, 1.5), (0.85,
 _MIN_CONTEXT = 10
 _NO_COMPILE = {"compile": "how often a loop draws depends on what it draws"}
 _SMALL, _BATCH = {"B": 16}, {"B": 256}
+# Sizes that the sampler draws; the most context that they leave.
+_TARGET, _CONTEXT = (6, 5), (13, 13)
+_SIZES = {"M": _TARGETS, "Kc": 149, "Kt": 30}
+
+
+@benchmark(
+    [
+        Case("draw_block_masks", "small", {**_SMALL, **_SIZES}, quick=True),
+        Case("draw_block_masks", "256-images", {**_BATCH, **_SIZES}),
+    ]
+)
+def bench_operator(case: Case, device: str) -> Race:
+    """One step's masks, at one pair of block sizes; "reference" is ours without a kernel."""
+    sample_ids = torch.arange(case["B"], device=device)
+    arguments = (
+        sample_ids, 0, 3, _GRID, _TARGETS, _TARGET, _CONTEXT, _MIN_CONTEXT, None, False,
+    )  # fmt: skip
+
+    def in_torch() -> tuple[Tensor, ...]:
+        return reference.draw_block_masks(*arguments)
+
+    expected = in_torch()
+
+    def ours() -> tuple[Tensor, ...]:
+        return ops.draw_block_masks(*arguments)
+
+    def check() -> None:
+        context, real, _, targets = expected
+        contexts = [row[kept] for row, kept in zip(context, real, strict=True)]
+        assert_masks("reference", contexts, targets, whole=True)
+        for i, (got, want) in enumerate(zip(ours(), expected, strict=True)):
+            assert torch.equal(got, want), f"ours: tensor {i} is not the reference's"
+        _check_loop(case["B"])
+
+    return Race(
+        ours=ours,
+        others={"eager": lambda: loop_masks(case["B"]), "reference": in_torch},
+        check=check,
+        cost=draw_block_masks_cost(case),
+        backend=backend_of("draw_block_masks", *arguments),
+        why_not=_NO_COMPILE,
+    )
 
 
 @benchmark(
