@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.masks.collator import MaskCollator
+from jepa_fast.masks.packed import PackedMasks, pack_masks, packing_budget
 from jepa_fast.masks.sampler import BlockMaskSampler
 
-__all__ = ["BlockMaskSampler", "BlockMasks", "MaskCollator"]
+__all__ = [
+    "BlockMaskSampler",
+    "BlockMasks",
+    "MaskCollator",
+    "PackedMasks",
+    "pack_masks",
+    "packing_budget",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.ops import _random, draw_block_masks
+from jepa_fast.ops.draw_block_masks.reference import most_context
 
 _SIZES = 4096  # equally likely values of the number that drives a block's size
 _SHIFT = 52  # leaves the bits of a draw that choose among them
@@ -152,6 +154,21 @@ class BlockMaskSampler:
             longest = int(lengths.max()) if len(lengths) else 0
             context, real = context.narrow(1, 0, longest), real.narrow(1, 0, longest)
         return BlockMasks(context, targets, real, self.grid)
+
+    @functools.cached_property
+    def largest_target(self) -> int:
+        """Most patches of a target block in any step."""
+        return max(height * width for height, width in self._target_sizes)
+
+    @functools.cached_property
+    def longest_context(self) -> int:
+        """Most context patches that an image can have in any step."""
+        longest = max(
+            most_context(self.grid, target, context, self.allow_overlap)
+            for target in set(self._target_sizes)
+            for context in set(self._context_sizes)
+        )
+        return longest if self.max_context is None else min(longest, self.max_context)
 
     def _check_feasible(self) -> None:
         """Every size that can be drawn has a layout: all targets opposite to the context."""

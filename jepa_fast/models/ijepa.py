@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast.masks import BlockMasks
+from jepa_fast.masks import BlockMasks, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.output import JepaOutput
+from jepa_fast.nn.packed import Sequences
 from jepa_fast.nn.predictor import VisionTransformerPredictor
-from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
+from jepa_fast.nn.vit import check_encoder, create_encoder, encode_packed, encode_patches
 from jepa_fast.ops.latent_loss import KINDS
 from jepa_fast.ranges import phase
 
-Masks = BlockMasks | tuple[Sequence[Tensor], Sequence[Tensor]]
-"""Masks of a batch, or the pair (contexts, targets) of lists that the mask collator gives."""
+Masks = BlockMasks | PackedMasks | tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Masks of a batch, padded or packed, or the pair (contexts, targets) of the mask collator."""
 
 
 class IJepa(nn.Module):
@@ -95,10 +96,7 @@ class IJepa(nn.Module):
         masks = self._masks_of(images, masks)
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
-        with phase("context encoder"):
-            context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
-        with phase("predictor"):
-            prediction = self.predictor(context, masks.context, masks.targets, masks.context_mask)
+        prediction = self.predictor.predictor_proj(self._features(images, masks))
         with phase("loss"):
             loss = ops.latent_loss(
                 prediction,
@@ -106,6 +104,7 @@ class IJepa(nn.Module):
                 masks.targets,
                 kind=self.loss,
                 normalize_target=self.normalize_target,
+                target_mask=target_mask(masks),
             )
         with phase("metrics"):
             target = gather_targets(teacher, masks.targets, self.normalize_target)
@@ -133,16 +132,48 @@ class IJepa(nn.Module):
         self.target_encoder.eval()
         return self
 
-    def _masks_of(self, images: Tensor, masks: Masks) -> BlockMasks:
+    def _features(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
+        """What the predictor knows of the target patches, [M * B, Kt, d], before its projection."""
+        if isinstance(masks, PackedMasks):
+            context = self._packed_context(images, masks)
+            with phase("predictor"):
+                return self.predictor.features_packed(
+                    context, masks, self.predictor.sequences(masks)
+                )
+        with phase("context encoder"):
+            context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
+        with phase("predictor"):
+            return self.predictor.features(
+                context, masks.context, masks.targets, masks.context_mask
+            )
+
+    def _packed_context(self, images: Tensor, masks: PackedMasks) -> Tensor:
+        """The context encoder's tokens, [T, D]."""
+        sequences = Sequences(masks.context_offsets, len(masks.context), masks.longest)
+        with phase("context encoder"):
+            return encode_packed(self.encoder, images, masks.context, sequences)
+
+    def _masks_of(self, images: Tensor, masks: Masks) -> BlockMasks | PackedMasks:
         """The masks, which must be of so many images and of the encoder's grid."""
-        masks = BlockMasks.coerce(masks, self.encoder.grid)
-        expected, got = images.shape[0], masks.context.shape[0]
+        if not isinstance(masks, PackedMasks):
+            masks = BlockMasks.coerce(masks, self.encoder.grid)
+        elif tuple(masks.grid) != tuple(self.encoder.grid):
+            raise ValueError(
+                f"masks: expected masks of a {self.encoder.grid} grid, got {masks.grid}; give the "
+                "sampler the encoder's grid"
+            )
+        expected, got = images.shape[0], masks.targets.shape[0]
         if got != expected:
             raise ValueError(
                 f"masks: expected {expected} images, as given, got {got}; pass images and masks of "
                 "one batch"
             )
         return masks
+
+
+def target_mask(masks: BlockMasks | PackedMasks) -> Tensor | None:
+    """Which target slots count, [B, M, Kt] bool; None: all."""
+    return masks.target_mask if isinstance(masks, PackedMasks) else None
 
 
 def default_predictor_depth(embed_dim: int) -> int:
@@ -168,7 +199,7 @@ def update_teacher(teacher: nn.Module, encoder: nn.Module, momentum: float | Ten
             mine.copy_(theirs)
 
 
-def check_patch_count(teacher: Tensor, masks: BlockMasks) -> None:
+def check_patch_count(teacher: Tensor, masks: BlockMasks | PackedMasks) -> None:
     """Refuse tokens ``[B, N, D]`` of images whose patches are not those that the masks count.
 
     Raises:

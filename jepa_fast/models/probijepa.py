@@ -7,13 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jepa_fast.masks import BlockMasks
+from jepa_fast.masks import BlockMasks, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
-from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
+from jepa_fast.models.ijepa import (
+    IJepa,
+    Masks,
+    check_patch_count,
+    gather_targets,
+    target_mask,
+)
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.heads import LatentDistribution, create_head
 from jepa_fast.nn.precision import widened
-from jepa_fast.nn.vit import encode_patches
 from jepa_fast.ranges import phase
 
 
@@ -86,7 +91,7 @@ class ProbIJepa(IJepa):
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
         with phase("loss"):
-            loss = self.head(condition.flatten(0, 1), target.flatten(0, 1))
+            loss = self.head(*_counted(condition, target, masks))
         condition = condition.detach()
         with phase("metrics"):
             metrics = collapse_metrics(condition, target)
@@ -114,19 +119,27 @@ class ProbIJepa(IJepa):
         """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [M * B * Kt, D]."""
         return self._targets(images, self._masks_of(images, masks)).flatten(0, 1)
 
-    def _targets(self, images: Tensor, masks: BlockMasks) -> Tensor:
+    def _targets(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
         """[M * B, Kt, D], in float32 or wider."""
         teacher = widened(self.encode(images))
         check_patch_count(teacher, masks)
         with phase("targets"):
             return gather_targets(teacher, masks.targets)
 
-    def _condition(self, images: Tensor, masks: BlockMasks) -> Tensor:
+    def _condition(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
         """[M * B, Kt, d]."""
-        with phase("context encoder"):
-            context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
-        with phase("predictor"):
-            return self.predictor(context, masks.context, masks.targets, masks.context_mask)
+        return self._features(images, masks)
+
+
+def _counted(
+    condition: Tensor, target: Tensor, masks: BlockMasks | PackedMasks
+) -> tuple[Tensor, Tensor]:
+    """The tokens that count, [T, d] and [T, D]: all, but for slots that packing leaves over."""
+    mask = target_mask(masks)
+    if mask is None:
+        return condition.flatten(0, 1), target.flatten(0, 1)
+    counts = mask.transpose(0, 1).flatten(0, 1)
+    return condition[counts], target[counts]
 
 
 def _make_head(

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.masks import BlockMasks
+from jepa_fast.masks import BlockMasks, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
-from jepa_fast.models.ijepa import IJepa, Masks, check_patch_count, gather_targets
+from jepa_fast.models.ijepa import (
+    IJepa,
+    Masks,
+    check_patch_count,
+    gather_targets,
+    target_mask,
+)
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.attention import check_heads
 from jepa_fast.nn.text_conditioner import CONDITIONERS, Captions, WordConditioner, WordConditioning
@@ -155,6 +161,7 @@ class TCJepa(IJepa):
                 masks.targets,
                 kind=self.loss,
                 normalize_target=self.normalize_target,
+                target_mask=target_mask(masks),
             )
             metrics = {"prediction_loss": loss.detach()}
             if isinstance(text, WordConditioning):
@@ -205,6 +212,8 @@ class TCJepa(IJepa):
             everything = patches.expand(batch, -1)
             masks = BlockMasks(everything, everything[:, None, :0], None, self.encoder.grid)
         masks = self._masks_of(images, masks)
+        if isinstance(masks, PackedMasks):
+            raise TypeError("masks: expected padded masks for a map, got PackedMasks")
         captions = Captions.of(
             words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
         )
@@ -224,8 +233,12 @@ class TCJepa(IJepa):
         share = member / member.sum(-1, keepdim=True).clamp_min(1)
         return share[:, None].to(of_tokens.dtype) @ of_tokens
 
-    def _predict(self, images: Tensor, masks: BlockMasks, captions: Captions) -> tuple[Tensor, Any]:
+    def _predict(
+        self, images: Tensor, masks: BlockMasks | PackedMasks, captions: Captions
+    ) -> tuple[Tensor, Any]:
         """The prediction, and the conditioning that went into it."""
+        if isinstance(masks, PackedMasks):
+            return self._predict_packed(images, masks, captions)
         with phase("context encoder"):
             context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         with phase("text conditioner"):  # what depends on the words alone
@@ -244,6 +257,28 @@ class TCJepa(IJepa):
                 after_block=condition,
                 appended=text.appended,
             )
+            return self.predictor.predictor_proj(hidden), text
+
+    def _predict_packed(
+        self, images: Tensor, masks: PackedMasks, captions: Captions
+    ) -> tuple[Tensor, Any]:
+        """The same of packed tokens; conditioners see them in slots, as sequences of one length."""
+        context = self._packed_context(images, masks)
+        sequences = self.predictor.sequences(masks)
+        with phase("text conditioner"):
+            text = self.conditioner(captions, sequences.filled)
+        if text.appended is not None:
+            raise ValueError(
+                "conditioning: expected one that appends no tokens for packed masks, got "
+                f"{type(self.conditioner).__name__}; pass padded masks"
+            )
+
+        def condition(layer: int, tokens: Tensor) -> Tensor:
+            with phase("text conditioner"):
+                return sequences.pack(text(layer, sequences.unpack(tokens)))
+
+        with phase("predictor"):
+            hidden = self.predictor.features_packed(context, masks, sequences, condition)
             return self.predictor.predictor_proj(hidden), text
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from jepa_fast.masks import BlockMasks, BlockMaskSampler
+from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.cross_modal import CrossModal, energy_spread
 from jepa_fast.models.ijepa import Masks, gather_targets, make_teacher, update_teacher
@@ -369,6 +369,8 @@ class TIJepa(nn.Module):
     def _hide(self, tokens: Tensor, images: Tensor | None, masks: Masks) -> _HiddenImages:
         from jepa_fast import ops
 
+        if isinstance(masks, PackedMasks):
+            masks = masks.padded()
         masks = BlockMasks.coerce(masks, self.grid)
         targets, target_mask = (x.to(tokens.device) for x in masks.target_union())
         masks = masks.to(tokens.device)

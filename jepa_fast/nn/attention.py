@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.nn.precision import without_autocast
+
+if TYPE_CHECKING:
+    from jepa_fast.nn.packed import Sequences
 
 
 def check_heads(
@@ -65,22 +70,41 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, skip: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        skip: int = 0,
+        sequences: Sequences | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
-            x: ``[B, T, dim]``.
+            x: ``[B, T, dim]``, or packed ``[T, dim]``.
             key_mask: ``[B, T]`` bool, False where a token must not be attended to.
             skip: leading tokens that are attended to, but whose own outputs nobody needs.
+            sequences: where packed tokens' sequences begin; the two above are then not read.
+            rows: ``[R]`` int64, the packed tokens whose outputs are needed; None: all.
 
         Returns:
-            ``[B, T - skip, dim]``.
+            ``[B, T - skip, dim]``; packed ``[T, dim]`` or ``[R, dim]``.
         """
+        if sequences is not None:
+            return self._packed(x, sequences, rows)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, dim / heads]
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, heads, T, dim / heads]
         mask = None if key_mask is None else key_mask[:, None, None, :]
         attended = attend(q[:, :, skip:], k, v, mask)
         return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def _packed(self, x: Tensor, sequences: Sequences, rows: Tensor | None) -> Tensor:
+        from jepa_fast import ops
+        from jepa_fast.nn.packed import attend_packed
+
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        attended = attend_packed(q, k, v, sequences).flatten(1)
+        return self.proj(attended if rows is None else ops.gather_packed(attended, rows))
 
 
 class Mlp(nn.Module):
@@ -114,7 +138,21 @@ class Block(nn.Module):
         # Rounded down, as the public code does, but not because a ratio like 48 / 11 is inexact.
         self.mlp = Mlp(dim, int(round(dim * mlp_ratio, 6)))
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, skip: int = 0) -> Tensor:
-        """``[B, T, dim]`` to ``[B, T - skip, dim]``; arguments as in :meth:`Attention.forward`."""
-        x = x[:, skip:] + self.attn(self.norm1(x), key_mask, skip)
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        skip: int = 0,
+        sequences: Sequences | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Arguments and result as those of :meth:`Attention.forward`."""
+        from jepa_fast import ops
+
+        attended = self.attn(self.norm1(x), key_mask, skip, sequences, rows)
+        if sequences is None:
+            x = x[:, skip:]
+        elif rows is not None:
+            x = ops.gather_packed(x, rows)
+        x = x + attended
         return x + self.mlp(self.norm2(x))

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from jepa_fast.masks import PackedMasks
 from jepa_fast.nn.attention import Block, check_heads
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
+from jepa_fast.nn.packed import Sequences
 from jepa_fast.nn.position import sincos_position_embedding
 
 
@@ -136,6 +138,51 @@ class VisionTransformerPredictor(nn.Module):
                 tokens = block(tokens, key_mask, skip=first)
                 first = 0
         return self.predictor_norm(tokens[:, first : first + target_index.shape[2]])
+
+    def sequences(self, masks: PackedMasks, backend: str = "auto") -> Sequences:
+        """Where the predictor's packed sequences begin; ``backend`` of attention."""
+        longest = masks.longest + masks.prediction.shape[1]
+        return Sequences(masks.predictor_offsets, len(masks.predictor), longest, backend)
+
+    def features_packed(
+        self,
+        context: Tensor,
+        masks: PackedMasks,
+        sequences: Sequences,
+        after_block: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """:meth:`features` of packed tokens.
+
+        Args:
+            context: ``[T, embed_dim]`` the encoder's tokens, packed as ``masks.context``.
+            masks: what is where.
+            sequences: as :meth:`sequences` gives them.
+            after_block: called as ``tokens = after_block(layer, tokens)`` after every block, on all
+                ``[P, predictor_dim]`` tokens.
+
+        Returns:
+            ``[M * B, Kt, predictor_dim]`` after the final LayerNorm, block-major.
+        """
+        from jepa_fast import ops
+
+        position = self.predictor_pos_embed[0]
+        seen = self.predictor_embed(context) + ops.gather_packed(
+            position, masks.context % position.shape[0]
+        )
+        hidden = self.mask_token[0] + ops.gather_packed(position, masks.targets.flatten())
+        tokens = ops.gather_packed(torch.cat([seen, hidden.to(seen.dtype)]), masks.predictor)
+        wanted = masks.prediction.flatten()
+        last = len(self.predictor_blocks) - 1
+        for layer, block in enumerate(self.predictor_blocks):
+            if after_block is not None:
+                tokens = after_block(layer, block(tokens, sequences=sequences))
+            elif layer < last:
+                tokens = block(tokens, sequences=sequences)
+            else:  # nobody reads the others any more
+                tokens = block(tokens, sequences=sequences, rows=wanted)
+        if after_block is not None:
+            tokens = ops.gather_packed(tokens, wanted)
+        return self.predictor_norm(tokens).unflatten(0, masks.prediction.shape)
 
 
 def _key_mask(

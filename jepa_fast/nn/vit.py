@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.packed import Sequences
 from jepa_fast.nn.position import interpolate_position_embedding, sincos_position_embedding
 
 
@@ -95,6 +96,21 @@ def encode_patches(
             "max_context=min_context in the sampler"
         )
     return encoder(images, keep, keep_mask)
+
+
+def encode_packed(encoder: Any, images: Tensor, rows: Tensor, sequences: Sequences) -> Tensor:
+    """Tokens ``[T, embed_dim]`` of packed patches, as :meth:`VisionTransformer.forward` gives them.
+
+    Raises:
+        TypeError: the encoder does not take packed patches.
+    """
+    if not torch.compiler.is_compiling() and not _takes(encoder, 4):
+        raise TypeError(
+            f"encoder: expected a module that is called as encoder(images, keep, keep_mask, "
+            f"sequences), since these masks are packed, got {type(encoder).__name__}, which takes "
+            "no sequences; see jepa_fast.nn.vit.VisionTransformer.forward, or pass padded masks"
+        )
+    return encoder(images, rows, None, sequences)
 
 
 def check_keep(keep: Tensor | None, keep_mask: Tensor | None) -> None:
@@ -186,7 +202,11 @@ class VisionTransformer(nn.Module):
         init_transformer(self, self.blocks, init)
 
     def forward(
-        self, images: Tensor, keep: Tensor | None = None, keep_mask: Tensor | None = None
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
         """Encode images, wholly or only some of their patches.
 
@@ -194,9 +214,12 @@ class VisionTransformer(nn.Module):
             images: ``[B, C, H, W]``.
             keep: ``[B, K]`` int64, the patches to encode; None for all.
             keep_mask: ``[B, K]`` bool, False at padding slots of ``keep``.
+            sequences: packed patches instead: ``keep`` is ``[T]`` int64, ``image * N + patch``, and
+                these say where each image's begin.
 
         Returns:
-            Tokens ``[B, K, embed_dim]``, or ``[B, N, embed_dim]`` without ``keep``.
+            Tokens ``[B, K, embed_dim]``, or ``[B, N, embed_dim]`` without ``keep``, or packed
+            ``[T, embed_dim]``.
 
         Raises:
             TypeError: images that are not floating.
@@ -205,17 +228,23 @@ class VisionTransformer(nn.Module):
         from jepa_fast import ops
 
         check_keep(keep, keep_mask)
+        x = self._patches(images)
+        if keep is not None and sequences is not None:
+            x = ops.gather_packed(x.flatten(0, 1), keep)
+        elif keep is not None:
+            x = ops.gather_patches(x, keep)
+        for block in self.blocks:
+            x = block(x, keep_mask, sequences=sequences)
+        return self.norm(x)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """``[B, N, embed_dim]``, positions added."""
         if not images.is_floating_point():
             raise TypeError(
                 f"images: expected a floating dtype, got {images.dtype}; convert and normalise "
                 "them, for instance (images / 255 - mean) / std"
             )
-        x = self.patch_embed(images) + self._positions(images)
-        if keep is not None:
-            x = ops.gather_patches(x, keep)
-        for block in self.blocks:
-            x = block(x, keep_mask)
-        return self.norm(x)
+        return self.patch_embed(images) + self._positions(images)
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = size

@@ -1,0 +1,182 @@
+"""Attention within sequences that lie one after the other, by whichever kernel serves."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.errors import BackendError
+from jepa_fast.nn.attention import attend
+
+BACKENDS = ("varlen", "flash_attn", "sdpa")
+"""In the order in which `"auto"` tries them."""
+
+
+@dataclass(eq=False)
+class Sequences:
+    """Where sequences begin in a row of T tokens. The last one is slack, which nobody reads.
+
+    Args:
+        offsets: ``[S + 2]`` int32, the beginnings of S sequences and of the slack, and T.
+        tokens: T.
+        longest: most tokens of a sequence other than the slack.
+        backend: of attention: ``"auto"`` or one of :data:`BACKENDS`.
+    """
+
+    offsets: Tensor
+    tokens: int
+    longest: int
+    backend: str = "auto"
+    _found: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows to slots, slots to rows, and which slots hold a token.
+
+        Every sequence has a slot more than its longest can fill. It never counts, so whatever
+        slack is put there gets no gradient; and slots without a token read the last of the slack,
+        whose gradient is zero. So one index is the other's transpose, and neither needs sums.
+        """
+        if self._found is not None:  # functools.cached_property has a lock, which is not compiled
+            return self._found
+        begin = self.offsets[:-2].long()
+        lengths = self.offsets[1:-1].long() - begin
+        slots = self.longest + 1
+        slot = torch.arange(slots, device=begin.device)
+        filled = slot < lengths[:, None]  # [S, slots]
+        row = torch.where(filled, begin[:, None] + slot, self.tokens - 1)
+        token = torch.arange(self.tokens, device=begin.device)
+        sequence = torch.searchsorted(self.offsets[1:-1].contiguous(), token.int(), right=True)
+        known = sequence < len(begin)
+        sequence = sequence.clamp(max=max(len(begin) - 1, 0))
+        of_token = torch.where(known, sequence * slots + token - begin[sequence], self.longest)
+        self._found = row.flatten(), of_token, filled
+        return self._found
+
+    @property
+    def filled(self) -> Tensor:
+        """``[S, longest + 1]`` bool: which slots of :meth:`unpack` hold a token."""
+        return self._places()[2]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``[T, ...]`` to ``[S, longest + 1, ...]``; slots without a token are finite."""
+        row, slot, filled = self._places()
+        return _Rearranged.apply(x, row, slot).unflatten(0, filled.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[S, longest + 1, ...]`` to ``[T, ...]``; slack holds something finite."""
+        row, slot, _ = self._places()
+        return _Rearranged.apply(x.flatten(0, 1), slot, row)
+
+
+class _Rearranged(torch.autograd.Function):
+    """`x[index]`, where the gradient is `grad[inverse]`."""
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Rearranged.apply(grad, inverse, index), None, None
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+    """Scaled dot-product attention of every token to those of its own sequence.
+
+    Args:
+        q, k, v: ``[T, heads, head dim]``.
+        sequences: of the T tokens.
+
+    Returns:
+        ``[T, heads, head dim]``; of slack something finite.
+
+    Raises:
+        ValueError: an unknown backend.
+        BackendError: the requested backend cannot run here.
+    """
+    return _FUNCTIONS[choose_backend(q, sequences.backend)](q, k, v, sequences)
+
+
+def choose_backend(q: Tensor, requested: str = "auto") -> str:
+    """The backend for such a query.
+
+    Raises:
+        ValueError: an unknown backend.
+        BackendError: the requested one cannot run here; says why.
+    """
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")
+    for backend in BACKENDS if requested == "auto" else (requested,):
+        reasons = unsupported(backend, q)
+        if not reasons:
+            return backend
+        if requested != "auto":
+            raise BackendError(f"packed attention by {backend!r} cannot run: {'; '.join(reasons)}")
+    raise BackendError("no backend of packed attention can run")
+
+
+def unsupported(backend: str, q: Tensor) -> list[str]:
+    """Why a backend cannot serve such a query; empty if it can."""
+    if backend == "sdpa":
+        return []
+    if not q.is_cuda:
+        return [f"needs cuda tensors, got {q.device.type}"]
+    reasons = []
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"takes bfloat16 and float16, got {q.dtype}")
+    module = "torch.nn.attention.varlen" if backend == "varlen" else "flash_attn"
+    if not _is_there(module):
+        reasons.append(f"{module} is not there")
+    return reasons
+
+
+@functools.cache
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The slack attends to itself, so it may be the longest.
+    offsets, most = sequences.offsets, sequences.tokens
+    attended: Any = varlen_attn(q, k, v, offsets, offsets, most, most)
+    return attended
+
+
+def _by_flash_attn(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    offsets, most = sequences.offsets, sequences.tokens
+    return flash_attn_varlen_func(q, k, v, offsets, offsets, most, most)
+
+
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+    """Through slots: attention alone sees padding."""
+    q, k, v = sequences.unpack(torch.stack([q, k, v], 1)).unbind(2)  # [S, slots, heads, head dim]
+    # A softmax over nothing is NaN: the first slot of an empty sequence stands in for its tokens.
+    first = torch.arange(q.shape[1], device=q.device) == 0
+    mask = (sequences.filled | first)[:, None, None]
+    attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    return sequences.pack(attended.transpose(1, 2))
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences], Tensor]] = {
+    "varlen": _by_varlen,
+    "flash_attn": _by_flash_attn,
+    "sdpa": _by_sdpa,
+}

@@ -1,0 +1,298 @@
+"""Packed tokens: nothing padded, nothing cut, one shape, and the numbers of padded tokens."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from jepa_fast import BackendError, IJepa, ProbIJepa, TCJepa, TIJepa
+from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks, pack_masks, packing_budget
+from jepa_fast.nn.attention import attend
+from jepa_fast.nn.packed import BACKENDS, Sequences, attend_packed, unsupported
+from jepa_fast.nn.vit import VisionTransformer
+
+GRID, PATCHES = (6, 6), 36
+SMALL: dict[str, Any] = {"predictor_dim": 16, "predictor_depth": 2, "predictor_heads": 2}
+
+
+def _sampler(**options: Any) -> BlockMaskSampler:
+    return BlockMaskSampler(GRID, min_context=2, **options)
+
+
+def _encoder() -> VisionTransformer:
+    return VisionTransformer(24, 4, embed_dim=32, depth=2, num_heads=4)
+
+
+def _images(count: int = 5) -> Tensor:
+    return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def _contexts(pack: PackedMasks) -> list[list[int]]:
+    """Each image's patches, from the packed rows."""
+    offsets = pack.context_offsets.tolist()
+    found = []
+    for image, (begin, end) in enumerate(itertools.pairwise(offsets[:-1])):
+        rows = pack.context[begin:end]
+        assert torch.equal(rows // PATCHES, torch.full_like(rows, image))
+        found.append((rows % PATCHES).tolist())
+    return found
+
+
+# What a pack holds
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_pack_holds_every_context_patch_and_target(step: int) -> None:
+    masks = _sampler()(step, 7)
+    tokens, block, longest = packing_budget(_sampler(), 7)
+    (pack,) = pack_masks(masks, tokens, block, longest)
+    assert masks.context_mask is not None
+    expected = [
+        row[real].tolist() for row, real in zip(masks.context, masks.context_mask, strict=True)
+    ]
+    assert _contexts(pack) == expected
+    assert pack.share == 1.0
+    patches = masks.targets.shape[2]
+    assert torch.equal(pack.targets[:, :, :patches], masks.targets)
+    if pack.target_mask is not None:
+        assert torch.equal(pack.target_mask.sum(2), torch.full((7, 4), patches))
+    # Sequence m * B + b: the context, then the block's mask tokens, which predict the targets.
+    offsets = pack.predictor_offsets.tolist()
+    first = pack.context_offsets.tolist()
+    for m in range(4):
+        for b in range(7):
+            rows = pack.predictor[offsets[m * 7 + b] : offsets[m * 7 + b + 1]].tolist()
+            hidden = [tokens + (b * 4 + m) * block + k for k in range(patches)]
+            assert rows == [*range(first[b], first[b + 1]), *hidden]
+            found = pack.predictor[pack.prediction[m * 7 + b]] - tokens
+            assert torch.equal(pack.targets.flatten()[found], pack.targets[b, m])
+    padded = pack.padded()
+    assert padded.context_mask is not None
+    again = [
+        row[real].tolist() for row, real in zip(padded.context, padded.context_mask, strict=True)
+    ]
+    assert again == expected
+
+
+def test_what_does_not_fit_is_split_and_never_cut() -> None:
+    masks = _sampler()(0, 9)
+    assert masks.context_mask is not None
+    whole = [
+        row[real].tolist() for row, real in zip(masks.context, masks.context_mask, strict=True)
+    ]
+    packs = pack_masks(masks, tokens=1 + masks.context.shape[1] * 2)
+    assert len(packs) > 2
+    assert sum(pack.share for pack in packs) == pytest.approx(1)
+    contexts = [_contexts(pack) for pack in packs]
+    for image, expected in enumerate(whole):
+        (found,) = [each[image] for each in contexts if each[image]]
+        assert found == expected
+    assert len({pack.context.shape for pack in packs}) == 1
+    counted = torch.stack([p.target_mask for p in packs if p.target_mask is not None])
+    assert torch.equal(counted.sum(0), torch.ones_like(masks.targets))
+
+
+def test_contexts_of_one_length_and_no_images() -> None:
+    masks = _sampler(max_context=2)(0, 3)
+    assert masks.context_mask is None
+    (pack,) = pack_masks(masks, tokens=8)
+    assert _contexts(pack) == masks.context.tolist()
+    (empty,) = pack_masks(_sampler()(0, 0), tokens=4)
+    assert empty.context.shape == (4,)
+
+
+def test_bad_budgets() -> None:
+    masks = _sampler()(0, 3)
+    most = masks.context.shape[1]
+    with pytest.raises(ValueError, match=f"tokens: expected more than {most}"):
+        pack_masks(masks, tokens=most)
+    with pytest.raises(ValueError, match=f"longest: expected at least {most}"):
+        pack_masks(masks, tokens=1000, longest=most - 1)
+    with pytest.raises(ValueError, match="block: expected at least"):
+        pack_masks(masks, tokens=1000, block=1)
+    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+        packing_budget(_sampler(), 0)
+    with pytest.raises(ValueError, match="expected all images of the batch in one pack"):
+        pack_masks(masks, tokens=most + 1)[0].padded()
+
+
+# Attention
+
+
+def _packed_sequences(lengths: list[int], slack: int, backend: str = "auto") -> Sequences:
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = int(ends[-1]) + slack
+    return Sequences(torch.cat([ends, torch.tensor([tokens])]).int(), tokens, max(lengths), backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [4, 4], [1]])
+def test_packed_attention_is_attention_by_sequence(lengths: list[int], backend: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    sequences = _packed_sequences(lengths, 3, backend)
+    device = "cuda" if torch.cuda.is_available() and backend != "auto" else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (
+        torch.randn(sequences.tokens, 2, 8, generator=g).to(device, dtype).requires_grad_()
+        for _ in range(3)
+    )
+    if unsupported(backend if backend != "auto" else "sdpa", q):
+        with pytest.raises(BackendError, match=f"packed attention by '{backend}' cannot run"):
+            attend_packed(q, k, v, sequences)
+        return
+    sequences = Sequences(
+        sequences.offsets.to(device), sequences.tokens, sequences.longest, backend
+    )
+    out = attend_packed(q, k, v, sequences)
+    used = sum(lengths)
+    upstream = torch.randn(used, 2, 8, generator=g).to(device, dtype)
+    got = torch.autograd.grad(out[:used], (q, k, v), upstream)
+    expected = []
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        one = attend(*(x[part].transpose(0, 1)[None] for x in (q, k, v)))
+        expected.append(one[0].transpose(0, 1))
+        start += length
+    want = torch.cat(expected)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if device == "cuda" else {}
+    torch.testing.assert_close(out[:used], want, **tolerance)
+    for mine, theirs in zip(got, torch.autograd.grad(want, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+        assert not mine[used:].any()  # slack has no gradient
+    assert out.isfinite().all()
+
+
+def test_an_unknown_backend() -> None:
+    x = torch.zeros(4, 1, 8)
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
+        attend_packed(x, x, x, _packed_sequences([2], 2, "fastest"))
+
+
+# Models
+
+
+def _model(method: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    torch.manual_seed(1)
+    words = torch.randn(5, 2, 3, 10), torch.rand(5, 2, 3) < 0.8
+    if method == "tcjepa":
+        return TCJepa(_encoder(), text_dim=10, **SMALL), words
+    if method == "tijepa":
+        sizes = {"text_dim": 10, "width": 16, "depth": 1, "num_heads": 4, "predictor_heads": 2}
+        sizes |= {"predictor_dim": 16, "predictor_depth": 1}
+        return TIJepa(_encoder(), **sizes), words
+    if method == "probijepa":
+        return ProbIJepa(_encoder(), "mixture", **SMALL), ()
+    return IJepa(_encoder(), **SMALL), ()
+
+
+def _outcome(model: nn.Module, masks: Any, text: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    packs = masks if isinstance(masks, list) else [masks]
+    total = torch.zeros(())
+    for pack in packs:
+        share = pack.share if isinstance(pack, PackedMasks) else 1.0
+        loss = share * model(_images(), pack, *text).loss
+        loss.backward()
+        total += loss.detach()
+    return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tijepa"])
+@pytest.mark.parametrize("step", [0, 3])
+def test_packed_equals_padded(method: str, step: int) -> None:
+    model, text = _model(method)
+    masks = _sampler()(step, 5)
+    budget = packing_budget(_sampler(), 5)
+    loss, grads = _outcome(model, pack_masks(masks, *budget), text)
+    want_loss, want_grads = _outcome(model, masks, text)
+    torch.testing.assert_close(loss, want_loss)
+    assert len(grads) == len(want_grads)
+    for got, want in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ijepa", "probijepa"])
+def test_split_packs_sum_to_the_whole(method: str) -> None:
+    model, text = _model(method)
+    masks = _sampler()(1, 5)
+    packs = pack_masks(masks, 1 + 2 * masks.context.shape[1])
+    assert len(packs) > 1
+    loss, grads = _outcome(model, packs, text)
+    want_loss, want_grads = _outcome(model, masks, text)
+    torch.testing.assert_close(loss, want_loss)
+    for got, want in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_and_targets_are_those_of_padded_masks() -> None:
+    model, _ = _model("ijepa")
+    masks = _sampler()(2, 5)
+    (pack,) = pack_masks(masks, *packing_budget(_sampler(), 5))
+    padded, packed = model(_images(), masks), model(_images(), pack)
+    patches = masks.targets.shape[2]
+    torch.testing.assert_close(packed.prediction[:, :patches], padded.prediction)
+    torch.testing.assert_close(packed.target[:, :patches], padded.target)
+
+
+def test_one_graph_over_100_steps() -> None:
+    """Contexts of all lengths, blocks of all sizes, one of the steps in two packs: one shape."""
+    torch._dynamo.reset()
+    model, _ = _model("ijepa")
+    sampler = _sampler()
+    tokens, block, longest = packing_budget(sampler, 5, steps=100)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss_of(images: Tensor, *fields: Tensor) -> Tensor:
+        names = ("context", "context_offsets", "targets", "target_mask")
+        names += ("predictor", "predictor_offsets", "prediction")
+        values = dict(zip(names, fields, strict=True))
+        pack = PackedMasks(**values, grid=GRID, longest=longest, share=1.0)
+        return model(images, pack).loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=False, backend=counter)
+    sizes = set()
+    for step in range(100):
+        masks = sampler(step, 5)
+        sizes.add(masks.targets.shape[2])
+        for pack in pack_masks(masks, tokens, block, longest):
+            mask = pack.target_mask
+            mask = torch.ones_like(pack.targets, dtype=torch.bool) if mask is None else mask
+            compiled(
+                _images(),
+                pack.context,
+                pack.context_offsets,
+                pack.targets,
+                mask,
+                pack.predictor,
+                pack.predictor_offsets,
+                pack.prediction,
+            )
+    assert len(sizes) > 1
+    assert counter.frame_count == 1
+
+
+def test_what_cannot_take_packed_masks_says_so() -> None:
+    class PlainEncoder(nn.Module):
+        embed_dim, grid, num_heads = 32, GRID, 4
+
+        def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+            tokens = images.flatten(2).mT[:, :PATCHES, :1].expand(-1, -1, 32)
+            return tokens
+
+    masks: BlockMasks = _sampler()(0, 5)
+    (pack,) = pack_masks(masks, 500)
+    with pytest.raises(TypeError, match="takes no sequences"):
+        IJepa(PlainEncoder(), **SMALL)(_images(), pack)
+    model, text = _model("tcjepa")
+    with pytest.raises(TypeError, match="expected padded masks for a map"):
+        model.similarity_map(_images(), pack, *text)
+    with pytest.raises(ValueError, match="masks: expected masks of a"):
+        IJepa(VisionTransformer(20, 4, embed_dim=32, depth=1, num_heads=4), **SMALL)(
+            torch.zeros(5, 3, 20, 20), pack
+        )
