@@ -20,7 +20,11 @@ _BYTES = operator.attrgetter("nbytes")
 
 
 def unsupported(
-    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: Tensor
+    targets: list[Tensor],
+    sources: list[Tensor],
+    shadows: list[Tensor],
+    momentum: Tensor,
+    rounding_seed: Tensor | None = None,
 ) -> list[str]:
     """Why a kernel cannot serve a call, from metadata alone: dtypes and devices."""
     tensors = [*targets, *sources, *shadows]
@@ -111,6 +115,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def share_order(group: tuple[Tensor, ...]) -> bool:
+    """Whether tensors of one shape are dense, and all have their elements in the same order."""
+    strides = group[0].stride()
+    return is_dense(group[0]) and all(tensor.stride() == strides for tensor in group)
+
+
 def cost(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> Cost:
     """The byte model: targets and sources are read once, targets and shadows written once."""
     to, by, copies = (sum(map(_BYTES, tensors)) for tensors in (targets, sources, shadows))
@@ -146,8 +156,7 @@ class Flat:
         return flat
 
     def _densify(self, group: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        strides = group[0].stride()
-        if is_dense(group[0]) and all(tensor.stride() == strides for tensor in group):
+        if share_order(group):
             return group
         dense = tuple(tensor.contiguous() for tensor in group)
         self.copies += [

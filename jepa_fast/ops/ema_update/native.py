@@ -9,13 +9,17 @@ from jepa_fast.ops import _native
 from jepa_fast.ops.ema_update import memory
 
 _KERNEL = _native.define(
-    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor momentum)"
-    " -> ()"
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor momentum,"
+    " Tensor? rounding_seed) -> ()"
 )
 
 
 def ema_update_(
-    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: Tensor
+    targets: list[Tensor],
+    sources: list[Tensor],
+    shadows: list[Tensor],
+    momentum: Tensor,
+    rounding_seed: Tensor | None,
 ) -> None:
     """As `reference.ema_update_`; runs on the device of the targets."""
     memory.check(targets, sources, shadows, momentum)
@@ -25,6 +29,6 @@ def ema_update_(
         momentum = momentum.float()
     flat = memory.Flat.of(targets, sources, shadows)
     with torch.cuda.device_of(targets[0]):
-        _KERNEL(flat.targets, flat.sources, flat.shadows, momentum)
+        _KERNEL(flat.targets, flat.sources, flat.shadows, momentum, rounding_seed)
     torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
     flat.write_back()

@@ -1,0 +1,64 @@
+"""DTensors, as FSDP2 makes parameters, for operators that work element by element.
+
+Every rank updates its own shard, so that nothing has to be communicated and DTensor's dispatch has
+no say. `torch.distributed.tensor` is imported by whoever has a DTensor, never here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def dtensor_type() -> type | None:
+    """The class, or None while nobody in this process can have a DTensor."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def to_local(op: str, lists: Mapping[str, Sequence[Any]]) -> tuple[list[list[Any]], list[Tensor]]:
+    """The lists with this rank's shard in the place of every DTensor, and the DTensors.
+
+    Args:
+        op: the operator's name, for messages.
+        lists: by argument name; the i-th entries of all belong together. An empty list is one that
+            was left out.
+
+    Raises:
+        ValueError: entries that belong together are not all DTensors, of one mesh and the same
+            placements, or are sums that wait for their other parts.
+    """
+    kind = dtensor_type()
+    if kind is None or not any(isinstance(x, kind) for each in lists.values() for x in each):
+        return [list(each) for each in lists.values()], []
+    found: list[Any] = []
+    for i in range(max(map(len, lists.values()))):
+        named = [(f"{name}[{i}]", each[i]) for name, each in lists.items() if each]
+        if any(isinstance(x, kind) for _, x in named):
+            _check_placements(op, named, kind)
+            found += [x for _, x in named]
+    local = [[x.to_local() if isinstance(x, kind) else x for x in each] for each in lists.values()]
+    return local, found
+
+
+def _check_placements(op: str, named: list[tuple[str, Any]], kind: type) -> None:
+    first_name, first = named[0]
+    for name, x in named:
+        if isinstance(x, kind) is not isinstance(first, kind):
+            one, other = (first_name, name) if isinstance(first, kind) else (name, first_name)
+            raise ValueError(
+                f"{op}: {one} is a DTensor and {other} is none; pass both or neither, for example "
+                f"by {one}.to_local() where {other} holds this rank's shard"
+            )
+        if (x.device_mesh, x.placements) != (first.device_mesh, first.placements):
+            raise ValueError(
+                f"{op}: {first_name} and {name} must be placed alike, got {first.placements} on "
+                f"{first.device_mesh} and {x.placements} on {x.device_mesh}; redistribute() one"
+            )
+        if any(placement.is_partial() for placement in x.placements):
+            raise ValueError(
+                f"{op}: {name} is a sum whose parts lie on several ranks, {x.placements}; "
+                f"redistribute() it to Replicate() or Shard() first"
+            )
