@@ -164,11 +164,8 @@ struct Span {
 };
 
 template <typename Target, typename Source, bool stochastic>
-__global__ void __launch_bounds__(kThreads, 3) ema_update_kernel(
-    const __grid_constant__ Table table,
-    const ScalarType shadow_dtype,
-    const Momentum momentum,
-    const Seed seed) {
+__device__ __forceinline__ void update_chunk(
+    const Table& table, const ScalarType shadow_dtype, const Momentum& momentum, const Seed& seed) {
   const int block = static_cast<int>(blockIdx.x);
   int tensor = 0;  // the last whose first chunk is not after this block
   for (int end = table.count; end - tensor > 1;) {
@@ -199,6 +196,21 @@ __global__ void __launch_bounds__(kThreads, 3) ema_update_kernel(
   }
 }
 
+template <typename Target, typename Source>
+__global__ void __launch_bounds__(kThreads, 3) ema_update_kernel(
+    const __grid_constant__ Table table, const ScalarType shadow_dtype, const Momentum momentum) {
+  update_chunk<Target, Source, false>(table, shadow_dtype, momentum, Seed{});
+}
+
+template <typename Target, typename Source>
+__global__ void __launch_bounds__(kThreads, 3) ema_update_stochastic_kernel(
+    const __grid_constant__ Table table,
+    const ScalarType shadow_dtype,
+    const Momentum momentum,
+    const Seed seed) {
+  update_chunk<Target, Source, true>(table, shadow_dtype, momentum, seed);
+}
+
 struct Dtypes {
   ScalarType target, source, shadow;
 
@@ -219,10 +231,14 @@ void launch(
   visit_pair(dtypes.target, dtypes.source, [&](auto target, auto source) {
     using Target = typename decltype(target)::type;
     using Source = typename decltype(source)::type;
-    const auto kernel = seed.has_value() ? &ema_update_kernel<Target, Source, true>
-                                         : &ema_update_kernel<Target, Source, false>;
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        table, dtypes.shadow, momentum, seed.value_or(Seed{}));
+    const auto grid = static_cast<unsigned>(blocks);
+    if (seed.has_value()) {
+      ema_update_stochastic_kernel<Target, Source>
+          <<<grid, kThreads, 0, stream>>>(table, dtypes.shadow, momentum, *seed);
+    } else {
+      ema_update_kernel<Target, Source>
+          <<<grid, kThreads, 0, stream>>>(table, dtypes.shadow, momentum);
+    }
   });
   check_cuda(cudaGetLastError(), "ema_update_");
 }

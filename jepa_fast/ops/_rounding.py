@@ -43,9 +43,10 @@ def seed_tensor(op: str, seed: Any, device: torch.device) -> Tensor | None:
         raise TypeError(
             f"{op}: rounding_seed must be None, an int or a tensor, got {type(seed).__name__}"
         )
-    if not -(2**63) <= seed < 2**63:
+    number: Any = seed
+    if not -(2**63) <= number < 2**63:
         raise ValueError(f"{op}: rounding_seed must fit into 64 bits with sign, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64)
+    return torch.tensor(number, dtype=torch.int64)
 
 
 def random_bits(seed: Tensor, number: int, count: int) -> Tensor:

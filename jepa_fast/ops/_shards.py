@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 
-def dtensor_type() -> type | None:
+def dtensor_type() -> Any:
     """The class, or None while nobody in this process can have a DTensor."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
@@ -43,15 +43,16 @@ def to_local(op: str, lists: Mapping[str, Sequence[Any]]) -> tuple[list[list[Any
     return local, found
 
 
-def _check_placements(op: str, named: list[tuple[str, Any]], kind: type) -> None:
-    first_name, first = named[0]
-    for name, x in named:
-        if isinstance(x, kind) is not isinstance(first, kind):
-            one, other = (first_name, name) if isinstance(first, kind) else (name, first_name)
-            raise ValueError(
-                f"{op}: {one} is a DTensor and {other} is none; pass both or neither, for example "
-                f"by {one}.to_local() where {other} holds this rank's shard"
-            )
+def _check_placements(op: str, named: list[tuple[str, Any]], kind: Any) -> None:
+    shards = [pair for pair in named if isinstance(pair[1], kind)]
+    others = [pair for pair in named if not isinstance(pair[1], kind)]
+    first_name, first = shards[0]
+    if others:
+        raise ValueError(
+            f"{op}: {first_name} is a DTensor and {others[0][0]} is none; pass both or neither, "
+            f"for example {first_name}.to_local() where {others[0][0]} is this rank's shard"
+        )
+    for name, x in shards:
         if (x.device_mesh, x.placements) != (first.device_mesh, first.placements):
             raise ValueError(
                 f"{op}: {first_name} and {name} must be placed alike, got {first.placements} on "

@@ -1,7 +1,7 @@
 """Schema, fake and backends of `ema_update_`.
 
-One operator, not two: the moving average has no gradient. Momentum and seed travel as 0-dim tensors,
-so that one schema serves numbers and device scalars.
+One operator, not two: the moving average has no gradient. Momentum and seed travel as 0-dim
+tensors, so that one schema serves numbers and device scalars.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ _TRITON_DTYPES = {
 }
 
 Row = tuple[int, int, int, int, int]
-"""Addresses of target, source and shadow (0 without), number of elements, number of the tensor. In a
-table, if it has them, the last two columns are the chunk's first element and the tensor's number."""
+"""Addresses of target, source and shadow (0 without), number of elements, number of the tensor.
+
+In a table of 6 columns the last two are the chunk's first element and the tensor's number."""
 
 
 @triton.jit
