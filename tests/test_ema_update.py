@@ -34,14 +34,13 @@ def _updated(
     *tensors: Tensor,
     momentum: float,
     shadow: bool,
-    rounding_seed: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """The operator as a function: half of the tensors are targets, half sources."""
     targets = [tensor.detach().clone() for tensor in tensors[: len(tensors) // 2]]
     sources = list(tensors[len(tensors) // 2 :])
     shadows = [torch.zeros_like(target) for target in targets] if shadow else None
-    ema_update_(targets, sources, momentum, shadows, rounding_seed=rounding_seed, backend=backend)
+    ema_update_(targets, sources, momentum, shadows, backend=backend)
     return (*targets, *(shadows or ()))
 
 
@@ -58,18 +57,6 @@ SAMPLES = [
     )
     for shadow in (False, True)
 ]
-SAMPLES.append(
-    Sample(
-        name="stochastic",
-        function=_updated,
-        operators=("ema_update_",),
-        make=lambda dtype, generator: tuple(
-            torch.randn(shape, generator=generator).bfloat16() for shape in 2 * ((3, 5), (7,))
-        ),
-        keywords={"momentum": 0.9, "shadow": True, "rounding_seed": 7},
-        differentiable=False,
-    )
-)
 
 
 def _randoms(dtype: torch.dtype, device: str, seed: int) -> list[Tensor]:
@@ -458,6 +445,13 @@ def test_a_seed_may_be_a_tensor_or_any_integer() -> None:
     numpy = pytest.importorskip("numpy")
     assert torch.equal(drawn(numpy.int64(-3)), expected)
     assert not torch.equal(drawn(2**63 - 1), expected)
+
+
+def test_opcheck_with_a_seed() -> None:
+    targets, sources = [torch.zeros(5).bfloat16()], [torch.ones(5)]
+    momentum, seed = torch.tensor(0.5), torch.tensor(3)
+    arguments = (targets, sources, [torch.zeros(5).half()], momentum, seed, "auto")
+    torch.library.opcheck(contract.UPDATE.call, arguments)
 
 
 def test_compiled_seeds_are_not_baked_in() -> None:
