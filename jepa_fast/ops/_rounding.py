@@ -8,11 +8,14 @@ the number of its tensor, and of the element's place in it, and of nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from jepa_fast.ops._memory import share_order
 
 NARROW = frozenset((torch.bfloat16, torch.float16))
 """The dtypes that are rounded stochastically; wider ones are rounded to the nearest."""
@@ -47,6 +50,28 @@ def seed_tensor(op: str, seed: Any, device: torch.device) -> Tensor | None:
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{op}: rounding_seed must fit into 64 bits with sign, got {seed}")
     return torch.tensor(number, dtype=torch.int64)
+
+
+def write(
+    out: Tensor, value: Tensor, seed: Tensor | None, number: int, group: Sequence[Tensor]
+) -> None:
+    """`value` into `out`, rounded stochastically where there is a seed and `out` is narrow.
+
+    Args:
+        out, value: of the same shape.
+        seed, number: as in `random_bits`.
+        group: the tensors that an operator goes through together. Where all are dense and ordered
+            alike, elements count by their place in memory, and elsewhere row by row.
+    """
+    if seed is None or out.dtype not in NARROW:
+        out.copy_(value)
+        return
+    random = random_bits(seed.to(out.device), number, out.numel())
+    if share_order(group):
+        random = random.as_strided(out.shape, out.stride())
+    else:
+        random = random.view(out.shape)
+    out.copy_(round_stochastically(value.float(), random, out.dtype))
 
 
 def random_bits(seed: Tensor, number: int, count: int) -> Tensor:

@@ -23,8 +23,7 @@ def to_local(op: str, lists: Mapping[str, Sequence[Any]]) -> tuple[list[list[Any
 
     Args:
         op: the operator's name, for messages.
-        lists: by argument name; the i-th entries of all belong together. An empty list is one that
-            was left out.
+        lists: by argument name; the i-th entries of all belong together, as far as they go.
 
     Raises:
         ValueError: entries that belong together are not all DTensors, of one mesh and the same
@@ -35,7 +34,7 @@ def to_local(op: str, lists: Mapping[str, Sequence[Any]]) -> tuple[list[list[Any
         return [list(each) for each in lists.values()], []
     found: list[Any] = []
     for i in range(max(map(len, lists.values()))):
-        named = [(f"{name}[{i}]", each[i]) for name, each in lists.items() if each]
+        named = [(f"{name}[{i}]", each[i]) for name, each in lists.items() if i < len(each)]
         if any(isinstance(x, kind) for _, x in named):
             _check_placements(op, named, kind)
             found += [x for _, x in named]

@@ -8,8 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from jepa_fast.ops import _rounding, _shards
-from jepa_fast.ops.ema_update import contract, memory
+from jepa_fast.ops import _memory, _rounding, _shards
+from jepa_fast.ops.ema_update import contract
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
 def _rounding_seed(seed: int | Tensor | None, written: list[Tensor]) -> Tensor | None:
     if seed is None:
         return None
-    if unknown := {tensor.dtype for tensor in written} - memory.FLOATING:
+    if unknown := {tensor.dtype for tensor in written} - _memory.FLOATING:
         names = ", ".join(sorted(str(dtype) for dtype in unknown))
         raise ValueError(
             f"ema_update_: rounding_seed is for targets and shadows of bfloat16, float16 and wider "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jepa_fast.ops import _native
+from jepa_fast.ops import _memory, _native
 from jepa_fast.ops.ema_update import memory
 
 _KERNEL = _native.define(
@@ -27,8 +27,9 @@ def ema_update_(
         return
     if momentum.is_cuda and momentum.dtype not in (torch.float32, torch.float64):
         momentum = momentum.float()
-    flat = memory.Flat.of(targets, sources, shadows)
+    flat = _memory.Flat.of(targets, sources, shadows)
+    to, by, copies = flat.lists
     with torch.cuda.device_of(targets[0]):
-        _KERNEL(flat.targets, flat.sources, flat.shadows, momentum, rounding_seed)
-    torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
-    flat.write_back()
+        _KERNEL(to, by, copies, momentum, rounding_seed)
+    torch.autograd.graph.increment_version([*to, *copies])
+    flat.write_back((to, copies))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops import _rounding
-from jepa_fast.ops.ema_update import memory
 
 
 def ema_update_(
@@ -35,29 +34,15 @@ def ema_update_(
         if rounding_seed is None:
             new = torch.lerp(old, toward, (1 - keep).to(wide))
         else:
-            new = _interpolated(old, toward, keep)
-        _write(target, new, 2 * i, group, rounding_seed)
+            new = interpolated(old, toward, keep)
+        _rounding.write(target, new, rounding_seed, 2 * i, group)
         if shadows:
-            _write(shadows[i], target, 2 * i + 1, group, rounding_seed)
+            _rounding.write(shadows[i], target, rounding_seed, 2 * i + 1, group)
 
 
-def _interpolated(old: Tensor, toward: Tensor, keep: Tensor) -> Tensor:
-    """As lerp, but two roundings of product and sum wherever it runs: then kernels can do it too,
-    to the last bit, on which it depends what is drawn."""
+def interpolated(old: Tensor, toward: Tensor, keep: Tensor) -> Tensor:
+    """As lerp, but with product and sum rounded one by one wherever it runs: kernels can do the
+    same, to the last bit, on which it depends what is drawn."""
     step = toward - old
     near_target = old + (1 - keep).to(old.dtype) * step
     return torch.where(keep > 0.5, near_target, toward - keep.to(old.dtype) * step)
-
-
-def _write(
-    out: Tensor, value: Tensor, number: int, group: tuple[Tensor, ...], seed: Tensor | None
-) -> None:
-    if seed is None or out.dtype not in _rounding.NARROW:
-        out.copy_(value)
-        return
-    random = _rounding.random_bits(seed.to(out.device), number, out.numel())
-    if memory.share_order(group):
-        random = random.as_strided(out.shape, out.stride())
-    else:
-        random = random.view(out.shape)
-    out.copy_(_rounding.round_stochastically(value.float(), random, out.dtype))

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jepa_fast.ops import _configs
+from jepa_fast.ops import _configs, _memory
 from jepa_fast.ops._compile import CompileCase
 from jepa_fast.ops._rounding import NARROW
 from jepa_fast.ops._traffic import TrafficCase
@@ -183,9 +183,10 @@ def ema_update_(
     else:
         scalar = momentum.to(torch.float64).view(1)
     seed = None if rounding_seed is None else rounding_seed.to(device).view(1)
-    flat = memory.Flat.of(targets, sources, shadows)
+    flat = _memory.Flat.of(targets, sources, shadows)
+    to, by, copies = flat.lists
     with torch.cuda.device_of(targets[0]):
-        for kind, rows in _by_kind(flat, seed is not None).items():
+        for kind, rows in _by_kind(to, by, copies, seed is not None).items():
             config = _configs.lookup(CONFIGS, kind.config_key, device)
             table = _table(tuple(rows), kind, config["chunk"], device)
             _keep(table)
@@ -198,13 +199,15 @@ def ema_update_(
                     num_warps=config["num_warps"],
                     enable_fp_fusion=False,
                 )
-    torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
-    flat.write_back()
+    torch.autograd.graph.increment_version([*to, *copies])
+    flat.write_back((to, copies))
 
 
-def _by_kind(flat: memory.Flat, stochastic: bool) -> dict[Kind, list[Row]]:
+def _by_kind(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], stochastic: bool
+) -> dict[Kind, list[Row]]:
     found: dict[Kind, list[Row]] = defaultdict(list)
-    lists = itertools.zip_longest(flat.targets, flat.sources, flat.shadows)
+    lists = itertools.zip_longest(targets, sources, shadows)
     for i, (target, source, shadow) in enumerate(lists):
         copy = 0 if shadow is None else shadow.data_ptr()
         row = (target.data_ptr(), source.data_ptr(), copy, target.numel(), i)
