@@ -30,7 +30,7 @@ struct AdamWStep {
         sign(options.maximize ? T(-1) : T(1)) {}
 };
 
-// Without errno, for which std::sqrt would keep a loop from being vectorised.
+// Correctly rounded, everywhere.
 JEPA_FAST_HOST_DEVICE float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);

@@ -9,14 +9,12 @@ namespace jepa_fast {
 // keeps the target and momentum 0 takes the source, to the last bit, and equal ends stay equal.
 template <typename T>
 struct EmaWeights {
-  T momentum;
-  T one_minus_momentum;
   bool near_target;
+  T weight;  // of the step from target to source, with sign: to be added to the nearer end
 
   JEPA_FAST_HOST_DEVICE explicit EmaWeights(double momentum)
-      : momentum(static_cast<T>(momentum)),
-        one_minus_momentum(static_cast<T>(1.0 - momentum)),
-        near_target(momentum > 0.5) {}
+      : near_target(momentum > 0.5),
+        weight(momentum > 0.5 ? static_cast<T>(1.0 - momentum) : -static_cast<T>(momentum)) {}
 };
 
 // Products are rounded before they are added, everywhere: what stochastic rounding draws depends on
@@ -40,8 +38,7 @@ JEPA_FAST_HOST_DEVICE double rounded_product(double a, double b) {
 template <typename T>
 JEPA_FAST_HOST_DEVICE T ema_element(T target, T source, const EmaWeights<T>& weights) {
   const T step = source - target;
-  return weights.near_target ? target + rounded_product(weights.one_minus_momentum, step)
-                             : source - rounded_product(weights.momentum, step);
+  return (weights.near_target ? target : source) + rounded_product(weights.weight, step);
 }
 
 }  // namespace jepa_fast
