@@ -9,12 +9,14 @@ namespace jepa_fast {
 // keeps the target and momentum 0 takes the source, to the last bit, and equal ends stay equal.
 template <typename T>
 struct EmaWeights {
+  T momentum;
+  T one_minus_momentum;
   bool near_target;
-  T weight;  // of the step from target to source, with sign: to be added to the nearer end
 
   JEPA_FAST_HOST_DEVICE explicit EmaWeights(double momentum)
-      : near_target(momentum > 0.5),
-        weight(momentum > 0.5 ? static_cast<T>(1.0 - momentum) : -static_cast<T>(momentum)) {}
+      : momentum(static_cast<T>(momentum)),
+        one_minus_momentum(static_cast<T>(1.0 - momentum)),
+        near_target(momentum > 0.5) {}
 };
 
 // Products are rounded before they are added, everywhere: what stochastic rounding draws depends on
@@ -38,7 +40,14 @@ JEPA_FAST_HOST_DEVICE double rounded_product(double a, double b) {
 template <typename T>
 JEPA_FAST_HOST_DEVICE T ema_element(T target, T source, const EmaWeights<T>& weights) {
   const T step = source - target;
-  return (weights.near_target ? target : source) + rounded_product(weights.weight, step);
+#if defined(__CUDA_ARCH__)
+  return weights.near_target ? target + rounded_product(weights.one_minus_momentum, step)
+                             : source - rounded_product(weights.momentum, step);
+#else
+  // The same without a branch, which would keep g++ from vectorising.
+  const T weight = weights.near_target ? weights.one_minus_momentum : -weights.momentum;
+  return (weights.near_target ? target : source) + weight * step;
+#endif
 }
 
 }  // namespace jepa_fast

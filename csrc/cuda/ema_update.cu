@@ -14,12 +14,11 @@
 #include <tuple>
 #include <vector>
 
+#include "elements.h"
 #include "launch.h"
 
 namespace jepa_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 // Elements a thread handles at once: 16 bytes of the narrowest type, several such of the others.
@@ -39,82 +38,6 @@ struct Table {
   int32_t count;
   int32_t shadow_item;  // bytes an element of the shadows
 };
-
-// A number on the device (float32 or float64), or one that the host knows.
-struct Momentum {
-  const void* device;
-  bool is_double;
-  double value;
-
-  __device__ double get() const {
-    if (device == nullptr) return value;
-    return is_double ? *static_cast<const double*>(device) : *static_cast<const float*>(device);
-  }
-};
-
-// What stochastic rounding draws from, on the device or known to the host.
-struct Seed {
-  const uint64_t* device;
-  uint64_t value;
-
-  __device__ uint64_t get() const { return device == nullptr ? value : *device; }
-};
-
-template <typename T, int size>
-struct alignas(16) Vector {
-  T item[size];
-};
-
-// What `size` elements draw, starting at `first`: 1, or kVector where `first` is a multiple of it.
-template <bool stochastic, int size>
-struct Random {
-  uint32_t item[size] = {};
-
-  __device__ Random(uint64_t stream, int64_t first) {
-    if constexpr (stochastic && size == 1) {
-      item[0] = static_cast<uint32_t>(rounding_pair(stream, first / 2) >> (first % 2 * 32));
-    } else if constexpr (stochastic) {
-#pragma unroll
-      for (int j = 0; j < size; j += 2) {
-        const uint64_t pair = rounding_pair(stream, (first + j) / 2);
-        item[j] = static_cast<uint32_t>(pair);
-        item[j + 1] = static_cast<uint32_t>(pair >> 32);
-      }
-    }
-  }
-};
-
-// `size` elements starting at `i`; `out` is aligned to 16 bytes wherever `size` is kVector.
-template <bool stochastic, int size, typename T>
-__device__ void store_as(
-    ScalarType dtype,
-    void* out,
-    int64_t i,
-    const Vector<T, size>& values,
-    uint64_t stream,
-    int64_t first) {
-  const auto store = [&](auto zero) {
-    using Out = decltype(zero);
-    Vector<Out, size> cast;
-    const Random<stochastic && kNarrow<Out>, size> random(stream, first);
-#pragma unroll
-    for (int j = 0; j < size; ++j) {
-      cast.item[j] =
-          round_to<Out, stochastic>(static_cast<Compute<T>>(values.item[j]), random.item[j]);
-    }
-    if constexpr (size == 1) {
-      static_cast<Out*>(out)[i] = cast.item[0];
-    } else {
-      *reinterpret_cast<Vector<Out, size>*>(static_cast<Out*>(out) + i) = cast;
-    }
-  };
-  switch (dtype) {
-    case ScalarType::Float: return store(float{});
-    case ScalarType::Double: return store(double{});
-    case ScalarType::BFloat16: return store(BFloat16{});
-    default: return store(Half{});
-  }
-}
 
 // One tensor's share of a thread block.
 template <typename Target, typename Source, bool stochastic>
@@ -165,7 +88,7 @@ struct Span {
 
 template <typename Target, typename Source, bool stochastic>
 __device__ __forceinline__ void update_chunk(
-    const Table& table, const ScalarType shadow_dtype, const Momentum& momentum, const Seed& seed) {
+    const Table& table, const ScalarType shadow_dtype, const Scalar& momentum, const Seed& seed) {
   const int block = static_cast<int>(blockIdx.x);
   int tensor = 0;  // the last whose first chunk is not after this block
   for (int end = table.count; end - tensor > 1;) {
@@ -198,7 +121,7 @@ __device__ __forceinline__ void update_chunk(
 
 template <typename Target, typename Source>
 __global__ void __launch_bounds__(kThreads, 3) ema_update_kernel(
-    const __grid_constant__ Table table, const ScalarType shadow_dtype, const Momentum momentum) {
+    const __grid_constant__ Table table, const ScalarType shadow_dtype, const Scalar momentum) {
   update_chunk<Target, Source, false>(table, shadow_dtype, momentum, Seed{});
 }
 
@@ -206,7 +129,7 @@ template <typename Target, typename Source>
 __global__ void __launch_bounds__(kThreads, 3) ema_update_stochastic_kernel(
     const __grid_constant__ Table table,
     const ScalarType shadow_dtype,
-    const Momentum momentum,
+    const Scalar momentum,
     const Seed seed) {
   update_chunk<Target, Source, true>(table, shadow_dtype, momentum, seed);
 }
@@ -223,7 +146,7 @@ void launch(
     const Dtypes& dtypes,
     Table& table,
     int64_t blocks,
-    Momentum momentum,
+    Scalar momentum,
     const std::optional<Seed>& seed,
     cudaStream_t stream) {
   if (table.count == 0) return;
@@ -253,18 +176,8 @@ void ema_update_(
     Tensor momentum_scalar,
     std::optional<Tensor> rounding_seed) {
   const cudaStream_t stream = current_stream(targets[0].get_device_index());
-  const ScalarType momentum_dtype = momentum_scalar.scalar_type();
-  const bool on_device = momentum_scalar.is_cuda();
-  const Momentum momentum{
-      on_device ? momentum_scalar.const_data_ptr() : nullptr,
-      momentum_dtype == ScalarType::Double,
-      on_device ? 0.0 : read_scalar(momentum_dtype, momentum_scalar.const_data_ptr())};
-
-  std::optional<Seed> seed;
-  if (rounding_seed.has_value()) {
-    const auto* data = static_cast<const uint64_t*>(rounding_seed->const_data_ptr());
-    seed = rounding_seed->is_cuda() ? Seed{data, 0} : Seed{nullptr, *data};
-  }
+  const Scalar momentum = scalar_of(momentum_scalar);
+  const std::optional<Seed> seed = seed_of(rounding_seed);
 
   std::map<Dtypes, std::vector<size_t>> groups;
   for (size_t t = 0; t < targets.size(); ++t) {

@@ -47,7 +47,9 @@ def adamw_ema_(
             torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float())
         _KERNEL(p, g, m, v, steps, t, s, *scalars)
     written = (p, m, v, t, s) if grad_scale is None else (p, g, m, v, t, s)
-    torch.autograd.graph.increment_version([tensor for each in (*written, steps) for tensor in each])
+    torch.autograd.graph.increment_version(
+        [tensor for each in (*written, steps) for tensor in each]
+    )
     flat.write_back(written)
 
 

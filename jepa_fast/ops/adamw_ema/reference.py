@@ -60,11 +60,9 @@ def adamw_ema_(
             step_size = (rate / (1 - beta1**step)).to(wide)
             root = (1 - beta2**step).sqrt().to(wide)
 
-            g = grad.to(wide)
             if grad_scale is not None:
-                g = g / grad_scale.to(device, wide)
-                grad.copy_(g)
-            g = -g if maximize else g
+                grad.copy_(grad.to(wide) / grad_scale.to(device, wide).reshape(()))
+            g = -grad.to(wide) if maximize else grad.to(wide)
             keep = torch.tensor(beta1, dtype=torch.float64, device=device)
             m = interpolated(exp_avg.to(wide), g, keep)
             v = exp_avg_sq.to(wide) * beta2 + (1 - beta2) * g * g
