@@ -275,8 +275,7 @@ TRAINING = """
           backward
           gradient averaging
           clipping
-          optimizer
-          EMA of the target
+          optimizer and EMA of the target
 """
 
 
