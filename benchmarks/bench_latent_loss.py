@@ -37,6 +37,8 @@ def bench_latent_loss(case: Case, device: str) -> Race:
         latent_loss_cost(case, backward=True, distinct=distinct_patches(index)),
         (prediction, teacher, index),
         {"kind": kind},
-        backend=backend_of("latent_loss", prediction, teacher, index, None, kind, True, 1.0, 1e-5),
+        backend=backend_of(
+            "latent_loss", prediction, teacher, index, None, kind, True, 1.0, 1e-5, True
+        ),
         grads=[torch.ones((), device=device)],
     )

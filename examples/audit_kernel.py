@@ -3,7 +3,7 @@
 `python examples/audit_kernel.py --write baseline.json` writes what it found, to be committed, and
 `python examples/audit_kernel.py baseline.json` compares with that. Exit codes are those of
 `jepa-fast audit`: 1 something got worse, 3 there is no such file, 4 it was made with another
-Triton, 6 the kernel cannot be compiled.
+Triton, 6 the kernel cannot be compiled, 7 the file cannot be written.
 """
 
 import argparse
@@ -31,6 +31,8 @@ def main() -> int:
     parser.add_argument("baseline", nargs="?", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    if options.write and options.baseline is None:
+        parser.error("--write needs the file to write")
     n = 5000
     report = audit(
         scaled_sum,
@@ -61,3 +63,6 @@ if __name__ == "__main__":
     except PerfError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        sys.exit(7)

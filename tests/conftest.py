@@ -9,6 +9,7 @@ tier 3 (`tier3`)     a CUDA GPU
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def backends_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(Operator, "select", recording)
     return calls
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Has `torch.empty` give NaN, so that what a kernel leaves out is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @pytest.fixture(scope="session")

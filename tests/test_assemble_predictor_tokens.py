@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import backends
 from samples import Sample, indices, normal
+from tolerance import assert_as_accurate
+from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("assemble_predictor_tokens", "assemble_predictor_tokens_backward")
 PATCHES, WIDTH = 6, 3
+each_backend = backends(REGISTERED["assemble_predictor_tokens"].backends)
 
 
 def _sample(
@@ -54,6 +59,55 @@ def test_values() -> None:
             row = [context[b, k] + pos[context_index[b, k]] for k in range(3)]
             row += [mask_token + pos[target_index[b, m, k]] for k in range(2)]
             assert torch.equal(out[m * 2 + b], torch.stack(row))
+
+
+@each_backend
+@pytest.mark.parametrize("others", ["same", "float32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+@pytest.mark.parametrize("width", [1, 63, 384])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_as_accurate_as_eager(
+    index_dtype: torch.dtype,
+    width: int,
+    dtype: torch.dtype,
+    others: str,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    """Tokens, and gradients of all that can learn, from a sliced gradient."""
+    g = torch.Generator().manual_seed(width)
+    other = dtype if others == "same" else torch.float32
+    batch, seen, blocks, hidden, patches = 3, 5, 4, 7, 11
+    floating = [
+        torch.randn(batch, 2 * seen, width, generator=g)[:, ::2].to(dtype),
+        torch.randn(width, generator=g).to(other),
+        torch.randn(patches, width, generator=g).to(other),
+    ]
+    index = [
+        torch.randint(patches - 1, shape, generator=g, dtype=index_dtype)
+        for shape in ((batch, seen), (batch, blocks, hidden))
+    ]
+    upstream = torch.randn(blocks * batch, 2 * (seen + hidden), width, generator=g)[:, ::2]
+    upstream = upstream.to(torch.promote_types(dtype, other))
+
+    def run(tensors: list[Tensor], backend: str, device: str) -> list[Tensor]:
+        leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+        out = ops.assemble_predictor_tokens(
+            *leaves, *(each.to(device) for each in index), backend=backend
+        )
+        grads = torch.autograd.grad(out, leaves, upstream.to(device, out.dtype))
+        return [out.detach().cpu(), *(grad.cpu() for grad in grads)]
+
+    got = run(floating, backend, device)
+    assert backends_run == [(name, backend) for name in OPERATORS]
+    eager = run(floating, "reference", "cpu")
+    exact = run([tensor.double() for tensor in floating], "reference", "cpu")
+    for mine, theirs, truth in zip(got, eager, exact, strict=True):
+        assert_as_accurate(mine, theirs, truth)
 
 
 def test_parameters_shapes_and_a_single_block() -> None:

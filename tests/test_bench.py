@@ -1386,3 +1386,17 @@ def test_the_suites_of_an_installation_come_before_a_folder_beside_it(monkeypatc
     monkeypatch.setattr(bench, "_PACKAGED", ROOT / "tests")
     assert bench._default_suite() == ROOT / "tests"
     assert bench._default_output(ROOT / "tests") == Path("results")
+
+
+def test_results_go_through_links_and_into_what_is_no_file(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    files.write_text(link, "new")
+    assert (link.is_symlink(), file.read_text()) == (True, "new")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()

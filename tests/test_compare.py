@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import stat
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
@@ -266,9 +267,12 @@ def test_what_got_worse_is_named_and_nothing_else(
     assert "ok    eager/small: time -50.0 %" in _told(output, "eager")
     slowed = _told(output, "slowed")
     assert slowed.startswith(
-        "WORSE slowed/small: SLOWER: time +5.0 % (+5.0 % to +5.0 %), 1 -> 1.05"
+        "WORSE slowed/small: SLOWER: time +5.0 % (+5.0 % to +5.0 %), fastest 1 -> 1.05"
     )
     assert slowed.endswith("again +5.0 % (+5.0 % to +5.0 %)")
+    at_first = next(line for line in output.splitlines() if " slowed/small" in line)
+    assert at_first.startswith("?     slowed/small: time +5.0 %")
+    assert at_first.endswith("to be confirmed by a second run")
     assert "WORSE" in _told(output, "greedy")
     assert "MORE MEMORY: 65,536 -> 69,632 bytes" in _told(output, "greedy")
     assert "its process ended with 3" in "\n".join(output.splitlines())
@@ -431,7 +435,7 @@ def test_a_base_that_fails_is_not_the_working_tree_s_fault(
     project.write({"library.py": LIBRARY})
     assert main(["compare", "HEAD", "--op", "steady", "dying"]) == 0
     output = capsys.readouterr().out
-    assert "ok    dying/small: not compared: the base cannot run it" in output
+    assert "?     dying/small: not compared: the base cannot run it" in output
     assert output.splitlines()[-1] == "nothing got worse, 1 could not be told"
 
 
@@ -442,6 +446,49 @@ def test_where_nothing_can_be_written_nothing_is_measured(
     captured = capsys.readouterr()
     assert "library.py is not a folder" in captured.err
     assert "against" not in captured.out
+
+
+def test_a_result_that_would_be_a_folder_is_refused_first(
+    project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "main", "--markdown", str(tmp_path)]) == 7
+    captured = capsys.readouterr()
+    assert f"{tmp_path} is a folder, expected a file" in captured.err
+    assert "against" not in captured.out
+
+
+def test_one_file_that_cannot_be_written_costs_neither_the_verdict_nor_the_others(
+    project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    arguments = ["--op", "steady", "--markdown", "/dev/full", "--json", str(out)]
+    assert main(["compare", "main", *arguments]) == 7
+    assert "nothing got worse" in capsys.readouterr().out
+    assert json.loads(out.read_text())["ok"]
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+def test_what_was_compared_before_a_signal_is_written(
+    project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = "import signal; os.kill(os.getppid(), signal.SIGTERM); import time; time.sleep(600)"
+    library_text = LIBRARY.replace("os._exit(3)", stop)
+    project.write({"library.py": library_text.replace('BROKEN = ""', 'BROKEN = "all of it"')})
+    out = tmp_path / "found.json"
+    assert main(["compare", "main", "--json", str(out)]) == 130
+    found = json.loads(out.read_text())
+    assert found["stopped"]
+    # In the order of the library; the one whose turn it was is not there.
+    names = [case["operator"] for case in found["cases"]]
+    assert names == ["steady", "slowed", "eager", "greedy"]
+    assert "stopped by a signal" in capsys.readouterr().err
+
+
+def test_the_suite_is_found_from_a_subfolder(
+    project: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.root / "benchmarks")
+    assert main(["compare", "main", "--op", "steady"]) == 0
 
 
 def test_outside_a_repository(

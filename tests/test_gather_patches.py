@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import backends
 from samples import Sample, indices, normal
+from tolerance import assert_as_accurate
+from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("gather_patches", "gather_patches_backward")
+each_backend = backends(REGISTERED["gather_patches"].backends)
 
 
 def _sample(name: str, x: tuple[int, ...], index: tuple[int, ...], dtype=torch.int64) -> Sample:
@@ -45,6 +50,54 @@ def test_takes_the_named_patches(dtype: torch.dtype) -> None:
                 assert torch.equal(out[b, m, k], x[b, index[b, m, k]])
     assert torch.equal(ops.gather_patches(x, index[:, 0]), out[:, 0])
     assert torch.equal(ops.gather_patches(x.mT.contiguous().mT, index.int()), out)
+
+
+@each_backend
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+@pytest.mark.parametrize("width", [1, 63, 384, 1025])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_every_backend(
+    index_dtype: torch.dtype,
+    width: int,
+    dtype: torch.dtype,
+    layout: str,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    """The same rows bit for bit; gradients of patches taken never, once and often."""
+    g = torch.Generator().manual_seed(width)
+    index = torch.randint(7, (3, 2, 6), generator=g, dtype=index_dtype).to(device)
+    index[:, 1] = 4  # six times in every image, and no 6 in the first
+    index[0][index[0] == 6] = 5
+    x = {
+        "contiguous": torch.randn(3, 7, width, generator=g),
+        "transposed": torch.randn(width, 7, 3, generator=g).permute(2, 1, 0),
+        "sliced": torch.randn(6, 15, width + 3, generator=g)[::2, 1::2, 3:],
+        "expanded": torch.randn(1, 7, width, generator=g).expand(3, 7, width),
+    }[layout].to(device, dtype)
+    grad = torch.randn(3, 2, 12, 2 * width, generator=g).to(device, dtype)[:, :, ::2, width:]
+    leaf = x.detach().requires_grad_()
+    out = ops.gather_patches(leaf, index, backend=backend)
+    assert torch.equal(out, torch.stack([x[b, index[b].long()] for b in range(3)]))
+    (got,) = torch.autograd.grad(out, leaf, grad)
+    assert backends_run == [("gather_patches", backend), ("gather_patches_backward", backend)]
+
+    def summed(wide: torch.dtype) -> Tensor:
+        table = torch.zeros(3, 7, width, dtype=wide)
+        for b in range(3):
+            table[b].index_add_(
+                0, index[b].flatten().long().cpu(), grad[b].flatten(0, 1).cpu().to(wide)
+            )
+        return table
+
+    eager = summed(torch.promote_types(dtype, torch.float32)).to(dtype)
+    assert_as_accurate(got.cpu(), eager, summed(torch.float64))
+    assert not got[0, 6].any()
 
 
 def test_packed_takes_the_named_rows() -> None:

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from backends import backends
 from samples import Sample, indices, normal
+from tolerance import assert_as_accurate
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("latent_loss", "latent_loss_backward")
 KINDS = ("smooth_l1", "l1", "l2", "l2_norm")
+each_backend = backends(REGISTERED["latent_loss"].backends)
 
 
 def _masked(
@@ -94,6 +98,68 @@ def test_values(kind: str, normalize: bool) -> None:
     loss = ops.latent_loss(prediction, teacher, index, kind, normalize, beta=beta)
     expected = _expected(prediction, teacher, index, kind, normalize, beta)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@each_backend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+@pytest.mark.parametrize("width", [1, 63, 384, 1025])
+def test_as_accurate_as_eager(
+    width: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    kind: str,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    """Loss and gradient, with padding that holds NaN, and blocks that overlap."""
+    g = torch.Generator().manual_seed(width)
+    teacher = (3 + 2 * torch.randn(2, 9, width, generator=g)).to(teacher_dtype)
+    prediction = torch.randn(6, 5, width, generator=g).to(dtype)
+    index, mask = torch.randint(9, (2, 3, 5), generator=g), torch.rand(2, 3, 5, generator=g) < 0.7
+    prediction[~mask.transpose(0, 1).flatten(0, 1)] = math.nan
+
+    def run(prediction: Tensor, teacher: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        prediction = prediction.detach().clone().requires_grad_()
+        loss = ops.latent_loss(
+            prediction,
+            teacher,
+            index.to(prediction.device),
+            kind,
+            target_mask=mask.to(prediction.device),
+            beta=0.7,
+            backend=backend,
+        )
+        (grad,) = torch.autograd.grad(loss * 3, prediction)
+        return loss.detach().cpu(), grad.cpu()
+
+    got = run(prediction.to(device), teacher.to(device), backend)
+    assert ("latent_loss", backend) in backends_run
+    eager = run(prediction, teacher, "reference")
+    exact = run(prediction.double(), teacher.double(), "reference")
+    for mine, theirs, truth in zip(got, eager, exact, strict=True):
+        assert_as_accurate(mine, theirs, truth)
+
+
+@each_backend
+def test_a_gradient_of_one_is_not_changed_behind_the_graphs_back(backend: str, device: str) -> None:
+    prediction, teacher, index = (x.to(device) for x in _sample("").arguments(torch.float32))
+    prediction = prediction.detach().requires_grad_()
+    loss = ops.latent_loss(prediction, teacher, index, backend=backend)
+    (first,) = torch.autograd.grad(loss, prediction, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    loss.backward()
+    assert prediction.grad is not None
+    assert torch.equal(prediction.grad, kept)
+    loss = ops.latent_loss(prediction, teacher, index, backend=backend)
+    loss.backward()  # sums up in what the first pass left
+    torch.testing.assert_close(prediction.grad, 2 * kept)
 
 
 def test_beta_0_is_l1() -> None:

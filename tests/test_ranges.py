@@ -137,7 +137,6 @@ PAPERS = {
           metrics
             jepa_fast.gather_patches [reference]
         backward
-          jepa_fast.latent_loss_backward [reference]
           jepa_fast.assemble_predictor_tokens_backward [reference]
           jepa_fast.gather_patches_backward [reference]
         EMA of the target
@@ -181,7 +180,6 @@ PAPERS = {
             jepa_fast.gather_patches [reference]
         backward
           jepa_fast.patch_word_consistency_backward [reference]
-          jepa_fast.latent_loss_backward [reference]
           jepa_fast.text_cross_attention_backward [reference]
           jepa_fast.text_cross_attention_backward [reference]
           jepa_fast.assemble_predictor_tokens_backward [reference]
@@ -208,7 +206,6 @@ PAPERS = {
             target crosser
             jepa_fast.gather_patches [reference]
         backward
-          jepa_fast.latent_loss_backward [reference]
           jepa_fast.assemble_predictor_tokens_backward [reference]
         EMA of the target
           jepa_fast.ema_update_ [reference]

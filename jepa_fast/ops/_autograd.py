@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,16 @@ def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | Non
 
 
 class OperatorFunction(torch.autograd.Function):
-    """What the operators' functions have in common: torch.func.vmap is refused."""
+    """What the operators' functions have in common: torch.func.vmap is refused.
+
+    `apply` takes all arguments of `forward`, in their order.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.forward.__signature__ = _AllInOrder(  # type: ignore[attr-defined]
+            list(inspect.signature(cls.forward).parameters.values())
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -81,6 +91,28 @@ class OperatorFunction(torch.autograd.Function):
             "the operators of jepa_fast.ops expected whole batches, got arguments mapped by "
             "torch.func.vmap, by jacrev or the like; call them with the batch, or in a loop"
         )
+
+
+class _AllInOrder(inspect.Signature):
+    """Binds nothing: torch has the arguments of every `apply` bound to `forward`, at 40 us a call,
+    to fill in defaults.
+    """
+
+    def bind(self, *args: Any, **keywords: Any) -> Any:
+        return _Bound(args)
+
+
+class _Bound:
+    """What torch uses of `inspect.BoundArguments`."""
+
+    __slots__ = ("args", "kwargs")
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+        self.kwargs: dict[str, Any] = {}
+
+    def apply_defaults(self) -> None:
+        return None
 
 
 def differentiable_once(name: str) -> Callable[[_Backward], _Backward]:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -27,16 +27,33 @@ def missing(backend: str) -> list[str]:
     return []
 
 
-def wrong_device(backend: str, tensors: Iterable[Tensor]) -> list[str]:
-    """Why tensors on these devices cannot go to `backend`; empty if they can."""
-    if backend == "reference":
+def device_types(tensors: Collection[Tensor]) -> set[str]:
+    """Where a call's tensors are. As in torch itself, a number on the host goes with any device, so
+    0-dim CPU tensors say nothing.
+    """
+    types = {device.type for device in set(map(_DEVICE, tensors))}
+    if len(types) <= 1 and any(t.ndim for t in tensors):
+        return types
+    if "cpu" in types and all(t.ndim == 0 for t in tensors if t.device.type == "cpu"):
+        types.remove("cpu")
+    return types
+
+
+def takes(backend: str, types: set[str]) -> bool:
+    """Whether tensors on devices of these types can go to `backend`."""
+    return backend == "reference" or not types or types == {_wanted(backend)}
+
+
+def wrong_device(backend: str, types: set[str]) -> list[str]:
+    """Why tensors on devices of these types cannot go to `backend`; empty if they can."""
+    if takes(backend, types):
         return []
-    wanted = "cpu" if backend == "cpu" or _interpreted(backend) else "cuda"
-    tensors = list(tensors)
-    found = sorted({device.type for device in set(map(_DEVICE, tensors))} - {wanted})
-    if found == ["cpu"] and all(t.ndim == 0 for t in tensors if t.device.type == "cpu"):
-        return []  # as in torch itself, a number that the host knows goes with any device
-    return [f"needs {wanted} tensors, got {', '.join(found)}"] if found else []
+    wanted = _wanted(backend)
+    return [f"needs {wanted} tensors, got {', '.join(sorted(types - {wanted}))}"]
+
+
+def _wanted(backend: str) -> str:
+    return "cpu" if backend == "cpu" or _interpreted(backend) else "cuda"
 
 
 def _interpreted(backend: str) -> bool:

@@ -11,7 +11,6 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +89,14 @@ class Operator:
         self.call = getattr(torch.ops.jepa_fast, self.name).default
         OPERATORS[self.name] = self
 
+    def _serves(self, backend: str, args: tuple[Any, ...], types: set[str]) -> bool:
+        """Whether `why_not` has nothing to say; the cheapest questions first."""
+        return (
+            _machine.takes(backend, types)
+            and not _machine.missing(backend)
+            and not self.backends[backend].unsupported(*args)
+        )
+
     def why_not(self, backend: str, args: tuple[Any, ...]) -> list[str]:
         """Why `backend` cannot serve a call with these arguments; empty if it can."""
         if backend not in self.backends:
@@ -97,7 +104,7 @@ class Operator:
         missing = _machine.missing(backend)
         if missing:
             return missing
-        wrong_device = _machine.wrong_device(backend, _tensors(args))
+        wrong_device = _machine.wrong_device(backend, _machine.device_types(_tensors(args)))
         return wrong_device or self.backends[backend].unsupported(*args)
 
     def select(self, requested: str, args: tuple[Any, ...]) -> str:
@@ -120,20 +127,21 @@ class Operator:
             if self.why_not(requested, args):
                 raise BackendError(self._explain(f"{source}={requested!r} cannot run", args))
             return requested
+        types = _machine.device_types(_tensors(args)) or {"cpu"}
         for backend in self.order:
-            if backend in self.backends and not self.why_not(backend, args):
+            if backend in self.backends and self._serves(backend, args, types):
                 if backend == "reference":
-                    self._note_fallback(args)
+                    self._note_fallback(args, types)
                 return backend
         raise BackendError(self._explain("no backend can run", args))
 
-    def _note_fallback(self, args: tuple[Any, ...]) -> None:
+    def _note_fallback(self, args: tuple[Any, ...], types: set[str]) -> None:
         """The reference serves everything, so landing there by accident must not go unseen."""
         if len(self.backends) > 1 and os.environ.get("JEPA_FAST_STRICT") == "1":
             raise BackendError(
                 self._explain("JEPA_FAST_STRICT=1 forbids the fall-back to the reference of", args)
             )
-        if not any(tensor.is_cuda for tensor in _tensors(args)):
+        if "cuda" not in types:
             return
         message = self._explain("the plain PyTorch reference runs on a CUDA tensor in", args)
         if message not in self._warned:
@@ -149,10 +157,14 @@ class Operator:
         return "\n".join(lines)
 
     def _run(self, *args: Any) -> Any:
-        *inputs, requested = args
-        backend = self.select(requested, tuple(inputs))
-        with _without_autocast(args):
-            return self.function(backend)(*inputs)
+        inputs = args[:-1]
+        function = self.function(self.select(args[-1], inputs))
+        device = _device(inputs)
+        if device is None or not torch.is_autocast_enabled(device):
+            return function(*inputs)
+        # Operators compute in the dtypes they are given, the same under autocast as without.
+        with torch.autocast(device, enabled=False):
+            return function(*inputs)
 
     def _run_fake(self, *args: Any) -> Any:
         *inputs, _ = args
@@ -180,12 +192,14 @@ def _forget_functions() -> None:
 when_switched(_forget_functions)
 
 
-def _without_autocast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Operators compute in the dtypes they are given, the same under autocast as without."""
-    tensor = next(iter(_tensors(args)), None)
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
+def _device(args: Iterable[Any]) -> str | None:
+    """The type of the first tensor's device."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device.type
+        if isinstance(arg, (list, tuple)) and arg:
+            return _device(arg)
+    return None
 
 
 def _tensors(args: Iterable[Any]) -> list[Tensor]:

@@ -12,9 +12,16 @@ from typing import Any
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes `path` in one step: whoever reads it sees the old content or the new one.
 
+    A link stays, and the file that it leads to is written; so does what is no file, such as
+    `/dev/stdout` or a pipe.
+
     Raises:
         OSError: the folder cannot be made or written; an earlier file stays as it was.
     """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
@@ -27,6 +34,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def check_target(file: Path) -> None:
+    """Raises OSError if `file` is a folder, or no file can be made where it lies."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, expected a file")
+    check_writable(file.resolve().parent)
 
 
 def check_writable(folder: Path) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from jepa_fast.perf.errors import PerfError
 from jepa_fast.perf.race import suite_files
+from jepa_fast.perf.signals import interruptible
 
 _OK, _FAILED, _NO_TESTS = 0, 1, 5
 _PATIENCE_SECONDS = 3.0
@@ -109,13 +108,9 @@ def run_suite(
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
     """The exit status; None where a signal to this process ended both."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    here = threading.current_thread() is threading.main_thread()  # others may not set handlers
-    before = signal.signal(signal.SIGTERM, interrupt) if here else None
     try:
-        return process.wait()
+        with interruptible():
+            return process.wait()
     except KeyboardInterrupt:
         process.terminate()
         try:
@@ -124,9 +119,6 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
             process.kill()
             process.wait()
         return None
-    finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
 
 
 def check_packages() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jepa_fast.ops._checks import check_index_range
 from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops._rows import only_kernel_dtypes
 from jepa_fast.ops.assemble_predictor_tokens import reference
 
 
@@ -48,15 +49,38 @@ def _fake_backward(
     return [grad.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 
 
+def _unsupported(
+    context: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    context_index: Tensor,
+    target_index: Tensor,
+) -> list[str]:
+    return only_kernel_dtypes(context, mask_token, pos_embed)
+
+
+def _unsupported_backward(grad: Tensor, *rest: object) -> list[str]:
+    return only_kernel_dtypes(grad)
+
+
+_FOLDER = "jepa_fast.ops.assemble_predictor_tokens"
 FORWARD = Operator(
     "assemble_predictor_tokens(Tensor context, Tensor mask_token, Tensor pos_embed, "
     "Tensor context_index, Tensor target_index, str backend) -> Tensor",
     fake=_fake,
-    backends={"reference": Backend(f"{__name__}:_reference")},
+    backends={
+        "cpu": Backend(f"{_FOLDER}.native:assemble_predictor_tokens", _unsupported),
+        "reference": Backend(f"{__name__}:_reference"),
+    },
 )
 BACKWARD = Operator(
     "assemble_predictor_tokens_backward(Tensor grad, Tensor context_index, Tensor target_index, "
     "SymInt patches, bool[] needs, str backend) -> Tensor[]",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{reference.__name__}:assemble_predictor_tokens_backward")},
+    backends={
+        "cpu": Backend(
+            f"{_FOLDER}.native:assemble_predictor_tokens_backward", _unsupported_backward
+        ),
+        "reference": Backend(f"{reference.__name__}:assemble_predictor_tokens_backward"),
+    },
 )

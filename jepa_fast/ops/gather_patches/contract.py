@@ -6,6 +6,7 @@ from torch import Tensor
 
 from jepa_fast.ops._checks import check_index_range
 from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops._rows import only_kernel_dtypes
 from jepa_fast.ops.gather_patches import reference
 
 
@@ -22,14 +23,25 @@ def _fake_backward(grad: Tensor, index: Tensor, patches: int) -> Tensor:
     return grad.new_empty(index.shape[0], patches, grad.shape[-1])
 
 
+def _unsupported(x: Tensor, index: Tensor, patches: int | None = None) -> list[str]:
+    return only_kernel_dtypes(x)
+
+
+_FOLDER = "jepa_fast.ops.gather_patches"
 FORWARD = Operator(
     "gather_patches(Tensor x, Tensor index, str backend) -> Tensor",
     fake=_fake,
-    backends={"reference": Backend(f"{__name__}:_reference")},
+    backends={
+        "cpu": Backend(f"{_FOLDER}.native:gather_patches", _unsupported),
+        "reference": Backend(f"{__name__}:_reference"),
+    },
 )
 # The gradient needs no more of x than its number of patches, so x is not kept for it.
 BACKWARD = Operator(
     "gather_patches_backward(Tensor grad, Tensor index, SymInt patches, str backend) -> Tensor",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{reference.__name__}:gather_patches_backward")},
+    backends={
+        "cpu": Backend(f"{_FOLDER}.native:gather_patches_backward", _unsupported),
+        "reference": Backend(f"{reference.__name__}:gather_patches_backward"),
+    },
 )

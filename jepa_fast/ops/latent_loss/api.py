@@ -27,21 +27,55 @@ class _LatentLoss(OperatorFunction):
         teacher: Tensor,
         target_index: Tensor,
         target_mask: Tensor | None,
-        *options: Any,
-    ) -> Tensor:
-        return contract.FORWARD.call(prediction, teacher, target_index, target_mask, *options)
+        kind: str,
+        normalize_target: bool,
+        beta: float,
+        eps: float,
+        with_slope: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return contract.FORWARD.call(
+            prediction,
+            teacher,
+            target_index,
+            target_mask,
+            kind,
+            normalize_target,
+            beta,
+            eps,
+            with_slope,
+            backend,
+        )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, kind, normalize_target, beta, eps, backend = inputs
-        ctx.options = (kind, normalize_target, beta, eps, backend)
-        ctx.save_for_backward(*tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, slope = output
+        ctx.dtype = inputs[0].dtype
+        ctx.mark_non_differentiable(slope)
+        ctx.save_for_backward(slope)
 
     @staticmethod
     @differentiable_once("latent_loss")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_prediction = contract.BACKWARD.call(grad, *ctx.saved_tensors, *ctx.options)
-        return grad_prediction, *[None] * 8
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        if not _is_the_gradient(slope, grad, ctx.dtype):
+            # Plain PyTorch on every device.
+            slope = contract.BACKWARD.call(grad, slope, ctx.dtype, "reference")
+        return slope, *[None] * 9
+
+
+def _is_the_gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `slope` may be handed on as it is: a last use, with the factor 1, on a CPU, where
+    asking for its value costs nothing.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and slope.dtype == dtype
+        and grad.device.type == "cpu"
+        and float(grad) == 1.0
+    )
 
 
 def latent_loss(
@@ -126,7 +160,8 @@ def latent_loss(
     for name, value in (("beta", beta), ("eps", eps)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{op}: {name} must be at least 0 and finite, got {value}")
-    return _LatentLoss.apply(
+    with_slope = prediction.requires_grad and torch.is_grad_enabled()
+    loss, _ = _LatentLoss.apply(
         prediction,
         teacher.detach(),
         target_index,
@@ -135,5 +170,7 @@ def latent_loss(
         normalize_target,
         beta,
         eps,
+        with_slope,
         backend,
     )
+    return loss

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jepa_fast.ops._checks import check_index_range
 from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops._rows import only_kernel_dtypes
 from jepa_fast.ops.latent_loss import reference
 
 
@@ -19,8 +20,10 @@ def _fake(
     normalize_target: bool,
     beta: float,
     eps: float,
-) -> Tensor:
-    return prediction.new_empty((), dtype=torch.promote_types(prediction.dtype, torch.float32))
+    with_slope: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return prediction.new_empty((), dtype=dtype), reference.empty_slope(prediction, with_slope)
 
 
 def _reference(
@@ -32,37 +35,44 @@ def _reference(
     normalize_target: bool,
     beta: float,
     eps: float,
-) -> Tensor:
+    with_slope: bool,
+) -> tuple[Tensor, Tensor]:
     check_index_range("latent_loss", "target_index", target_index, teacher.shape[1])
-    return reference.latent_loss(
-        prediction, teacher, target_index, target_mask, kind, normalize_target, beta, eps
+    return reference.latent_loss_and_slope(
+        prediction,
+        teacher,
+        target_index,
+        target_mask,
+        kind,
+        normalize_target,
+        beta,
+        eps,
+        with_slope,
     )
 
 
-def _fake_backward(
-    grad: Tensor,
-    prediction: Tensor,
-    teacher: Tensor,
-    target_index: Tensor,
-    target_mask: Tensor | None,
-    kind: str,
-    normalize_target: bool,
-    beta: float,
-    eps: float,
-) -> Tensor:
-    return prediction.new_empty(prediction.shape)
+def _unsupported(prediction: Tensor, teacher: Tensor, *rest: object) -> list[str]:
+    return only_kernel_dtypes(prediction, teacher)
+
+
+def _fake_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+    return slope.new_empty(slope.shape, dtype=dtype)
 
 
 FORWARD = Operator(
     "latent_loss(Tensor prediction, Tensor teacher, Tensor target_index, Tensor? target_mask, "
-    "str kind, bool normalize_target, float beta, float eps, str backend) -> Tensor",
+    "str kind, bool normalize_target, float beta, float eps, bool with_slope, str backend) "
+    "-> (Tensor, Tensor)",
     fake=_fake,
-    backends={"reference": Backend(f"{__name__}:_reference")},
+    backends={
+        "cpu": Backend("jepa_fast.ops.latent_loss.native:latent_loss", _unsupported),
+        "reference": Backend(f"{__name__}:_reference"),
+    },
 )
+# The forward pass has both rows at hand, so it leaves the gradient but for the factor from above:
+# neither prediction nor teacher is kept or read again.
 BACKWARD = Operator(
-    "latent_loss_backward(Tensor grad, Tensor prediction, Tensor teacher, Tensor target_index, "
-    "Tensor? target_mask, str kind, bool normalize_target, float beta, float eps, str backend) "
-    "-> Tensor",
+    "latent_loss_backward(Tensor grad, Tensor slope, ScalarType dtype, str backend) -> Tensor",
     fake=_fake_backward,
     backends={"reference": Backend(f"{reference.__name__}:latent_loss_backward")},
 )

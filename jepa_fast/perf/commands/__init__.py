@@ -5,5 +5,5 @@ EXIT_CODES = (
     "failed, or misses its floor; 2 the command asks for what does not exist; 3 no baseline; 4 a "
     "baseline of another version or machine; 5 uncommitted changes; 6 a version, or a kernel, "
     "cannot be built or run; 7 a file cannot be written, or a package is missing; 130 a signal "
-    "stopped it, and what was measured before is written."
+    "stopped it, and bench and compare have written what they measured before."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from jepa_fast.perf.audit_rules import Comparison
     from jepa_fast.perf.summary import Check
 
-DONE, WORSE = 0, 1
+DONE, WORSE, STOPPED = 0, 1, 130
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,19 +65,31 @@ def run(options: argparse.Namespace) -> int:
         raise PerfError("the audit needs Triton: pip install triton") from error
     from jepa_fast.ops._registry import OPERATORS
     from jepa_fast.perf.audit_rules import compare
+    from jepa_fast.perf.files import check_target
     from jepa_fast.perf.kernel_audit import TARGETS
     from jepa_fast.perf.occupancy import LIMITS
     from jepa_fast.perf.operator_audit import audit_operators, restrict
     from jepa_fast.perf.race import check_names
+    from jepa_fast.perf.signals import interruptible
 
     check_names("operator", options.op or (), OPERATORS)
     check_names("chip", options.target or (), LIMITS)
     targets = options.target or TARGETS
     # Before the minutes that an audit takes.
+    for file in filter(None, (options.markdown, options.junit)):
+        check_target(file)
     before = _baseline(options.compare, options.traffic_only) if options.compare else None
-    report = audit_operators(
-        options.op, targets, compiled=not options.traffic_only, traffic=not options.no_traffic
-    )
+    try:
+        with interruptible():
+            report = audit_operators(
+                options.op,
+                targets,
+                compiled=not options.traffic_only,
+                traffic=not options.no_traffic,
+            )
+    except KeyboardInterrupt:
+        print("stopped by a signal; nothing is written", file=sys.stderr)
+        return STOPPED
     comparison = compare(report, restrict(before, options.op, targets)) if before else None
     checks = _checks(report, comparison)
     if options.write:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jepa_fast.perf.machine import DEVICES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jepa_fast.perf.gate.gate import Comparison
     from jepa_fast.perf.gate.sides import Setting
     from jepa_fast.perf.summary import Check
 
-DONE, WORSE = 0, 1
+DONE, WORSE, STOPPED = 0, 1, 130
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         OSError: a result cannot be written; an earlier file stays whole.
     """
     from jepa_fast.perf.errors import PerfError
-    from jepa_fast.perf.files import check_writable
+    from jepa_fast.perf.files import check_target
     from jepa_fast.perf.gate import report
     from jepa_fast.perf.gate.gate import Limits, compare
     from jepa_fast.perf.gate.sides import Setting
@@ -115,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 
     device = choose_device(options.device)
     for file in filter(None, (options.markdown, options.junit, options.json)):
-        check_writable(file.absolute().parent)
+        check_target(file)
     # Nothing that is measured on a CPU needs the minutes of nvcc.
     environment = {"JEPA_FAST_BUILD": os.environ.get("JEPA_FAST_BUILD", "cpu")}
     snapshots = Snapshots(
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
         options.build,
         environment if device == "cpu" else None,
     )
-    suite = options.suite.resolve()
+    suite = _suite(options.suite, snapshots.root)
     if not suite.is_relative_to(snapshots.root):
         raise PerfError(f"the suite has to be in the repository {snapshots.root}, got {suite}")
     suite_files(suite)
@@ -142,13 +143,22 @@ def run(options: argparse.Namespace) -> int:
         options.op or (),
         lambda finding: print(report.line(finding, limits.slow_down), flush=True),
     )
-    found.floors.extend(_floors(head.root, setting, pinned))
+    if not found.stopped:
+        found.floors.extend(_floors(head.root, setting, pinned))
     for floor in found.floors:
         print(report.printed(floor), flush=True)
-    _write(options, found)
     checks = report.checks(found)
-    print(verdict(checks))
+    print(verdict(checks), flush=True)
+    _write(options, found)
+    if found.stopped:
+        print("stopped by a signal; what was compared before counts", file=sys.stderr)
+        return STOPPED
     return DONE if all(check.ok for check in checks) else WORSE
+
+
+def _suite(folder: Path, root: Path) -> Path:
+    """A relative folder is looked for here, and then from the repository's root."""
+    return (folder if folder.is_dir() else root / folder).resolve()
 
 
 def _pinned(setting: Setting, operators: Sequence[str]) -> dict[str, Any]:
@@ -190,18 +200,30 @@ def _floors(root: Path, setting: Setting, pinned: dict[str, Any]) -> list[Check]
 
 
 def _write(options: argparse.Namespace, found: Comparison) -> None:
-    """The files that are asked for."""
+    """The files that are asked for.
+
+    Raises:
+        OSError: of the first that cannot be written; the others are.
+    """
     from jepa_fast.perf.files import write_json, write_text
     from jepa_fast.perf.gate import report
+    from jepa_fast.perf.machine import describe, versions
     from jepa_fast.perf.summary import junit, markdown
 
     checks = report.checks(found)
-    if options.markdown:
-        write_text(options.markdown, markdown(report.title(found), checks))
-    if options.junit:
-        write_text(options.junit, junit("jepa-fast compare", checks))
-    if options.json:
-        from jepa_fast.perf.machine import describe, versions
+    failed: list[OSError] = []
 
-        machine = describe(found.setting.device)
-        write_json(options.json, report.to_json(found, machine, versions()))
+    def attempt(file: Path | None, write: Callable[[Path], None]) -> None:
+        if file is None:
+            return
+        try:
+            write(file)
+        except OSError as error:
+            failed.append(error)
+
+    attempt(options.markdown, lambda to: write_text(to, markdown(report.title(found), checks)))
+    attempt(options.junit, lambda to: write_text(to, junit("jepa-fast compare", checks)))
+    machine = describe(found.setting.device)
+    attempt(options.json, lambda to: write_json(to, report.to_json(found, machine, versions())))
+    if failed:
+        raise failed[0]

@@ -12,6 +12,7 @@ from jepa_fast.perf.gate.sampling import Sample, sample
 from jepa_fast.perf.gate.sides import Setting, SideFailed
 from jepa_fast.perf.gate.snapshots import Snapshot
 from jepa_fast.perf.race import check_names
+from jepa_fast.perf.signals import interruptible
 from jepa_fast.perf.summary import Check
 
 MEMORY_SLACK_BYTES = 1024
@@ -84,6 +85,7 @@ class Comparison:
         limits: what was allowed.
         findings: a case each.
         floors: what this machine's floors say of the working tree.
+        stopped: by a signal (Ctrl-C, SIGTERM); the findings are those made before.
     """
 
     base: Snapshot
@@ -92,6 +94,7 @@ class Comparison:
     limits: Limits
     findings: list[Finding]
     floors: list[Check] = field(default_factory=list)
+    stopped: bool = False
 
     @property
     def ok(self) -> bool:
@@ -109,6 +112,8 @@ def compare(
 ) -> Comparison:
     """Measures the suite's quick cases on both versions, and what looks slower once more.
 
+    A signal ends it early, with what was found before.
+
     The second run has processes of its own: where a process happens to have its code and data
     shifts its times for as long as it lives.
 
@@ -124,7 +129,25 @@ def compare(
         BaselineMissing: the base can run none of the cases.
         BuildFailed: a version does not start, or the working tree cannot run its benchmarks.
     """
-    findings = []
+    findings: list[Finding] = []
+    try:
+        with interruptible():
+            _find(findings, base, head, setting, limits, operators, tell)
+    except KeyboardInterrupt:
+        return Comparison(base, head, setting, limits, findings, stopped=True)
+    return Comparison(base, head, setting, limits, findings)
+
+
+def _find(
+    findings: list[Finding],
+    base: Snapshot,
+    head: Snapshot,
+    setting: Setting,
+    limits: Limits,
+    operators: Sequence[str],
+    tell: Callable[[Finding], None],
+) -> None:
+    """Adds the findings one by one. Raises as `compare`."""
     with _started(base, head, setting) as pair:
         for case in _cases(pair, head, setting, operators):
             findings.append(_first(pair, case, limits))
@@ -137,7 +160,6 @@ def compare(
             for finding in suspects:
                 _second(pair, finding, limits)
                 tell(finding)
-    return Comparison(base, head, setting, limits, findings)
 
 
 def _started(base: Snapshot, head: Snapshot, setting: Setting) -> Pair:

@@ -19,7 +19,13 @@ def check(finding: Finding, tolerance: float) -> Check:
         return Check(finding.name, True, f"not compared: {finding.not_compared}", told=False)
     text = [_times(finding, tolerance), _memory(finding)]
     unsure = bool(finding.runs) and finding.runs[-1].verdict is Verdict.UNSURE
-    return Check(finding.name, finding.ok, "; ".join(filter(None, text)), told=not unsure)
+    told = not unsure and not _to_be_confirmed(finding)
+    return Check(finding.name, finding.ok, "; ".join(filter(None, text)), told=told)
+
+
+def _to_be_confirmed(finding: Finding) -> bool:
+    """Whether only a second run will tell."""
+    return len(finding.runs) == 1 and finding.suspect
 
 
 def _times(finding: Finding, tolerance: float) -> str:
@@ -31,13 +37,15 @@ def _times(finding: Finding, tolerance: float) -> str:
         return f"SLOWER: {text}; again {second[0].interval}"
     if second:
         return f"{text}; not confirmed by a second run: {second[0].interval}"
+    if _to_be_confirmed(finding):
+        return f"{text}; to be confirmed by a second run"
     if first.verdict is Verdict.UNSURE:
         return f"{text}; too noisy to tell whether it is beyond {percent(tolerance)}"
     return text
 
 
 def _milliseconds(run: Sample) -> str:
-    return f"{1e3 * run.base_seconds:.3g} -> {1e3 * run.head_seconds:.3g} ms"
+    return f"fastest {1e3 * run.base_seconds:.3g} -> {1e3 * run.head_seconds:.3g} ms"
 
 
 def _memory(finding: Finding) -> str:
@@ -54,7 +62,8 @@ def line(finding: Finding, tolerance: float) -> str:
 
 def printed(told: Check) -> str:
     """A check, as the command prints it."""
-    return f"{'ok   ' if told.ok else 'WORSE'} {told.name}: {told.message}"
+    label = "WORSE" if not told.ok else "ok" if told.told else "?"
+    return f"{label:<5} {told.name}: {told.message}"
 
 
 def title(found: Comparison) -> str:
@@ -78,6 +87,7 @@ def to_json(found: Comparison, machine: dict[str, Any], versions: dict[str, str]
     return {
         "schema": 1,
         "ok": found.ok,
+        "stopped": found.stopped,
         "base": _version(found.base),
         "head": _version(found.head),
         "machine": machine,

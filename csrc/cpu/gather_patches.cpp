@@ -1,0 +1,73 @@
+// Patches by index on the CPU, and the sums of their gradients.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "rows.h"
+
+namespace jepa_fast {
+namespace {
+
+// x [B, N, D], index [B, K] and out [B, K, D], the last two contiguous.
+void gather_patches(Tensor x_tensor, Tensor index, Tensor out_tensor) {
+  const Rows x(x_tensor), out(out_tensor);
+  const std::vector<int64_t> patch = read_index(index, x.count);
+  torch::stable::parallel_for(
+      0, patch.size(), row_grain(x.width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          std::memcpy(out.data + i * out.bytes, x.at(i / out.count, patch[i]), x.bytes);
+        }
+      });
+}
+
+// The sum of a table's row over the gradients at `place`, in that order.
+template <typename T>
+void sum_places(
+    T* out, const Rows& grad, const int64_t* place, int64_t count, std::vector<Compute<T>>& sum) {
+  const auto row = [&](int64_t i) {
+    return grad.template row<T>(place[i] / grad.count, place[i] % grad.count);
+  };
+  if (count == 0) {
+    std::memset(out, 0, grad.bytes);
+  } else if (count == 1) {
+    std::memcpy(out, row(0), grad.bytes);
+  } else {
+    convert_row(sum.data(), row(0), grad.width);
+    for (int64_t i = 1; i < count; ++i) add_row(sum.data(), row(i), grad.width);
+    convert_row(out, sum.data(), grad.width);
+  }
+}
+
+// grad [B, K, D], index [B, K] and table [B, N, D], the last two contiguous.
+void gather_patches_backward(Tensor grad_tensor, Tensor index, Tensor table_tensor) {
+  const Rows grad(grad_tensor), table(table_tensor);
+  const std::vector<int64_t> patch = read_index(index, table.count);
+  const int64_t rows = index.size(0) * table.count;
+  const Inverse inverse(rows, patch.size(), [&](int64_t i) {
+    return i / grad.count * table.count + patch[i];
+  });
+  visit_floating(grad_tensor.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    torch::stable::parallel_for(0, rows, row_grain(table.width), [&](int64_t begin, int64_t end) {
+      std::vector<Compute<T>> sum(table.width);
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t first = inverse.first[r];
+        sum_places<T>(
+            reinterpret_cast<T*>(table.data + r * table.bytes),
+            grad,
+            inverse.place.data() + first,
+            inverse.first[r + 1] - first,
+            sum);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(jepa_fast_native, CPU, m) {
+  m.impl("gather_patches", TORCH_BOX(&gather_patches));
+  m.impl("gather_patches_backward", TORCH_BOX(&gather_patches_backward));
+}
+
+}  // namespace jepa_fast
