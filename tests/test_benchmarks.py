@@ -38,6 +38,8 @@ each_operator = pytest.mark.parametrize(
     ("case", "set_up"), [pytest.param(*pair, id=str(pair[0])) for pair in OF_OPERATORS]
 )
 SetUp = Callable[[Case, str], Race]
+IN_PLACE = ("ema_update_", "adamw_ema_")
+"""They update the tensors of their first argument, and have no gradient."""
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +118,9 @@ def test_bytes_are_those_of_inputs_outputs_and_gradients(
     grads = [tensor for tensor in inputs if tensor.requires_grad]
     if case.operator == "ema_update_":  # the first half of the inputs is updated
         written = sum(tensor.nbytes for tensor in inputs[: len(inputs) // 2])
+    elif case.operator == "adamw_ema_":  # all but the gradient; the count of steps is none
+        inputs = [tensor for tensor in inputs if tensor.ndim]
+        written = sum(tensor.nbytes for tensor in [inputs[0], *inputs[2:]])
     else:
         assert grads
         written = sum(tensor.nbytes for tensor in [*outputs, *grads])
@@ -156,8 +161,9 @@ def test_costs_grow_with_every_size(case: Case) -> None:
     """Of the functions in cases.py, as called for a case; nothing is set up at these sizes."""
     module = importlib.import_module("cases")
     function = getattr(module, f"{case.operator.rstrip('_')}_cost")
-    if case.operator == "ema_update_":
-        small, large = (function(n, "float32", "float32") for n in (1000, 2000))
+    if case.operator in IN_PLACE:
+        dtypes = ("float32", "float32") if case.operator == "ema_update_" else ("bfloat16",)
+        small, large = (function(n, *dtypes) for n in (1000, 2000))
         assert large == small + small
         return
     options: dict[str, Any] = {"event": "joint"} if "mixture" in case.operator else {}
@@ -206,7 +212,7 @@ class _Scaled(torch.autograd.Function):
     [
         pytest.param(case, set_up, wrong, id=f"{case}-{wrong}")
         for case, set_up in OF_OPERATORS
-        for wrong in ("output", "gradient")[: 1 if case.operator == "ema_update_" else 2]
+        for wrong in ("output", "gradient")[: 1 if case.operator in IN_PLACE else 2]
     ],
 )
 def test_what_is_wrong_is_noticed(
@@ -214,11 +220,11 @@ def test_what_is_wrong_is_noticed(
 ) -> None:
     """A result off by a thousandth, in all outputs or in all gradients."""
     function = getattr(ops, case.operator)
-    if case.operator == "ema_update_":
+    if case.operator in IN_PLACE:
 
-        def perturbed(targets: list[Tensor], *arguments: Any, **options: Any) -> Any:
-            function(targets, *arguments, **options)
-            targets[-1].mul_(1.001)
+        def perturbed(updated: list[Tensor], *arguments: Any, **options: Any) -> Any:
+            function(updated, *arguments, **options)
+            updated[-1].detach().mul_(1.001)
     else:
         factors = (1.001, 1.0) if wrong == "output" else (1.0, 1.001)
 
