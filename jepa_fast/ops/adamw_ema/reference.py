@@ -37,7 +37,8 @@ def adamw_ema_(
         p = p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
         target = momentum * target + (1 - momentum) * p,   shadow = target
 
-    in the order of operations of torch's fused AdamW. Computed in float32 (float64 where p is
+    in the order of operations of torch's fused AdamW, but for a division by sqrt(1 - beta2^step),
+    which is a product here. Computed in float32 (float64 where p is
     float64), rounded once. `steps` count the updates, this one included. `targets` belong to the
     first parameters; there may be fewer of them. `shadows` is empty, or as long as `targets`.
 
@@ -58,7 +59,7 @@ def adamw_ema_(
             device = param.device
             step, rate, decay = (x.to(device, torch.float64) for x in (steps[i], lr, weight_decay))
             step_size = (rate / (1 - beta1**step)).to(wide)
-            root = (1 - beta2**step).sqrt().to(wide)
+            inverse_root = (1 / (1 - beta2**step).sqrt()).to(wide)
 
             if grad_scale is not None:
                 grad.copy_(grad.to(wide) / grad_scale.to(device, wide).reshape(()))
@@ -67,7 +68,7 @@ def adamw_ema_(
             m = interpolated(exp_avg.to(wide), g, keep)
             v = exp_avg_sq.to(wide) * beta2 + (1 - beta2) * g * g
             kept = param.to(wide) * (1 - rate * decay).to(wide)
-            new = kept - step_size * m / (v.sqrt() / root + eps)
+            new = kept - step_size * m / (v.sqrt() * inverse_root + eps)
             exp_avg.copy_(m)
             exp_avg_sq.copy_(v)
             _rounding.write(param, new, rounding_seed, 3 * i, group)
