@@ -1,7 +1,7 @@
 """Whole training steps of the four models: forward, backward, AdamW, and the EMA of the target.
 
 Masks are drawn, images are on the device. `ours` is what the trainer does: the library's operators
-and the fused AdamW. `eager` is the same model on plain PyTorch operators with AdamW as torch sets
+and `AdamWEma`. `eager` is the same model on plain PyTorch operators with AdamW as torch sets
 it up; under `compile` and `ours_compile` every transformer block is compiled by itself, and of the
 plain operators all but the EMA (in a race `compile` comes first, and its blocks then serve
 `ours_compile`, whose first call so costs less). Cases say how text and images come:
@@ -33,7 +33,12 @@ from torch import Tensor, nn
 from jepa_fast import IJepa, ProbIJepa, TCJepa, TIJepa, ops
 from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.nn.vit import VisionTransformer
-from jepa_fast.optim import parameter_groups
+from jepa_fast.optim import (
+    AdamWEma,
+    copy_teacher_buffers,
+    parameter_groups,
+    teacher_parameters,
+)
 from jepa_fast.perf import Case, NotHere, Race, benchmark
 
 MOMENTUM = 0.996
@@ -285,11 +290,13 @@ class Step:
         compiled: bool = False,
     ) -> None:
         self.model = model.train()
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, _WEIGHT_DECAY),
-            lr=_LEARNING_RATE,
-            fused=None if plain else True,
-        )
+        groups = parameter_groups(self.model, _WEIGHT_DECAY)
+        self.optimizer: AdamWEma | torch.optim.AdamW
+        if plain:
+            self.optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE)
+        else:
+            targets = teacher_parameters(self.model)
+            self.optimizer = AdamWEma(groups, lr=_LEARNING_RATE, targets=targets, momentum=MOMENTUM)
         self.first_loss: Tensor | None = None
         self._inputs = inputs
         self._operators: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -326,8 +333,11 @@ class Step:
         """Moves the weights, and then the teacher."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with self._operators():
-            self.model.update_target(MOMENTUM)
+        if isinstance(self.optimizer, AdamWEma):
+            copy_teacher_buffers(self.model)
+        else:
+            with self._operators():
+                self.model.update_target(MOMENTUM)
 
 
 def make_model(case: Case, device: str, frozen: bool | None = None) -> Any:
@@ -402,7 +412,7 @@ def _compiled_plain() -> dict[str, Callable[..., Any]]:
     return {
         name: torch.compile(function, dynamic=False)
         for name, function in PLAIN.items()
-        if name != "ema_update_"
+        if name not in ("ema_update_", "adamw_ema_")
     }
 
 

@@ -107,6 +107,12 @@ def ema_update_cost(parameters: int, target: str, source: str, shadow: str | Non
     return Cost(kept + parameters * _BYTES[source], kept + copied, 3 * parameters)
 
 
+def adamw_ema_cost(parameters: int, shadow: str | None = None) -> Cost:
+    """Parameter, two moments and target read and written, gradient read, and a shadow written."""
+    copied = 0 if shadow is None else parameters * _BYTES[shadow]
+    return Cost(5 * parameters * _WIDE, 4 * parameters * _WIDE + copied, 18 * parameters)
+
+
 def text_cross_attention_cost(case: Case, backward: bool, present: int) -> Cost:
     """Two products of queries and words, four in the backward pass; cosines reuse the scores.
 
@@ -310,9 +316,9 @@ def step_cost(case: Case, union: int, trained: int, taught: int) -> Cost:
             sequence; the other models do not read it.
         trained: parameters that the optimizer moves (read with gradient and two moments, written
             without the gradient).
-        taught: parameters of the EMA, which reads as many of the trained.
+        taught: parameters of the EMA, whose sources have just been written, and are at hand.
     """
-    moved = Cost(read=16 * trained + 8 * taught, written=12 * trained + 4 * taught)
+    moved = Cost(read=16 * trained + 4 * taught, written=12 * trained + 4 * taught)
     model = _tijepa_flops(case, union) if case.operator == "tijepa_step" else _ijepa_flops(case)
     text = _t5_flops(case) if "live" in case.sizes else 0
     return moved + Cost(flops=model + text)

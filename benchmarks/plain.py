@@ -112,6 +112,35 @@ def ema_update_(
         shadow.copy_(target)
 
 
+@torch.no_grad()
+def adamw_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    targets: Sequence[Tensor] = (),
+    shadows: Sequence[Tensor] = (),
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    momentum: float = 1.0,
+    backend: str = "auto",
+) -> None:
+    """A loop over the parameters, AdamW written out, and then the loop of the EMA."""
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        step += 1
+        p.mul_(1 - lr * weight_decay)
+        m.mul_(betas[0]).add_((1 - betas[0]) * g)
+        v.mul_(betas[1]).add_((1 - betas[1]) * g * g)
+        count = step.double()
+        corrected = (m / (1 - betas[0] ** count), v / (1 - betas[1] ** count))
+        p.sub_(lr * corrected[0] / (corrected[1].sqrt() + eps))
+    ema_update_(targets, params[: len(targets)], momentum, shadows)
+
+
 # The text conditioner of TC-JEPA, arXiv 2605.03245.
 
 

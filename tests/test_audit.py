@@ -179,7 +179,7 @@ def test_one_more_launch_of_an_operator_is_found_in_a_copy_of_the_package(tmp_pa
     (line,) = [line for line in text.splitlines() if line.strip() == "if len(table):"]
     worse = line.replace("if len(table):", "for _ in range(2 if len(table) else 0):")
     text = text.replace(line, worse)
-    copy = "    flat = memory.Flat.of(targets, sources, shadows)\n"
+    copy = "    flat = _memory.Flat.of(targets, sources, shadows)\n"
     assert text.count(copy) == 1
     file.write_text(text.replace(copy, copy + "    scalar = scalar.clone()\n"))
     arguments = ["audit", "--op", "ema_update_", "--traffic-only", "--compare", str(BASELINES)]

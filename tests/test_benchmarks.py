@@ -38,7 +38,9 @@ each_operator = pytest.mark.parametrize(
     ("case", "set_up"), [pytest.param(*pair, id=str(pair[0])) for pair in OF_OPERATORS]
 )
 SetUp = Callable[[Case, str], Race]
-WITHOUT_GRADIENT = ("ema_update_", "draw_block_masks")
+IN_PLACE = ("ema_update_", "adamw_ema_")
+"""They update the tensors of their first argument, and have no gradient."""
+WITHOUT_GRADIENT = (*IN_PLACE, "draw_block_masks")
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +120,9 @@ def test_bytes_are_those_of_inputs_outputs_and_gradients(
     upstream = outputs
     if case.operator == "ema_update_":  # the first half of the inputs is updated
         written = sum(tensor.nbytes for tensor in inputs[: len(inputs) // 2])
+    elif case.operator == "adamw_ema_":  # all but the gradient; the count of steps is none
+        inputs = [tensor for tensor in inputs if tensor.ndim]
+        written = sum(tensor.nbytes for tensor in [inputs[0], *inputs[2:]])
     elif case.operator in WITHOUT_GRADIENT:
         written, upstream = sum(tensor.nbytes for tensor in outputs), []
     else:
@@ -160,8 +165,9 @@ def test_costs_grow_with_every_size(case: Case) -> None:
     """Of the functions in cases.py, as called for a case; nothing is set up at these sizes."""
     module = importlib.import_module("cases")
     function = getattr(module, f"{case.operator.rstrip('_')}_cost")
-    if case.operator == "ema_update_":
-        small, large = (function(n, "float32", "float32") for n in (1000, 2000))
+    if case.operator in IN_PLACE:
+        dtypes = ("float32", "float32") if case.operator == "ema_update_" else ("bfloat16",)
+        small, large = (function(n, *dtypes) for n in (1000, 2000))
         assert large == small + small
         return
     if case.operator == "draw_block_masks":
@@ -222,11 +228,11 @@ def test_what_is_wrong_is_noticed(
 ) -> None:
     """A result off by a thousandth, in all outputs or in all gradients."""
     function = getattr(ops, case.operator)
-    if case.operator == "ema_update_":
+    if case.operator in IN_PLACE:
 
-        def perturbed(targets: list[Tensor], *arguments: Any, **options: Any) -> Any:
-            function(targets, *arguments, **options)
-            targets[-1].mul_(1.001)
+        def perturbed(updated: list[Tensor], *arguments: Any, **options: Any) -> Any:
+            function(updated, *arguments, **options)
+            updated[-1].detach().mul_(1.001)
     elif case.operator == "draw_block_masks":
 
         def perturbed(*arguments: Any, **options: Any) -> Any:

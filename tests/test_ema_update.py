@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from backends import backends, needs_native
 from samples import Sample
 from tolerance import assert_as_accurate
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_fast import BackendError
 from jepa_fast.ops import ema_update_
@@ -26,7 +31,10 @@ each_backend = backends(OPERATORS["ema_update_"].backends)
 
 
 def _updated(
-    *tensors: Tensor, momentum: float, shadow: bool, backend: str = "auto"
+    *tensors: Tensor,
+    momentum: float,
+    shadow: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """The operator as a function: half of the tensors are targets, half sources."""
     targets = [tensor.detach().clone() for tensor in tensors[: len(tensors) // 2]]
@@ -287,6 +295,297 @@ def test_compiled_momentum_is_not_baked_in() -> None:
     assert len(graphs) <= 2
 
 
+# Stochastic rounding
+
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def _neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The numbers of `dtype` on both sides of float64 numbers, in float64, by bisection of bits."""
+    every = torch.arange(0x7C00 if dtype == torch.float16 else 0x7F80).to(torch.int16)
+    magnitudes = every.view(dtype).double()
+    above = torch.searchsorted(magnitudes, x.abs())
+    below = torch.searchsorted(magnitudes, x.abs(), right=True) - 1
+    low, high = magnitudes[below], magnitudes[above]
+    return torch.where(x < 0, -high, low), torch.where(x < 0, -low, high)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_rounding_is_to_a_neighbour_and_right_on_average(
+    dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Numbers of all sizes, subnormal ones of float16 too, many times each."""
+    values = [1.0, 1 + 2**-10, 1.2345, -3.3333, 1e-4, 6.1e-5, 3.3e-6, -4.4e-7, 3e-8, -1e-8, 2e4]
+    draws = 4000
+    exact = torch.tensor(values, dtype=torch.float32).repeat_interleave(draws)
+    target = torch.zeros_like(exact, dtype=dtype).to(device)
+    ema_update_([target], [exact.to(device)], 0.0, rounding_seed=5, backend=backend)
+    low, high = _neighbours(exact.double(), dtype)
+    got = target.cpu().double()
+    assert bool(((got == low) | (got == high)).all())
+    gap = (high - low).clamp_min(2.0**-140)
+    shares = ((got - low) / gap).view(-1, draws).mean(1)
+    expected = ((exact.double() - low) / gap).view(-1, draws)[:, 0]
+    sigma = (expected * (1 - expected) / draws).sqrt()
+    assert bool(((shares - expected).abs() <= 5 * sigma).all()), (shares, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_what_is_exact_is_not_rounded(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Every number of a narrow dtype stays what it is, and NaN NaN; the huge are not small."""
+    every = torch.arange(2**16).to(torch.int16).view(dtype)
+    every = every[every.isfinite()].to(device)
+    if backend == "triton" and device == "cpu":  # the interpreter has no subnormal bfloat16
+        every = every[(every == 0) | (every.float().abs() >= 2.0**-126)]
+    wide = torch.cat([every.float(), torch.tensor([float("nan"), 3.4e38, -3.4e38]).to(device)])
+    for target in (torch.zeros_like(wide), torch.zeros_like(wide, dtype=dtype)):
+        shadow = torch.zeros_like(wide, dtype=dtype)
+        ema_update_([target], [wide], 0.0, [shadow], rounding_seed=-7, backend=backend)
+        assert torch.equal(shadow[:-3], every)
+        assert shadow[-3].isnan()
+        largest = float("inf") if dtype == torch.float16 else torch.finfo(dtype).max
+        assert shadow[-2:].abs().min() >= largest
+        assert torch.equal(target.to(dtype)[:-3], every)
+
+
+@each_backend
+@pytest.mark.parametrize("shadow_dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+def test_all_backends_draw_the_same(
+    target_dtype: torch.dtype, shadow_dtype: torch.dtype | None, backend: str, device: str
+) -> None:
+    """Bit for bit, whatever the size; dtypes that are not narrow are rounded to the nearest."""
+    for scale, source_dtype in ((1.0, torch.float32), (1e-5, torch.bfloat16)):
+        sources = [scale * x for x in _randoms(source_dtype, device, 1)]
+        before = [scale * x for x in _randoms(target_dtype, device, 0)]
+        outcomes = []
+        for each, seed in ((backend, 11), ("reference", 11), (backend, 12), (backend, None)):
+            targets = [target.clone() for target in before]
+            shadows = shadow_dtype and [t.new_zeros(t.shape, dtype=shadow_dtype) for t in targets]
+            ema_update_(targets, sources, 0.9, shadows, rounding_seed=seed, backend=each)
+            outcomes.append([*targets, *(shadows or [])])
+        for one, same, other, nearest in zip(*outcomes, strict=True):
+            assert torch.equal(one, same)
+            if one.dtype not in NARROW and target_dtype not in NARROW:
+                torch.testing.assert_close(one, nearest)
+            elif one.numel() > 100:
+                assert not torch.equal(one, other)
+
+
+@each_backend
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+def test_what_is_drawn_goes_by_the_place_in_memory(layout: str, backend: str, device: str) -> None:
+    """In all backends alike; where target and source differ, by the place in the shape."""
+    values = torch.randn(6, 8, 4, 10, generator=torch.Generator().manual_seed(0)).to(device)
+    for alike in (True, False):
+        outcomes = []
+        for each in (backend, "reference"):
+            target = torch.empty_like(_layouts(device)[layout], dtype=torch.bfloat16).zero_()
+            if layout == "sliced":
+                target = _layouts(device)[layout].bfloat16()
+            source = torch.empty_like(target, dtype=torch.float32).copy_(values)
+            source = source if alike else source.contiguous()
+            ema_update_([target], [source], 0.0, rounding_seed=3, backend=each)
+            outcomes.append(target)
+        assert torch.equal(*outcomes)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing_that_is_drawn(threads: int) -> None:
+    sizes = (1, 70_001, 0, 33_001, 12, 40_000)  # shares that begin at odd elements
+    sources = [torch.linspace(-1, 1, size) for size in sizes]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        outcomes = []
+        for backend in ("cpu", "reference"):
+            targets = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
+            ema_update_(targets, sources, 0.3, rounding_seed=1, backend=backend)
+            outcomes.append(targets)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *outcomes))
+
+
+@each_backend
+def test_a_bfloat16_average_only_follows_if_it_is_rounded_stochastically(
+    backend: str, device: str
+) -> None:
+    """At momentum 0.9999 every update is far below half a step of bfloat16."""
+    steps, momentum, size = 400, 0.9999, 4096
+    source = [torch.full((size,), 2.0, dtype=torch.bfloat16, device=device)]
+    nearest, stochastic = ([torch.ones(size, dtype=torch.bfloat16, device=device)] for _ in "ab")
+    wide = [torch.ones(size, device=device)]
+    for step in range(steps):
+        ema_update_(nearest, source, momentum, backend=backend)
+        ema_update_(stochastic, source, momentum, rounding_seed=step, backend=backend)
+        ema_update_(wide, source, momentum, backend=backend)
+    assert bool((nearest[0] == 1).all())  # lost, all 400 times
+    expected = 2 - momentum**steps
+    assert wide[0].mean().item() == pytest.approx(expected, rel=1e-5)
+    # Every element is now 1 or a step of 2^-7 or some more; the mean is the float32 average.
+    moved = stochastic[0].double()
+    sigma = moved.std().item() / size**0.5
+    assert abs(moved.mean().item() - expected) < 5 * sigma
+    assert 0 < sigma < 1e-3
+
+
+def test_a_seed_may_be_a_tensor_or_any_integer() -> None:
+    def drawn(seed: Any) -> Tensor:
+        target = torch.zeros(1000, dtype=torch.bfloat16)
+        ema_update_([target], [torch.linspace(0, 1, 1000)], 0.5, rounding_seed=seed)
+        return target
+
+    expected = drawn(-3)
+    assert torch.equal(drawn(torch.tensor(-3)), expected)
+    numpy = pytest.importorskip("numpy")
+    assert torch.equal(drawn(numpy.int64(-3)), expected)
+    assert not torch.equal(drawn(2**63 - 1), expected)
+
+
+def test_opcheck_with_a_seed() -> None:
+    targets, sources = [torch.zeros(5).bfloat16()], [torch.ones(5)]
+    momentum, seed = torch.tensor(0.5), torch.tensor(3)
+    arguments = (targets, sources, [torch.zeros(5).half()], momentum, seed, "auto")
+    torch.library.opcheck(contract.UPDATE.call, arguments)
+
+
+def test_compiled_seeds_are_not_baked_in() -> None:
+    torch._dynamo.reset()
+
+    def update(target: Tensor, source: Tensor, seed: int) -> None:
+        ema_update_([target], [source], 0.5, rounding_seed=seed)
+
+    step = torch.compile(update, backend="eager", fullgraph=True)
+    for seed in (1, 2, 3):
+        source = torch.linspace(0, 1, 1000)
+        one, other = (torch.zeros(1000, dtype=torch.bfloat16) for _ in range(2))
+        step(one, source, seed)
+        update(other, source, seed)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (0.5, TypeError, "rounding_seed must be None, an int or a tensor, got float"),
+        (True, TypeError, "must be None, an int or a tensor, got bool"),
+        (2**63, ValueError, "must fit into 64 bits with sign"),
+        (torch.zeros(1).long(), ValueError, r"must be int64 and 0-dim, got .* \[1\]"),
+        (torch.tensor(1.0), ValueError, "must be int64 and 0-dim, got torch.float32"),
+        (torch.zeros((), dtype=torch.int64, device="meta"), ValueError, "on meta"),
+    ],
+)
+def test_bad_seeds(seed: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"ema_update_: .*{message}"):
+        ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5, rounding_seed=seed)
+
+
+def test_dtypes_that_cannot_be_rounded_stochastically_are_refused() -> None:
+    target = torch.zeros(4).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"bfloat16, float16 and wider dtypes, got .*float8"):
+        ema_update_([target], [torch.ones(4)], 0.5, rounding_seed=1)
+
+
+# Shards
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("needs torch.distributed, in a process that has no group yet")
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+class _NoDispatch(TorchDispatchMode):
+    """Refuses operators on DTensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert not any("DTensor" in kind.__name__ for kind in types), func
+        return func(*args, **(kwargs or {}))
+
+
+@backends(("reference", "cpu"))
+def test_shards_are_updated_where_they_are(mesh: Any, backend: str, device: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    old, source = torch.ones(4, 6), torch.zeros(4, 6)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        target, other, shadow = (
+            distribute_tensor(x.clone(), mesh, [placement]) for x in (old, source, old.bfloat16())
+        )
+        plain = torch.ones(3)
+        version = target._version
+        with _NoDispatch():
+            ema_update_(
+                [target, plain],
+                [other, torch.zeros(3)],
+                0.25,
+                [shadow, torch.zeros(3)],
+                backend=backend,
+            )
+        assert target.full_tensor().tolist() == torch.full((4, 6), 0.25).tolist()
+        assert shadow.full_tensor().tolist() == torch.full((4, 6), 0.25).tolist()
+        assert plain.tolist() == [0.25] * 3
+        assert target._version > version  # autograd sees the write
+
+
+def test_parameters_of_fsdp(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    modules = [torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7)) for _ in "ab"]
+    plain = [[p.detach().clone() for p in module.parameters()] for module in modules]
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+    targets, sources = (list(module.parameters()) for module in modules)
+    ema_update_(targets, sources, 0.9)
+    ema_update_(*plain, 0.9)
+    for target, want in zip(targets, plain[0], strict=True):
+        assert torch.equal(target.full_tensor(), want)
+
+
+def test_shards_that_do_not_fit_are_refused(mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    rows, columns, whole = (
+        distribute_tensor(torch.ones(4, 6), mesh, [placement])
+        for placement in (Shard(0), Shard(1), Replicate())
+    )
+    sums = DTensor.from_local(torch.ones(4, 6), mesh, [Partial()])
+
+    def refuses(message: str, *arguments: Any) -> None:
+        with pytest.raises(ValueError, match=f"ema_update_: {message}"):
+            ema_update_(*arguments)
+
+    refuses(r"targets\[0\] and sources\[0\] must be placed alike", [rows], [columns], 0.5)
+    refuses(r"targets\[0\] and shadows\[0\] must be", [rows], [rows.clone()], 0.5, [whole])
+    refuses(r"targets\[0\] is a DTensor and sources\[0\] is none", [rows], [torch.ones(4, 6)], 0.5)
+    refuses(r"sources\[0\] is a DTensor and targets\[0\] is none", [torch.ones(4, 6)], [rows], 0.5)
+    refuses(r"targets\[0\] is a sum whose parts lie on several ranks", [sums], [sums.clone()], 0.5)
+
+
+def test_without_dtensors_their_module_is_not_imported() -> None:
+    code = (
+        "import sys, torch; from jepa_fast import ops; "
+        "ops.ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5); "
+        "print('torch.distributed.tensor' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 X = torch.zeros(4)
 
 
@@ -366,6 +665,25 @@ def test_cuda_graph_follows_a_device_momentum(backend: str) -> None:
         graph.replay()
     for target in targets:
         assert target.tolist() == [0.875] * target.numel()
+
+
+@pytest.mark.tier3
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_follows_a_device_seed(backend: str) -> None:
+    seed = torch.tensor(0, device="cuda")
+    source = [torch.linspace(0, 1, 1000, device="cuda")]
+    target = [torch.zeros(1000, dtype=torch.bfloat16, device="cuda")]
+    ema_update_(target, source, 0.5, rounding_seed=seed, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(target, source, 0.5, rounding_seed=seed, backend=backend)
+        seed += 1
+    want = [torch.zeros(1000, dtype=torch.bfloat16)]
+    target[0].zero_()
+    for step in range(4):
+        graph.replay()
+        ema_update_(want, [source[0].cpu()], 0.5, rounding_seed=step, backend="reference")
+    assert torch.equal(target[0].cpu(), want[0])
 
 
 @pytest.mark.tier3

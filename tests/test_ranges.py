@@ -272,8 +272,7 @@ TRAINING = """
           backward
           gradient averaging
           clipping
-          optimizer
-          EMA of the target
+          optimizer and EMA of the target
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from tiny_runs import tiny, trainer_of
 from torch import nn
 
+from jepa_fast.optim import AdamWEma
 from jepa_fast.train.distributed import World, average_gradients, join_world, on_any_rank
 from jepa_fast.train.run import pretrain
 
@@ -55,9 +57,36 @@ def check_skips(world: World, folder: Path) -> None:
         assert list(trainer.loader.skips.reasons) == ["of rank 0", "of rank 1"]
 
 
+def check_shards(world: World) -> None:
+    """FSDP2's parameters train as whole ones do, and so does their teacher."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def trained(shard: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))  # odd shards
+        teacher = copy.deepcopy(student)
+        if shard:
+            mesh = init_device_mesh("cpu", (world.size,))
+            for network in (student, teacher):
+                fully_shard(network, mesh=mesh)
+        targets = list(zip(student.parameters(), teacher.parameters(), strict=True))
+        optimizer = AdamWEma(student.parameters(), lr=0.01, targets=targets, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            student(torch.ones(4, 5)).square().sum().backward()
+            optimizer.step()
+        found = [p.detach() for pair in targets for p in pair]
+        return [p.full_tensor() for p in found] if shard else found
+
+    for got, want in zip(trained(shard=True), trained(shard=False), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def main(folder: Path) -> None:
     with join_world("cpu") as world:
         check_collectives(world)
+        check_shards(world)
         check_skips(world, folder)
         for name, overrides in RUNS.items():
             pretrain(tiny(folder / name, *overrides))

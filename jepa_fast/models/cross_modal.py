@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.models.collapse import collapse_metrics
-from jepa_fast.models.ijepa import make_teacher, update_teacher
+from jepa_fast.models.ijepa import make_teacher, update_teachers
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.cross_modal import CrossModalPredictor, ModalityEncoder, pairwise_energy, pool
@@ -178,7 +178,11 @@ class CrossModal(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
         """Target = ``momentum * target + (1 - momentum) * context``."""
-        update_teacher(self.target_encoder, self.context_encoder, momentum)
+        update_teachers(self, momentum)
+
+    def teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Every teacher, with the network whose moving average it is."""
+        yield self.target_encoder, self.context_encoder
 
     def train(self, mode: bool = True) -> CrossModal:
         """Set the training mode; the target encoder stays in evaluation mode."""

@@ -17,6 +17,7 @@ from jepa_fast.nn.packed import Sequences
 from jepa_fast.nn.predictor import VisionTransformerPredictor
 from jepa_fast.nn.vit import check_encoder, create_encoder, encode_packed, encode_patches
 from jepa_fast.ops.latent_loss import KINDS
+from jepa_fast.optim.teachers import HasTeachers, copy_teacher_buffers, teacher_parameters
 from jepa_fast.ranges import phase
 
 Masks = BlockMasks | PackedMasks | tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -120,7 +121,11 @@ class IJepa(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
         """Teacher = ``momentum * teacher + (1 - momentum) * encoder``; buffers are copied."""
-        update_teacher(self.target_encoder, self.encoder, momentum)
+        update_teachers(self, momentum)
+
+    def teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Every teacher, with the network whose moving average it is."""
+        yield self.target_encoder, self.encoder
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer should see: encoder and predictor."""
@@ -189,14 +194,14 @@ def make_teacher(encoder: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, encoder: nn.Module, momentum: float | Tensor) -> None:
+def update_teachers(model: HasTeachers, momentum: float | Tensor) -> None:
     """EMA of parameters in place; buffers (of normalisation, say) are copied."""
     from jepa_fast import ops
 
     with phase("EMA of the target"):
-        ops.ema_update_(list(teacher.parameters()), list(encoder.parameters()), momentum)
-        for mine, theirs in zip(teacher.buffers(), encoder.buffers(), strict=True):
-            mine.copy_(theirs)
+        pairs = teacher_parameters(model)
+        ops.ema_update_([mine for _, mine in pairs], [theirs for theirs, _ in pairs], momentum)
+        copy_teacher_buffers(model)
 
 
 def check_patch_count(teacher: Tensor, masks: BlockMasks | PackedMasks) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.cross_modal import CrossModal, energy_spread
-from jepa_fast.models.ijepa import Masks, gather_targets, make_teacher, update_teacher
+from jepa_fast.models.ijepa import Masks, gather_targets, make_teacher, update_teachers
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.crosser import CROSSER_SIZES, Crosser
@@ -348,10 +348,14 @@ class TIJepa(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
         """EMA network = ``momentum`` * EMA network + (1 - ``momentum``) * trained network."""
+        update_teachers(self, momentum)
+
+    def teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Every teacher, with the network whose moving average it is."""
         if self.objective == "cross_modal":
-            self.cross_modal.update_target(momentum)
+            yield from self.cross_modal.teachers()
         else:
-            update_teacher(self.target_crosser, self.context_crosser, momentum)
+            yield self.target_crosser, self.context_crosser
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer should see."""

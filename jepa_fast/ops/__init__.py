@@ -1,6 +1,7 @@
 """The operators. Each is a folder; its `reference.py` is its specification."""
 
 from jepa_fast.ops._registry import BACKENDS
+from jepa_fast.ops.adamw_ema import adamw_ema_
 from jepa_fast.ops.affine_coupling import affine_coupling
 from jepa_fast.ops.assemble_predictor_tokens import assemble_predictor_tokens
 from jepa_fast.ops.draw_block_masks import draw_block_masks
@@ -15,6 +16,7 @@ from jepa_fast.ops.text_cross_attention import attention_statistics, text_cross_
 
 __all__ = [
     "BACKENDS",
+    "adamw_ema_",
     "affine_coupling",
     "assemble_predictor_tokens",
     "attention_statistics",

@@ -21,7 +21,12 @@ from jepa_fast.data.extras import require
 from jepa_fast.data.loader import Loader
 from jepa_fast.errors import CheckpointError
 from jepa_fast.masks import BlockMasks
-from jepa_fast.optim.groups import parameter_groups
+from jepa_fast.optim import (
+    AdamWEma,
+    copy_teacher_buffers,
+    parameter_groups,
+    teacher_parameters,
+)
 from jepa_fast.ranges import phase
 from jepa_fast.train.checkpoint import (
     CheckpointFolder,
@@ -61,7 +66,7 @@ class Trainer:
 
     Args:
         model: on `world.device`; `model(images, masks, **text)` gives a `JepaOutput`, and
-            `model.update_target(momentum)` moves its teacher.
+            `model.teachers()` pairs of a teacher and the network that it follows.
         loader: training batches, this rank's share of each.
         prepare: `prepare(batch, step)` gives images, masks and text on `world.device`.
         config: the `train` section.
@@ -87,12 +92,12 @@ class Trainer:
         warmup = self.config.lr.warmup_epochs
         self.warmup_steps = self.total_steps / 10 if warmup is None else warmup * steps_per_epoch
         self.checkpoint_every = self.config.checkpoint_every or steps_per_epoch
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamWEma(
             parameter_groups(self.model, self.config.weight_decay.start),
             lr=self.config.lr.start,
             betas=self.config.betas,
             eps=self.config.eps,
-            fused=True,
+            targets=teacher_parameters(self.model),  # type: ignore[arg-type]
         )
         self.precision = resolve_precision(self.config.precision, self.world.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -175,10 +180,10 @@ class Trainer:
         if config.clip_grad is not None:
             with phase("clipping"):
                 metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
-        with phase("optimizer"):
-            self.optimizer.step()
+        with phase("optimizer and EMA of the target"):
+            self.optimizer.step(momentum=momentum)
             self.optimizer.zero_grad()
-        self.model.update_target(momentum)  # type: ignore[operator]
+            copy_teacher_buffers(self.model)  # type: ignore[arg-type]
 
         self._sums.add(metrics)
         is_first_bad = (self._bad_step < 0) & ~metrics["loss"].isfinite()

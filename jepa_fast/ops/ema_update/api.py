@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from jepa_fast.ops import _memory, _rounding, _shards
 from jepa_fast.ops.ema_update import contract
 
 
@@ -18,6 +19,7 @@ def ema_update_(
     momentum: float | Tensor,
     shadows: Sequence[Tensor] | None = None,
     *,
+    rounding_seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Moves every target towards its source, in place: `t = momentum * t + (1 - momentum) * s`.
@@ -28,17 +30,28 @@ def ema_update_(
         momentum: in [0, 1]; a real number, or a 0-dim floating tensor. One on the targets' GPU is
             read there: the host does not wait for it, and a CUDA graph follows its value.
         shadows: optional copies of the targets in other dtypes, written in the same pass.
+        rounding_seed: None rounds to the nearest. An integer, another one at every step, has
+            bfloat16 and float16 targets and shadows rounded up with a probability equal to the
+            fraction that is lost. At momentum 0.9999 the nearest bfloat16 is always the old one;
+            rounded stochastically, the average follows its source, in expectation exactly. A 0-dim
+            int64 tensor on the targets' GPU is read there, so that a CUDA graph can advance it. All
+            backends draw the same bits. Other dtypes are rounded to the nearest.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Computes in float32 (float64 for float64 targets) whatever the dtypes, and rounds once. Empty
     lists are fine: nothing happens. Any strides will do; contiguous tensors, or pairs of the same
     dense strides, are the fast ones.
 
+    DTensors (FSDP2's parameters) are updated shard by shard, without communication, where those
+    that belong together are placed alike. Shards of several ranks draw the same bits from the same
+    `rounding_seed`; a seed that adds the rank has them differ.
+
     Raises:
         TypeError: an argument is not a tensor, or not of a floating dtype.
         ValueError: lists of different lengths, a shape that differs, a momentum outside [0, 1] (on
-            a GPU checked with `JEPA_FAST_DEBUG=1` only), or a target or shadow that shares memory
-            with any other tensor here.
+            a GPU checked with `JEPA_FAST_DEBUG=1` only), a target or shadow that shares memory
+            with any other tensor here, DTensors that are placed otherwise than their targets, or a
+            `rounding_seed` with targets or shadows of less than 16 bits.
         BackendError: the requested backend cannot serve the call.
 
     Source: the teacher update of I-JEPA, arXiv 2301.08243, section 3.
@@ -59,8 +72,14 @@ def ema_update_(
     _check_tensors("sources", sources, targets)
     if shadows:
         _check_tensors("shadows", shadows, targets)
+    (targets, sources, shadows), shards = _shards.to_local(
+        "ema_update_", {"targets": targets, "sources": sources, "shadows": shadows}
+    )
     scalar = _as_tensor(momentum, targets)
-    contract.UPDATE.call(targets, sources, shadows, scalar, backend)
+    seed = _rounding_seed(rounding_seed, [*targets, *shadows])
+    contract.UPDATE.call(targets, sources, shadows, scalar, seed, backend)
+    if shards:  # autograd looks at the DTensors' own versions
+        torch.autograd.graph.increment_version(shards)
 
 
 def _check_tensors(name: str, tensors: list[Tensor], targets: list[Tensor]) -> None:
@@ -102,3 +121,16 @@ def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
             f"{targets[0].device}, got one on {momentum.device}"
         )
     return momentum
+
+
+def _rounding_seed(seed: int | Tensor | None, written: list[Tensor]) -> Tensor | None:
+    if seed is None:
+        return None
+    if unknown := {tensor.dtype for tensor in written} - _memory.FLOATING:
+        names = ", ".join(sorted(str(dtype) for dtype in unknown))
+        raise ValueError(
+            f"ema_update_: rounding_seed is for targets and shadows of bfloat16, float16 and wider "
+            f"dtypes, got {names}; leave it out"
+        )
+    device = written[0].device if written else torch.device("cpu")
+    return _rounding.seed_tensor("ema_update_", seed, device)

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jepa_fast.ops import _configs
+from jepa_fast.ops import _configs, _memory
 from jepa_fast.ops._compile import CompileCase
+from jepa_fast.ops._rounding import NARROW
 from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.ops.ema_update import memory
 
@@ -32,14 +33,51 @@ _TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 
-Row = tuple[int, int, int, int]
-"""Addresses of target, source and shadow (0 without), and the number of elements."""
+Row = tuple[int, int, int, int, int]
+"""Addresses of target, source and shadow (0 without), number of elements, number of the tensor.
+
+In a table of 6 columns the last two are the chunk's first element and the tensor's number."""
+
+
+@triton.jit
+def _mix(x):
+    """A step of splitmix64, as in csrc/common/rounding.h."""
+    x += 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _random(stream, element):
+    """32 bits for each element: two share a mixed number."""
+    pair = _mix(stream + (element >> 1).to(tl.uint64))
+    return tl.where(element % 2 == 0, pair, pair >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _rounded(x, random, DTYPE: tl.constexpr):
+    """`x`, in float32, in a narrow dtype; as `_rounding.round_stochastically`."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if DTYPE == tl.bfloat16:
+        near = ((bits + (random & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        near = ((bits + (random & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        steps = tl.minimum(tl.abs(x), 1.0) * 16777216.0
+        whole = steps.to(tl.int32).to(tl.float32)
+        threshold = (random >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+        up = (steps - whole > threshold).to(tl.float32)
+        small = (whole + up) * (1.0 / 16777216.0)
+        near = tl.where(magnitude < 0x38800000, tl.where(x < 0, -small, small), near)
+    return tl.where(magnitude < 0x7F800000, near, x).to(DTYPE)
 
 
 @triton.jit
 def ema_update_kernel(
-    table,  # [chunks, 4] rows as above
+    table,  # [chunks, COLUMNS] rows as above; of them 4 where nothing is rounded stochastically
     momentum,  # [1] float64
+    seed,  # [1] int64, or None: round to the nearest
     TARGET: tl.constexpr,
     SOURCE: tl.constexpr,
     SHADOW: tl.constexpr,  # None without shadows
@@ -48,7 +86,8 @@ def ema_update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = table + tl.program_id(0).to(tl.int64) * 4
+    COLUMNS: tl.constexpr = 4 if seed is None else 6
+    row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     target = tl.load(row).to(tl.pointer_type(TARGET))
     source = tl.load(row + 1).to(tl.pointer_type(SOURCE))
     size = tl.load(row + 3).to(tl.int32)
@@ -60,6 +99,10 @@ def ema_update_kernel(
     near_source = keep <= 0.5
     move = (1.0 - keep).to(COMPUTE)
     keep = keep.to(COMPUTE)
+    if seed is not None:
+        first = tl.load(row + 4)
+        number = tl.load(row + 5) * 2
+        drawn = _mix(tl.load(seed).to(tl.uint64))
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)  # [BLOCK], below CHUNK: 32 bits will do
         inside = i < size
@@ -67,7 +110,10 @@ def ema_update_kernel(
         toward = tl.load(source + i, mask=inside).to(COMPUTE)
         step = toward - old
         # From the nearer end, so that momentum 1 and 0 and equal ends are exact.
-        new = tl.where(near_source, toward - keep * step, old + move * step).to(TARGET)
+        new = tl.where(near_source, toward - keep * step, old + move * step)
+        if seed is not None and TARGET.primitive_bitwidth == 16:
+            new = _rounded(new, _random(_mix(drawn + number.to(tl.uint64)), first + i), TARGET)
+        new = new.to(TARGET)
         tl.store(target + i, new, mask=inside)
         if SHADOW is not None:
             shadow = tl.load(row + 2).to(tl.pointer_type(SHADOW))
@@ -75,6 +121,9 @@ def ema_update_kernel(
                 shadow = tl.multiple_of(shadow, 16)
             # By way of float32, as PyTorch does: the interpreter has no float64 to bfloat16.
             copy = new if SHADOW == tl.float64 else new.to(tl.float32)
+            if seed is not None and SHADOW.primitive_bitwidth == 16:
+                stream = _mix(drawn + (number + 1).to(tl.uint64))
+                copy = _rounded(copy, _random(stream, first + i), SHADOW)
             tl.store(shadow + i, copy.to(SHADOW), mask=inside)
 
 
@@ -86,12 +135,14 @@ class Kind:
         target, source, shadow: the tensors' dtypes; no shadows: None.
         wide: whether all addresses and sizes are multiples of 16, so that 16 bytes can be moved at
             once throughout.
+        stochastic: whether something is rounded stochastically.
     """
 
     target: torch.dtype
     source: torch.dtype
     shadow: torch.dtype | None
     wide: bool
+    stochastic: bool = False
 
     @property
     def compute(self) -> torch.dtype:
@@ -116,7 +167,11 @@ class Kind:
 
 
 def ema_update_(
-    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: Tensor
+    targets: list[Tensor],
+    sources: list[Tensor],
+    shadows: list[Tensor],
+    momentum: Tensor,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """As `reference.ema_update_`."""
     memory.check(targets, sources, shadows, momentum)
@@ -127,9 +182,11 @@ def ema_update_(
         scalar = torch.full((1,), float(momentum), dtype=torch.float64, device=device)
     else:
         scalar = momentum.to(torch.float64).view(1)
-    flat = memory.Flat.of(targets, sources, shadows)
+    seed = None if rounding_seed is None else rounding_seed.to(device).view(1)
+    flat = _memory.Flat.of(targets, sources, shadows)
+    to, by, copies = flat.lists
     with torch.cuda.device_of(targets[0]):
-        for kind, rows in _by_kind(flat).items():
+        for kind, rows in _by_kind(to, by, copies, seed is not None).items():
             config = _configs.lookup(CONFIGS, kind.config_key, device)
             table = _table(tuple(rows), kind, config["chunk"], device)
             _keep(table)
@@ -137,28 +194,33 @@ def ema_update_(
                 ema_update_kernel[(len(table),)](
                     table,
                     scalar,
+                    seed if kind.stochastic else None,
                     **kind.constants(config),
                     num_warps=config["num_warps"],
                     enable_fp_fusion=False,
                 )
-    torch.autograd.graph.increment_version([*flat.targets, *flat.shadows])
-    flat.write_back()
+    torch.autograd.graph.increment_version([*to, *copies])
+    flat.write_back((to, copies))
 
 
-def _by_kind(flat: memory.Flat) -> dict[Kind, list[Row]]:
+def _by_kind(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], stochastic: bool
+) -> dict[Kind, list[Row]]:
     found: dict[Kind, list[Row]] = defaultdict(list)
-    for target, source, shadow in itertools.zip_longest(flat.targets, flat.sources, flat.shadows):
+    lists = itertools.zip_longest(targets, sources, shadows)
+    for i, (target, source, shadow) in enumerate(lists):
         copy = 0 if shadow is None else shadow.data_ptr()
-        row = (target.data_ptr(), source.data_ptr(), copy, target.numel())
+        row = (target.data_ptr(), source.data_ptr(), copy, target.numel(), i)
         wide = (row[0] | row[1] | row[2] | row[3]) % 16 == 0
         dtype = None if shadow is None else shadow.dtype
-        found[Kind(target.dtype, source.dtype, dtype, wide)].append(row)
+        narrow = stochastic and not NARROW.isdisjoint((target.dtype, dtype))
+        found[Kind(target.dtype, source.dtype, dtype, wide, narrow)].append(row)
     return found
 
 
 @functools.lru_cache(maxsize=64)
 def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) -> Tensor:
-    """[chunks, 4] int64 on the device: the rows cut into chunks.
+    """[chunks, 4 or 6] int64 on the device: the rows cut into chunks.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and these tensors were not updated before.
@@ -169,12 +231,14 @@ def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) 
             "graph captures it, to place its table of addresses; or use backend='cuda'"
         )
     to, by, copy = (d.itemsize if d else 0 for d in (kind.target, kind.source, kind.shadow))
+    columns = 6 if kind.stochastic else 4
     cut = [
-        (target + to * i, source + by * i, shadow + copy * i, min(chunk, size - i))
-        for target, source, shadow, size in rows
+        (target + to * i, source + by * i, shadow + copy * i, min(chunk, size - i), i, number)
+        for target, source, shadow, size, number in rows
         for i in range(0, size, chunk)
     ]
-    return torch.tensor(cut, dtype=torch.int64).view(-1, 4).to(device)
+    table = torch.tensor([row[:columns] for row in cut], dtype=torch.int64)
+    return table.view(-1, columns).to(device)
 
 
 _CAPTURED: list[Tensor] = []
@@ -202,6 +266,7 @@ def compile_cases() -> list[CompileCase]:
         (double, double, single),
     ]
     kinds = [Kind(*three, wide) for wide in (True, False) for three in dtypes]
+    kinds += [Kind(brain, brain, half, wide, stochastic=True) for wide in (True, False)]
     return [
         _case(gpu, kind, configs[kind.config_key])
         for gpu, configs in _configs.shipped(CONFIGS).items()
@@ -241,17 +306,20 @@ def _traffic(
 
 def _case(gpu: str, kind: Kind, config: _configs.Config) -> CompileCase:
     constants = kind.constants(config)
-    dtypes = (str(d).removeprefix("torch.") for d in (kind.target, kind.source, kind.shadow))
+    dtypes = [str(d).removeprefix("torch.") for d in (kind.target, kind.source, kind.shadow)]
+    if kind.stochastic:
+        dtypes.append("stochastic")
     return CompileCase(
         name=f"ema_update_-{gpu}-{'wide' if kind.wide else 'narrow'}-{'-'.join(dtypes)}",
         kernel=ema_update_kernel,
         signature={
             "table": "*i64",
             "momentum": "*fp64",
+            "seed": "*i64" if kind.stochastic else "constexpr",
             **dict.fromkeys(constants, "constexpr"),
         },
-        constants=constants,
-        divisible=("table", "momentum"),
+        constants=constants if kind.stochastic else {"seed": None, **constants},
+        divisible=("table", "momentum", *(("seed",) if kind.stochastic else ())),
         num_warps=config["num_warps"],
         fp_fusion=False,
         wide=kind.wide,

@@ -1,0 +1,158 @@
+"""Lists of tensors as memory: what may not overlap, and what a kernel can walk as flat arrays.
+
+For operators that go through the i-th tensors of several lists element by element, and write some.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+DTYPE = operator.attrgetter("dtype")
+DEVICE = operator.attrgetter("device")
+BYTES = operator.attrgetter("nbytes")
+
+
+def unsupported(tensors: list[Tensor]) -> list[str]:
+    """Why a kernel cannot walk these, from metadata alone: dtypes and devices."""
+    reasons = []
+    if unknown := set(map(DTYPE, tensors)) - FLOATING:
+        names = ", ".join(sorted(str(dtype) for dtype in unknown))
+        reasons.append(f"takes float32, float64, bfloat16 and float16, got {names}")
+    if len(set(map(DEVICE, tensors))) > 1:
+        reasons.append("takes tensors of one device, got several")
+    return reasons
+
+
+def check_apart(
+    op: str, written: Mapping[str, list[Tensor]], read: Mapping[str, list[Tensor]]
+) -> None:
+    """Raises ValueError if a tensor to be written overlaps itself or any other one.
+
+    Args:
+        op: the operator's name, for messages.
+        written: lists by argument name.
+        read: the same; these may overlap each other.
+    """
+    if not _all_apart([*itertools.chain(*written.values(), *read.values())]):
+        _check_overlap(op, written, read)
+
+
+def _all_apart(tensors: list[Tensor]) -> bool:
+    """Whether the tensors are surely disjoint; in a few C loops, as this runs at every call."""
+    if not all(map(Tensor.is_contiguous, tensors)):
+        return False
+    starts = list(map(Tensor.data_ptr, tensors))
+    spans = sorted(zip(starts, map(BYTES, tensors), strict=True))
+    return all(start + size <= after for (start, size), (after, _) in itertools.pairwise(spans))
+
+
+def _check_overlap(
+    op: str, written_lists: Mapping[str, list[Tensor]], read_lists: Mapping[str, list[Tensor]]
+) -> None:
+    """The same with strides, and with what is read and may overlap; says what overlaps."""
+    spans = []
+    lists = [(True, *each) for each in written_lists.items()]
+    lists += [(False, *each) for each in read_lists.items()]
+    for written, name, tensors in lists:
+        for i, tensor in enumerate(tensors):
+            if tensor.numel() == 0:
+                continue
+            start, size = tensor.data_ptr(), tensor.nbytes
+            if not is_dense(tensor):
+                if written:
+                    _refuse_expanded(op, f"{name}[{i}]", tensor)
+                # What lies between its elements may be another's, so only its start is known.
+                size = tensor.element_size()
+            spans.append((start, start + size, written, f"{name}[{i}]"))
+    end_of_all, last = 0, ""
+    end_of_written, last_written = 0, ""
+    for start, end, written, name in sorted(spans):
+        if start < (end_of_all if written else end_of_written):
+            raise ValueError(
+                f"{op}: {name} and {last if written else last_written} share memory; what "
+                f"is written needs memory of its own: list a tied tensor once, or clone() one"
+            )
+        if end > end_of_all:
+            end_of_all, last = end, name
+        if written and end > end_of_written:
+            end_of_written, last_written = end, name
+
+
+def _refuse_expanded(op: str, name: str, tensor: Tensor) -> None:
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(stride == 0 and size > 1 for stride, size in sizes):
+        raise ValueError(
+            f"{op}: {name} is written and must have memory for each of its elements, got "
+            f"shape {list(tensor.shape)} with strides {list(tensor.stride())}: clone() it"
+        )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def share_order(group: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape are dense, and all have their elements in the same order."""
+    strides = group[0].stride()
+    return is_dense(group[0]) and all(tensor.stride() == strides for tensor in group)
+
+
+@dataclass
+class Flat:
+    """Lists in which the i-th tensors have the same elements in the same order, without gaps.
+
+    Tensors that were not so are contiguous copies here; `write_back` returns what was written.
+
+    Args:
+        lists: of which all but the first may be shorter than it.
+        copies: pairs of a tensor and its copy.
+    """
+
+    lists: list[list[Tensor]]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, *lists: list[Tensor]) -> Flat:
+        if all(map(Tensor.is_contiguous, itertools.chain(*lists))):
+            return cls(list(lists))
+        flat = cls([[] for _ in lists])
+        for group in itertools.zip_longest(*lists):
+            there = [tensor for tensor in group if tensor is not None]
+            alike = all(map(Tensor.is_contiguous, there)) or share_order(there)
+            for tensor, out in zip(group, flat.lists, strict=True):
+                if tensor is None:
+                    continue
+                dense = tensor if alike else tensor.contiguous()
+                if dense is not tensor:
+                    flat.copies.append((tensor, dense))
+                out.append(dense)
+        return flat
+
+    def write_back(self, written: Sequence[list[Tensor]]) -> None:
+        """Copies back what kernels wrote.
+
+        Args:
+            written: those of `lists` that they wrote.
+        """
+        if not self.copies:
+            return
+        names = {id(tensor) for each in written for tensor in each}
+        for tensor, copy in self.copies:
+            if id(copy) in names:
+                tensor.copy_(copy)

@@ -1,0 +1,65 @@
+"""The lists of `adamw_ema_` as memory: what kernels take, what may not overlap, what is moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops import _memory
+from jepa_fast.ops.ema_update.memory import check_momentum
+
+
+def unsupported(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    targets: list[Tensor],
+    shadows: list[Tensor],
+    *others: Any,
+) -> list[str]:
+    """Why a kernel cannot serve a call, from metadata alone: dtypes and devices."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, targets, shadows)
+    reasons = _memory.unsupported([tensor for each in lists for tensor in each])
+    dtypes = list(map(_memory.DTYPE, params))
+    if any(list(map(_memory.DTYPE, each)) != dtypes for each in (grads, exp_avgs, exp_avg_sqs)):
+        reasons.append("takes gradients and moments of their parameters' dtypes, got others")
+    if params and set(map(_memory.DEVICE, steps)) != {params[0].device}:
+        reasons.append("takes steps on the parameters' device, got others")
+    if set(map(_memory.DTYPE, steps)) - {torch.float32}:
+        reasons.append("takes steps of float32, got others")
+    return reasons
+
+
+def check(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    targets: list[Tensor],
+    shadows: list[Tensor],
+    momentum: Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    """Checks what only real tensors show: the momentum's value, and that nothing overlaps.
+
+    Raises:
+        ValueError: momentum outside [0, 1], or a tensor to be written that overlaps another one
+            or itself.
+    """
+    if targets:
+        check_momentum("adamw_ema_", momentum)
+    written = {
+        "params": params,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "targets": targets,
+        "shadows": shadows,
+    }
+    read = {"grads": grads}
+    if grad_scale is not None:
+        written, read = {**written, **read}, {}
+    _memory.check_apart("adamw_ema_", written, read)

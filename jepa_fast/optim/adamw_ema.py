@@ -1,0 +1,252 @@
+"""AdamW that also moves the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast import ops
+
+Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """`torch.optim.AdamW`, the EMA of what it updates, and low-precision copies, in one pass.
+
+    A step does what `torch.optim.AdamW` and then `ops.ema_update_` do, to rounding, but reads and
+    writes every parameter once::
+
+        optimizer = AdamWEma(parameters, lr=1e-3, targets=teacher_parameters(model))
+        loss.backward()
+        optimizer.step(momentum=0.996)
+
+    State and parameter groups have the form of `torch.optim.AdamW(fused=True)`, and load into it
+    and from it. Schedulers, `GradScaler` and `clip_grad_norm_` work as with it. So do DTensors
+    (FSDP2), every rank on its shards.
+
+    Args:
+        params: parameters or groups of them, as for `torch.optim.AdamW`.
+        lr: a number, or a 0-dim tensor, which a CUDA graph follows.
+        betas, eps, weight_decay, maximize: of AdamW, each by group.
+        targets: pairs (parameter, teacher's tensor that follows it), or a mapping;
+            `teacher_parameters(model)` gives them for the models here. A parameter that the step
+            does not update, as it has no gradient or is in no group, still has its average taken.
+        shadows: pairs (teacher's tensor, copy of it in another dtype): for all of them or none.
+        momentum: of the EMA, where `step` is given none; a number or a 0-dim tensor. The attribute
+            `momentum` may be changed at any time. Not part of `state_dict`, as schedules set it.
+        rounding_seed: None, or a number: bfloat16 and float16 parameters, targets and shadows are
+            rounded stochastically, at every step from other random bits. See `ops.ema_update_`.
+        backend: of `ops.adamw_ema_`.
+
+    Raises:
+        TypeError: a complex parameter.
+        ValueError: options out of range, a target of another shape than its parameter or listed
+            twice, shadows that are not of all targets, or `amsgrad`.
+    """
+
+    # A GradScaler leaves division and skipping to the step, which so need not wait for the device.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        targets: Pairs = (),
+        shadows: Pairs | None = None,
+        momentum: float | Tensor = 0.996,
+        maximize: bool = False,
+        rounding_seed: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": False,
+            "maximize": maximize,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": True,
+            "decoupled_weight_decay": True,
+        }
+        self.momentum = momentum
+        self.rounding_seed = rounding_seed
+        self.backend = backend
+        self._targets = _pairs("targets", targets)
+        self._shadows = _pairs("shadows", shadows or ())
+        _check_targets(self._targets, self._shadows)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`. Raises as the class."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, momentum: float | Tensor | None = None
+    ) -> Any:
+        """Updates the parameters, then the teacher.
+
+        Args:
+            closure: computes the loss anew, as for `torch.optim.Optimizer`.
+            momentum: of the EMA; None: the attribute `momentum`.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if momentum is None:
+            momentum = self.momentum
+        left = dict(self._targets)
+        for number, group in enumerate(self.param_groups):
+            self._step_group(number, group, momentum, left)
+        if left:
+            targets = list(left.values())
+            ops.ema_update_(
+                targets,
+                list(left),
+                momentum,
+                [self._shadows[target] for target in targets] if self._shadows else None,
+                rounding_seed=self._seed(len(self.param_groups)),
+                backend=self.backend,
+            )
+        return loss
+
+    def _step_group(
+        self,
+        number: int,
+        group: dict[str, Any],
+        momentum: float | Tensor,
+        left: dict[Tensor, Tensor],
+    ) -> None:
+        """AdamW on a group's parameters that have a gradient; takes their targets out of `left`."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    "AdamWEma does not support sparse gradients; use torch.optim.SparseAdam for "
+                    "these parameters, or layers with sparse=False"
+                )
+        params.sort(key=lambda p: p not in left)  # those with a target come first
+        states = [self._state_of(p) for p in params]
+        targets = [left.pop(p) for p in params if p in left]
+        ops.adamw_ema_(
+            params,
+            [p.grad for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            targets,
+            [self._shadows[target] for target in targets] if self._shadows else (),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            maximize=group["maximize"],
+            # A GradScaler sets these for the time of the call.
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            rounding_seed=self._seed(number),
+            backend=self.backend,
+        )
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
+
+    def _seed(self, number: int) -> Tensor | None:
+        """Of this step and the group of this number; a resumed run draws what it would have drawn.
+
+        On the parameters' device, so that a CUDA graph has it advance.
+        """
+        if self.rounding_seed is None:
+            return None
+        step = next((state["step"] for state in self.state.values()), torch.tensor(0.0))
+        base = (self.rounding_seed << 40) + (number << 32)
+        base = (base + 2**63) % 2**64 - 2**63  # as int64 wraps
+        return step.long() + base
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("momentum", "rounding_seed", "backend", "_targets", "_shadows")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group.update(fused=True, foreach=None, decoupled_weight_decay=True)
+            _check_group(group)
+            for p in group["params"]:
+                mine = self.state.get(p)
+                if mine:  # an AdamW that is not fused keeps the steps on the CPU, or as numbers
+                    step = torch.as_tensor(mine["step"], dtype=torch.float32)
+                    mine["step"] = step.to(p.device)
+
+
+def _pairs(name: str, pairs: Pairs) -> dict[Tensor, Tensor]:
+    found: dict[Tensor, Tensor] = {}
+    for key, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
+        if key in found:
+            raise ValueError(f"AdamWEma: {name}: a tensor is listed twice; it can have one only")
+        if key.shape != value.shape:
+            raise ValueError(
+                f"AdamWEma: {name}: both of a pair must be of one shape, got {list(key.shape)} and "
+                f"{list(value.shape)}"
+            )
+        found[key] = value
+    return found
+
+
+def _check_targets(targets: dict[Tensor, Tensor], shadows: dict[Tensor, Tensor]) -> None:
+    if len({id(target) for target in targets.values()}) < len(targets):
+        raise ValueError(
+            "AdamWEma: targets: a target is listed twice; it can follow one tensor only"
+        )
+    if shadows and {id(x) for x in shadows} != {id(x) for x in targets.values()}:
+        raise ValueError(
+            f"AdamWEma: shadows must be of all targets and of nothing else, or none, got "
+            f"{len(shadows)} of {len(targets)} targets"
+        )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if group["amsgrad"]:
+        raise ValueError("AdamWEma: amsgrad is not supported; use torch.optim.AdamW for it")
+    if group["differentiable"]:
+        raise ValueError("AdamWEma: differentiable is not supported; use torch.optim.AdamW for it")
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0.0 <= group[name]:
+            raise ValueError(f"AdamWEma: {name} must be 0 or more, got {group[name]}")
+    for beta in group["betas"]:
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"AdamWEma: betas must be in [0, 1), got {group['betas']}")
+    for p in group["params"]:
+        if p.is_complex():
+            raise TypeError(
+                f"AdamWEma takes real parameters, got {p.dtype}; torch.view_as_real gives one"
+            )
