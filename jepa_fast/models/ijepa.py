@@ -97,7 +97,7 @@ class IJepa(nn.Module):
         masks = self._masks_of(images, masks)
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
-        prediction = self.predictor.predictor_proj(self._features(images, masks))
+        prediction = self._predict(images, masks)
         with phase("loss"):
             loss = ops.latent_loss(
                 prediction,
@@ -137,20 +137,19 @@ class IJepa(nn.Module):
         self.target_encoder.eval()
         return self
 
-    def _features(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
-        """What the predictor knows of the target patches, [M * B, Kt, d], before its projection."""
+    def _predict(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
+        """What the predictor says of the target patches, [M * B, Kt, D], block-major."""
         if isinstance(masks, PackedMasks):
             context = self._packed_context(images, masks)
             with phase("predictor"):
-                return self.predictor.features_packed(
+                hidden = self.predictor.features_packed(
                     context, masks, self.predictor.sequences(masks)
                 )
+                return self.predictor.predictor_proj(hidden)
         with phase("context encoder"):
             context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         with phase("predictor"):
-            return self.predictor.features(
-                context, masks.context, masks.targets, masks.context_mask
-            )
+            return self.predictor(context, masks.context, masks.targets, masks.context_mask)
 
     def _packed_context(self, images: Tensor, masks: PackedMasks) -> Tensor:
         """The context encoder's tokens, [T, D]."""

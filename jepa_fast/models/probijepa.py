@@ -128,7 +128,7 @@ class ProbIJepa(IJepa):
 
     def _condition(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
         """[M * B, Kt, d]."""
-        return self._features(images, masks)
+        return self._predict(images, masks)
 
 
 def _counted(

@@ -153,7 +153,7 @@ class TCJepa(IJepa):
         )
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
-        prediction, text = self._predict(images, masks, captions)
+        prediction, text = self._predict_with_text(images, masks, captions)
         with phase("loss"):
             loss = ops.latent_loss(
                 prediction,
@@ -217,7 +217,7 @@ class TCJepa(IJepa):
         captions = Captions.of(
             words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
         )
-        _, text = self._predict(images, masks, captions)
+        _, text = self._predict_with_text(images, masks, captions)
         if not isinstance(text, WordConditioning) or text.word_mask.shape != words.shape[:3]:
             raise ValueError("similarity_map: needs a model with conditioning='words'")
 
@@ -233,12 +233,12 @@ class TCJepa(IJepa):
         share = member / member.sum(-1, keepdim=True).clamp_min(1)
         return share[:, None].to(of_tokens.dtype) @ of_tokens
 
-    def _predict(
+    def _predict_with_text(
         self, images: Tensor, masks: BlockMasks | PackedMasks, captions: Captions
     ) -> tuple[Tensor, Any]:
         """The prediction, and the conditioning that went into it."""
         if isinstance(masks, PackedMasks):
-            return self._predict_packed(images, masks, captions)
+            return self._predict_packed_with_text(images, masks, captions)
         with phase("context encoder"):
             context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         with phase("text conditioner"):  # what depends on the words alone
@@ -259,7 +259,7 @@ class TCJepa(IJepa):
             )
             return self.predictor.predictor_proj(hidden), text
 
-    def _predict_packed(
+    def _predict_packed_with_text(
         self, images: Tensor, masks: PackedMasks, captions: Captions
     ) -> tuple[Tensor, Any]:
         """The same of packed tokens; conditioners see them in slots, as sequences of one length."""
