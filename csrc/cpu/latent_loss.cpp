@@ -14,107 +14,111 @@ namespace {
 
 enum Kind : int64_t { kSmoothL1, kL1, kL2, kL2Norm };
 
-// Sums run over this many elements in the compute type, and over those sums in float64.
-constexpr int64_t kBlock = 128;
-// Sums that do not wait for each other, as one addition takes several cycles.
-constexpr int64_t kSums = 4;
+// Sums that run side by side: one alone would wait for its own additions, and round hundreds of times.
+constexpr int64_t kLanes = 32;
 
+// The sum of `term(i)`, which may also write: every i comes once, in order.
 template <typename T, typename Term>
 inline __attribute__((always_inline)) double sum_over(int64_t width, Term&& term) {
-  constexpr int64_t kPart = kBlock / kSums;
-  double total = 0;
+  T lanes[kLanes] = {};
   int64_t begin = 0;
-  for (; begin + kBlock <= width; begin += kBlock) {
-    T a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = begin; i < begin + kPart; ++i) {
-      a += term(i);
-      b += term(i + kPart);
-      c += term(i + 2 * kPart);
-      d += term(i + 3 * kPart);
-    }
-    total += (a + b) + (c + d);
+  for (; begin + kLanes <= width; begin += kLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += term(begin + j);
   }
-  T rest = 0;
-#pragma omp simd reduction(+ : rest)
-  for (int64_t i = begin; i < width; ++i) rest += term(i);
-  return total + rest;
+  for (int64_t j = 0; begin + j < width; ++j) lanes[j] += term(begin + j);
+  double parts[4] = {};
+  for (int64_t j = 0; j < kLanes; j += 8) {
+    for (int64_t k = 0; k < 4; ++k) {
+      parts[k] += static_cast<double>(lanes[j + k]) + static_cast<double>(lanes[j + k + 4]);
+    }
+  }
+  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
 }
 
-// `row` in the compute type, after LayerNorm without affine if `normalize`.
-template <typename T, typename From>
-JEPA_FAST_CLONES void target_row(
-    T* target, const From* row, int64_t width, bool normalize, double eps) {
-  for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(static_cast<Compute<From>>(row[i]));
-  if (!normalize) return;
-  const T mean = static_cast<T>(sum_over<T>(width, [&](int64_t i) { return target[i]; }) / width);
+// How a target comes from the teacher's row: (x - mean) * scale.
+template <typename T>
+struct Norm {
+  T mean = 0, scale = 1;
+
+  inline __attribute__((always_inline)) T operator()(T x) const { return (x - mean) * scale; }
+};
+
+// Of LayerNorm without affine.
+template <typename T>
+JEPA_FAST_CLONES Norm<T> norm_of(const T* row, int64_t width, double eps) {
+  Norm<T> norm;
+  norm.mean = static_cast<T>(sum_over<T>(width, [&](int64_t i) { return row[i]; }) / width);
   const double squares = sum_over<T>(width, [&](int64_t i) {
-    const T centred = target[i] - mean;
+    const T centred = row[i] - norm.mean;
     return centred * centred;
   });
-  const T scale = static_cast<T>(1 / std::sqrt(squares / width + eps));
-  for (int64_t i = 0; i < width; ++i) target[i] = (target[i] - mean) * scale;
+  norm.scale = static_cast<T>(1 / std::sqrt(squares / width + eps));
+  return norm;
 }
 
-// A token's loss, before the mean over tokens.
+// What a loss needs beside the rows.
 template <typename T>
+struct Options {
+  int64_t width;
+  T beta, inverse_beta;  // smooth L1's
+  double scale;          // of the slope: 1 / tokens
+};
+
+// A token's loss before the mean over tokens, and its slope times `scale` if there is room for it.
+template <Kind kind, bool with_slope, typename T>
 JEPA_FAST_CLONES double token_loss(
-    Kind kind, const T* prediction, const T* target, int64_t width, T beta) {
+    const T* prediction, const T* teacher, Norm<T> norm, Options<T> options, T* slope) {
+  const int64_t width = options.width;
+  const auto residual = [&](int64_t i) { return prediction[i] - norm(teacher[i]); };
+  if constexpr (kind == kL2Norm) {
+    const double squares = sum_over<T>(width, [&](int64_t i) {
+      const T r = residual(i);
+      return r * r;
+    });
+    const double length = std::sqrt(squares);
+    if constexpr (with_slope) {  // the subgradient 0 where the residual is 0
+      const T factor = static_cast<T>(length == 0 ? 0 : options.scale / length);
+      for (int64_t i = 0; i < width; ++i) slope[i] = residual(i) * factor;
+    }
+    return length;
+  }
+  const T factor = static_cast<T>((kind == kL2 ? 2 : 1) * options.scale / width);
+  const double sum = sum_over<T>(width, [&](int64_t i) {
+    const T r = residual(i), distance = std::abs(r);
+    if constexpr (kind == kSmoothL1) {
+      if constexpr (with_slope) {
+        const T ratio = r * options.inverse_beta, above = T(1) < ratio ? T(1) : ratio;
+        slope[i] = (above < T(-1) ? T(-1) : above) * factor;
+      }
+      // 0.5 r^2 below beta and beta |r| - 0.5 beta^2 above; over beta below.
+      const T inner = options.beta < distance ? options.beta : distance;
+      return inner * (distance - T(0.5) * inner);
+    } else if constexpr (kind == kL1) {
+      if constexpr (with_slope) slope[i] = (r > 0 ? T(1) : r < 0 ? T(-1) : r) * factor;
+      return distance;
+    } else {
+      if constexpr (with_slope) slope[i] = r * factor;
+      return r * r;
+    }
+  });
+  return sum / width / (kind == kSmoothL1 ? static_cast<double>(options.beta) : 1.0);
+}
+
+template <typename T>
+using TokenLoss = double (*)(const T*, const T*, Norm<T>, Options<T>, T*);
+
+template <typename T>
+TokenLoss<T> choose(int64_t kind, bool with_slope) {
   switch (kind) {
     case kSmoothL1:
-      // 0.5 r^2 below beta and beta |r| - 0.5 beta^2 above, over beta.
-      return sum_over<T>(
-                 width,
-                 [&](int64_t i) {
-                   const T distance = std::abs(prediction[i] - target[i]);
-                   const T inner = beta < distance ? beta : distance;
-                   return inner * (distance - T(0.5) * inner);
-                 }) /
-             beta / width;
+      return with_slope ? &token_loss<kSmoothL1, true, T> : &token_loss<kSmoothL1, false, T>;
     case kL1:
-      return sum_over<T>(width, [&](int64_t i) { return std::abs(prediction[i] - target[i]); }) /
-             width;
-    default: {
-      const double squares = sum_over<T>(width, [&](int64_t i) {
-        const T residual = prediction[i] - target[i];
-        return residual * residual;
-      });
-      return kind == kL2 ? squares / width : std::sqrt(squares);
-    }
-  }
-}
-
-// The loss's slope times `scale`. `inverse_beta` is read for smooth L1.
-template <typename T>
-JEPA_FAST_CLONES void token_slope(
-    Kind kind,
-    T* slope,
-    const T* prediction,
-    const T* target,
-    int64_t width,
-    T inverse_beta,
-    double scale) {
-  if (kind == kSmoothL1) {
-    const T factor = static_cast<T>(scale / width);
-    for (int64_t i = 0; i < width; ++i) {
-      const T residual = (prediction[i] - target[i]) * inverse_beta;
-      const T above = T(1) < residual ? T(1) : residual;
-      slope[i] = (above < T(-1) ? T(-1) : above) * factor;
-    }
-  } else if (kind == kL1) {
-    const T factor = static_cast<T>(scale / width);
-    for (int64_t i = 0; i < width; ++i) {
-      const T residual = prediction[i] - target[i];
-      slope[i] = (residual > 0 ? T(1) : residual < 0 ? T(-1) : residual) * factor;
-    }
-  } else {
-    double factor = 2 * scale / width;
-    if (kind == kL2Norm) {
-      const double norm = token_loss(kind, prediction, target, width, T(0));
-      factor = norm == 0 ? 0 : scale / norm;  // the subgradient 0 where the residual is 0
-    }
-    const T rounded = static_cast<T>(factor);
-    for (int64_t i = 0; i < width; ++i) slope[i] = (prediction[i] - target[i]) * rounded;
+      return with_slope ? &token_loss<kL1, true, T> : &token_loss<kL1, false, T>;
+    case kL2:
+      return with_slope ? &token_loss<kL2, true, T> : &token_loss<kL2, false, T>;
+    default:
+      return with_slope ? &token_loss<kL2Norm, true, T> : &token_loss<kL2Norm, false, T>;
   }
 }
 
@@ -198,30 +202,26 @@ void latent_loss(
     using Teacher = typename decltype(teacher)::type;
     using Slope = typename decltype(slope)::type;
     using T = Compute<Prediction>;
-    const T narrow_beta = static_cast<T>(beta), inverse_beta = static_cast<T>(1 / beta);
+    const Options<T> options{width, static_cast<T>(beta), static_cast<T>(1 / beta), scale};
     auto* const out = slopes.has_value() ? static_cast<Slope*>(slopes->data_ptr()) : nullptr;
+    const TokenLoss<T> loss_of = choose<T>(kind, out != nullptr);
     torch::stable::parallel_for(
         0, tokens.size(), row_grain(width), [&](int64_t begin, int64_t end) {
-          std::vector<T> target_scratch(width), scratch(width);
-          T* const target = target_scratch.data();
+          std::vector<T> wide_target(width), wide_prediction(width), wide_slope(width);
           for (int64_t i = begin; i < end; ++i) {
             Slope* const to = out == nullptr ? nullptr : out + i * width;
             if (!tokens.is_counted(i)) {
               if (to != nullptr) std::fill(to, to + width, Slope(0));
               continue;
             }
-            target_row(target, tokens.teacher_row<Teacher>(i), width, normalize, eps);
-            const T* predicted = widened<T>(tokens.prediction_row<Prediction>(i), scratch);
-            losses[i] =
-                token_loss<T>(static_cast<Kind>(kind), predicted, target, width, narrow_beta);
-            if (to == nullptr) continue;
+            const T* target = widened<T>(tokens.teacher_row<Teacher>(i), wide_target);
+            const T* predicted = widened<T>(tokens.prediction_row<Prediction>(i), wide_prediction);
+            const Norm<T> norm = normalize ? norm_of(target, width, eps) : Norm<T>{};
             if constexpr (std::is_same_v<T, Slope>) {
-              token_slope<T>(
-                  static_cast<Kind>(kind), to, predicted, target, width, inverse_beta, scale);
-            } else {  // in place of the target, which has been read
-              token_slope<T>(
-                  static_cast<Kind>(kind), target, predicted, target, width, inverse_beta, scale);
-              convert_row(to, target, width);
+              losses[i] = loss_of(predicted, target, norm, options, to);
+            } else {
+              losses[i] = loss_of(predicted, target, norm, options, wide_slope.data());
+              if (to != nullptr) convert_row(to, wide_slope.data(), width);
             }
           }
         });
