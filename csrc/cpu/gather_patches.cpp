@@ -15,6 +15,7 @@ void gather_patches(Tensor x_tensor, Tensor index, Tensor out_tensor) {
   torch::stable::parallel_for(
       0, patch.size(), row_grain(x.width), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
+          if (i + 1 < end) prefetch_row(x.at((i + 1) / out.count, patch[i + 1]), x.bytes);
           std::memcpy(out.data + i * out.bytes, x.at(i / out.count, patch[i]), x.bytes);
         }
       });
@@ -52,6 +53,10 @@ void gather_patches_backward(Tensor grad_tensor, Tensor index, Tensor table_tens
       std::vector<Compute<T>> sum(table.width);
       for (int64_t r = begin; r < end; ++r) {
         const int64_t first = inverse.first[r];
+        if (r + 1 < end && inverse.first[r + 1] < inverse.first[r + 2]) {
+          const int64_t next = inverse.place[inverse.first[r + 1]];
+          prefetch_row(grad.at(next / grad.count, next % grad.count), grad.bytes);
+        }
         sum_places<T>(
             reinterpret_cast<T*>(table.data + r * table.bytes),
             grad,

@@ -214,6 +214,7 @@ void latent_loss(
               if (to != nullptr) std::fill(to, to + width, Slope(0));
               continue;
             }
+            if (i + 1 < end) prefetch_row(tokens.teacher_row<Teacher>(i + 1), tokens.teacher.bytes);
             const T* target = widened<T>(tokens.teacher_row<Teacher>(i), wide_target);
             const T* predicted = widened<T>(tokens.prediction_row<Prediction>(i), wide_prediction);
             const Norm<T> norm = normalize ? norm_of(target, width, eps) : Norm<T>{};
