@@ -71,6 +71,5 @@ def gather_packed(rows: Tensor, index: Tensor, *, backend: str = "auto") -> Tens
     """
     check_dim("gather_packed", "rows", rows, 2, "[T, D]")
     check_index("gather_packed", "index", index, 1, "[K]")
-    # Packed rows are the patches of a single, long image. Taking it out by [0] would have a gradient
-    # that copies.
+    # Packed rows are the patches of a single, long image; the gradient of [0] would copy.
     return _GatherPatches.apply(rows[None], index[None], backend).squeeze(0)
