@@ -110,6 +110,21 @@ def test_as_accurate_as_eager(
         assert_as_accurate(mine, theirs, truth)
 
 
+@each_backend
+@pytest.mark.parametrize("empty", ["batch", "seen", "blocks", "hidden"])
+def test_where_there_is_nothing(empty: str, backend: str, device: str) -> None:
+    sizes = {"batch": 2, "seen": 3, "blocks": 2, "hidden": 4, empty: 0}
+
+    def run(backend: str, device: str) -> list[Tensor]:
+        arguments = [x.to(device).detach() for x in _sample("", **sizes).arguments(torch.float32)]
+        leaves = [x.requires_grad_() for x in arguments[:3]]
+        out = ops.assemble_predictor_tokens(*arguments, backend=backend)
+        return [x.cpu() for x in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out)))]
+
+    for got, want in zip(run(backend, device), run("reference", "cpu"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_parameters_shapes_and_a_single_block() -> None:
     context, mask_token, pos, context_index, target_index = _sample("").arguments()
     want = ops.assemble_predictor_tokens(context, mask_token, pos, context_index, target_index)

@@ -100,6 +100,17 @@ def test_every_backend(
     assert not got[0, 6].any()
 
 
+@each_backend
+@pytest.mark.parametrize(("batch", "taken"), [(0, 3), (2, 0)])
+def test_where_there_is_nothing(batch: int, taken: int, backend: str, device: str) -> None:
+    x = torch.randn(batch, 5, 33, device=device, requires_grad=True)
+    index = torch.zeros(batch, taken, dtype=torch.int64, device=device)
+    out = ops.gather_patches(x, index, backend=backend)
+    assert out.shape == (batch, taken, 33)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.equal(grad, torch.zeros_like(x))
+
+
 def test_packed_takes_the_named_rows() -> None:
     rows = torch.randn(9, 4)
     index = torch.tensor([8, 0, 0, 3])

@@ -147,6 +147,21 @@ def test_as_accurate_as_eager(
 
 
 @each_backend
+@pytest.mark.parametrize("empty", ["batch", "hidden", "mask"])
+def test_where_there_is_nothing(empty: str, backend: str, device: str) -> None:
+    sizes = {} if empty == "mask" else {empty: 0}
+    prediction, teacher, index = (x.to(device) for x in _sample("", **sizes).arguments())
+    prediction = prediction.detach().requires_grad_()
+    mask = torch.zeros_like(index, dtype=torch.bool)
+    loss = ops.latent_loss(
+        prediction, teacher, index, target_mask=mask if empty == "mask" else None, backend=backend
+    )
+    (grad,) = torch.autograd.grad(loss, prediction)
+    assert loss.item() == 0.0
+    assert torch.equal(grad, torch.zeros_like(prediction))
+
+
+@each_backend
 def test_a_gradient_of_one_is_not_changed_behind_the_graphs_back(backend: str, device: str) -> None:
     prediction, teacher, index = (x.to(device) for x in _sample("").arguments(torch.float32))
     prediction = prediction.detach().requires_grad_()

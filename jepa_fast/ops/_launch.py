@@ -6,8 +6,10 @@ they would have launched into `CompileCase`s, so that what is tested is what is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def recorded_cases(
         folder: of the configs.
         calls: by name, `"gather_patches-bfloat16"`, launchers with arguments on the CPU, of which
             shapes, strides and alignment count; a case's name is the operator, the GPU, the rest
-            and, where a call launches several kernels, the kernel.
+            and, where a call launches several kernels, the kernel, from its second launch on
+            with a number.
         narrow: names of calls whose rows do not allow 16 bytes at once.
     """
     found = []
@@ -87,17 +90,13 @@ def recorded_cases(
             operator, _, rest = name.partition("-")
             with _configs.pretend(gpu), _recording() as cases:
                 call()
+            launches: Counter[str] = Counter()
             for case in cases:
+                launches[case.name] += 1
                 kernel = f"-{case.name}" if len(cases) > 1 else ""
-                found.append(
-                    CompileCase(
-                        **{
-                            **vars(case),
-                            "name": f"{operator}-{gpu}-{rest}{kernel}",
-                            "wide": name not in narrow,
-                        }
-                    )
-                )
+                number = f"-{launches[case.name]}" if launches[case.name] > 1 else ""
+                case_name = f"{operator}-{gpu}-{rest}{kernel}{number}"
+                found.append(replace(case, name=case_name, wide=name not in narrow))
     return found
 
 

@@ -14,6 +14,14 @@ from jepa_fast.ops._launch import TRITON_DTYPES, launch, row_warps
 
 
 @triton.jit
+def columns_of(row_exists, d, width):
+    """Which of the columns `d` are there: none of a row that is not. By a comparison, since the
+    interpreter of Triton 3.9 takes no mask that a single number is part of.
+    """
+    return d < tl.where(row_exists, width, 0)
+
+
+@triton.jit
 def compensated_sum(total, lost, values):
     """total + values, and the sum of all that rounding has lost so far, by Knuth's TwoSum."""
     new = total + values
@@ -55,7 +63,7 @@ def sum_rows_kernel(
             result = total.to(tl.float64) + lost.to(tl.float64)
         else:
             result = (total + lost).to(table.dtype.element_ty)
-        tl.store(table + row * width + d, result, mask=inside & exists)
+        tl.store(table + row * width + d, result, mask=columns_of(exists, d, width))
 
 
 def sum_rows(grad: Tensor, index: Tensor, table: Tensor, config: _configs.Config) -> None:

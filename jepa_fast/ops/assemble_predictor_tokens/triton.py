@@ -19,6 +19,7 @@ from jepa_fast.ops._rows import without_gaps
 from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.ops._triton_rows import (
     block_of,
+    columns_of,
     compensated_sum,
     compute_dtype,
     grid_of,
@@ -50,7 +51,6 @@ def assemble_predictor_tokens_kernel(
     BLOCK: tl.constexpr,
 ):
     d = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < width
     tile = tl.program_id(0).to(tl.int64)
     images = tl.full([], 0, tl.int64) + batch  # products below can pass 2^31
     length = kept + hidden
@@ -58,27 +58,29 @@ def assemble_predictor_tokens_kernel(
         for i in tl.static_range(ROWS):
             row = tile * ROWS + i
             exists = row < images * kept
+            inside = columns_of(exists, d, width)
             b, k = row // kept, row % kept
             at = tl.load(context_index + row, mask=exists, other=0).to(tl.int64)
             token = tl.load(
-                context + b * image_stride + k * token_stride + d, mask=inside & exists, other=0.0
+                context + b * image_stride + k * token_stride + d, mask=inside, other=0.0
             )
-            position = tl.load(pos_embed + at * width + d, mask=inside & exists, other=0.0)
+            position = tl.load(pos_embed + at * width + d, mask=inside, other=0.0)
             value = (token.to(COMPUTE) + position).to(out.dtype.element_ty)
             for m in tl.static_range(BLOCKS):
                 place = (m * images + b) * length + k
-                tl.store(out + place * width + d, value, mask=inside & exists)
+                tl.store(out + place * width + d, value, mask=inside)
     else:
-        mask = tl.load(mask_token + d, mask=inside, other=0.0)
+        mask = tl.load(mask_token + d, mask=d < width, other=0.0)
         for i in tl.static_range(ROWS):
             row = (tile - context_tiles) * ROWS + i
             exists = row < images * BLOCKS * hidden
+            inside = columns_of(exists, d, width)
             b, m, k = row // hidden // BLOCKS, row // hidden % BLOCKS, row % hidden
             at = tl.load(target_index + row, mask=exists, other=0).to(tl.int64)
-            position = tl.load(pos_embed + at * width + d, mask=inside & exists, other=0.0)
+            position = tl.load(pos_embed + at * width + d, mask=inside, other=0.0)
             place = (m * images + b) * length + kept + k
             value = (mask + position).to(out.dtype.element_ty)
-            tl.store(out + place * width + d, value, mask=inside & exists)
+            tl.store(out + place * width + d, value, mask=inside)
 
 
 @triton.jit
@@ -96,17 +98,16 @@ def sum_contexts_kernel(
     BLOCK: tl.constexpr,
 ):
     d = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < width
     images = tl.full([], 0, tl.int64) + batch
     for i in tl.static_range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
-        exists = row < images * kept
+        inside = columns_of(row < images * kept, d, width)
         b, k = row // kept, row % kept
         total = tl.zeros([BLOCK], COMPUTE)
         for m in tl.static_range(BLOCKS):
             source = grad + (m * images + b) * sequence_stride + k * token_stride
-            total += tl.load(source + d, mask=inside & exists, other=0.0).to(COMPUTE)
-        tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=inside & exists)
+            total += tl.load(source + d, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def sum_masks_kernel(
     for i in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         source = grad + (row // hidden) * sequence_stride + (kept + row % hidden) * token_stride
-        values = tl.load(source + d, mask=inside & (row < rows), other=0.0).to(COMPUTE)
+        values = tl.load(source + d, mask=columns_of(row < rows, d, width), other=0.0).to(COMPUTE)
         total, lost = compensated_sum(total, lost, values)
     total = total.to(tl.float64) + lost.to(tl.float64)
     tl.store(out + tl.program_id(0).to(tl.int64) * width + d, total, mask=inside)
@@ -167,7 +168,7 @@ def assemble_predictor_tokens(
             "target_index": target_index.contiguous(),
             "out": out,
             "batch": batch,
-            "kept": max(kept, 1) if context_tiles == 0 else kept,
+            "kept": kept,
             "hidden": hidden,
             "context_tiles": context_tiles,
             "width": width,
@@ -296,15 +297,7 @@ def compile_cases() -> list[CompileCase]:
 
     odd = calls(torch.float32, 63)
     wide = {**calls(torch.bfloat16, 384), **calls(torch.float32, 384)}
-    return _numbered(recorded_cases(CONFIGS, {**wide, **odd}, narrow=frozenset(odd)))
-
-
-def _numbered(cases: list[CompileCase]) -> list[CompileCase]:
-    """The backward pass launches some kernels twice: the same code once, others numbered."""
-    kept: dict[str, CompileCase] = {}
-    for case in cases:
-        kept.setdefault(case.name, case)
-    return list(kept.values())
+    return recorded_cases(CONFIGS, {**wide, **odd}, narrow=frozenset(odd))
 
 
 def traffic_cases() -> list[TrafficCase]:

@@ -17,7 +17,7 @@ from jepa_fast.ops._compile import CompileCase
 from jepa_fast.ops._launch import launch, recorded_cases, row_warps
 from jepa_fast.ops._rows import flat_rows, without_gaps
 from jepa_fast.ops._traffic import TrafficCase
-from jepa_fast.ops._triton_rows import block_of, grid_of, sum_rows
+from jepa_fast.ops._triton_rows import block_of, columns_of, grid_of, sum_rows
 from jepa_fast.perf.race import Cost
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -37,14 +37,13 @@ def gather_patches_kernel(
     BLOCK: tl.constexpr,
 ):
     d = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < width
     for i in tl.static_range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         exists = row < rows
         patch = tl.load(index + row, mask=exists, other=0).to(tl.int64)
         source = x + (row // per_image) * image_stride + patch * patch_stride
-        values = tl.load(source + d, mask=inside & exists)
-        tl.store(out + row * width + d, values, mask=inside & exists)
+        inside = columns_of(exists, d, width)
+        tl.store(out + row * width + d, tl.load(source + d, mask=inside), mask=inside)
 
 
 def gather_patches(x: Tensor, index: Tensor) -> Tensor:

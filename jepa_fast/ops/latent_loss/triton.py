@@ -17,7 +17,7 @@ from jepa_fast.ops._compile import CompileCase
 from jepa_fast.ops._launch import launch, recorded_cases, row_warps
 from jepa_fast.ops._rows import without_gaps
 from jepa_fast.ops._traffic import TrafficCase
-from jepa_fast.ops._triton_rows import compute_dtype
+from jepa_fast.ops._triton_rows import columns_of, compute_dtype
 from jepa_fast.ops.latent_loss.reference import empty_slope
 from jepa_fast.perf.race import Cost
 
@@ -53,7 +53,6 @@ def latent_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK)
-    inside = d < width
     columns = width.to(COMPUTE)
     of_tokens = 1.0 / tl.load(count)
     of_elements = (of_tokens / width).to(COMPUTE)
@@ -68,24 +67,26 @@ def latent_loss_kernel(
         if MASKED:
             counts = exists & (tl.load(mask + place, mask=exists, other=0) != 0)
         patch = tl.load(index + place, mask=exists, other=0).to(tl.int64)
+        # Tokens that do not count are not read.
+        present = columns_of(counts, d, width)
         target = tl.load(
-            teacher + b * image_stride + patch * patch_stride + d, mask=inside & counts, other=0.0
+            teacher + b * image_stride + patch * patch_stride + d, mask=present, other=0.0
         ).to(COMPUTE)
         predicted = tl.load(
             prediction + sequence * sequence_stride + k * token_stride + d,
-            mask=inside & counts,
+            mask=present,
             other=0.0,
         ).to(COMPUTE)
         if NORMALIZE:
             about = tl.sum(target, 0) / columns
-            centred = tl.where(inside, target - about, 0.0)
+            centred = tl.where(present, target - about, 0.0)
             # What the mean's rounding has left. Of single numbers, float64 costs nothing.
             rest = tl.sum(centred, 0).to(tl.float64) / width
             variance = tl.sum(centred * centred, 0).to(tl.float64) / width - rest * rest
             scale = (1.0 / tl.sqrt(variance + eps)).to(COMPUTE)
             target = (target - (about.to(tl.float64) + rest).to(COMPUTE)) * scale
         # Tokens that do not count have residual 0, and so do columns beyond the width.
-        residual = tl.where(inside & counts, predicted - target, 0.0)
+        residual = tl.where(present, predicted - target, 0.0)
         distance = tl.abs(residual)
         if KIND == "smooth_l1":
             near = tl.where(beta < distance, beta, distance)
@@ -107,7 +108,7 @@ def latent_loss_kernel(
         tl.store(losses + token, loss, mask=exists)
         if SLOPE:
             value = direction.to(slope.dtype.element_ty)
-            tl.store(slope + token * width + d, value, mask=inside & exists)
+            tl.store(slope + token * width + d, value, mask=columns_of(exists, d, width))
 
 
 def latent_loss(
