@@ -12,8 +12,6 @@ def assert_as_accurate(got: Tensor, eager: Tensor, exact: Tensor) -> None:
     Holds for each row (the last dimension), so that one bad row cannot hide, and for the root mean
     square over everything.
 
-    Float64 results are allowed 16 steps: what they are compared with is rounded as they are.
-
     Args:
         got: what is tested.
         eager: the same by plain PyTorch, in the dtype of `got`.
@@ -24,7 +22,7 @@ def assert_as_accurate(got: Tensor, eager: Tensor, exact: Tensor) -> None:
     assert exact.dtype == torch.float64
     if got.numel() == 0:
         return
-    step = torch.finfo(got.dtype).eps * (16 if got.dtype == torch.float64 else 1)
+    step = torch.finfo(got.dtype).eps
     error, allowed = (got.double() - exact).abs(), (eager.double() - exact).abs()
     rows = (error, allowed, exact.abs())
     worst, bound, largest = (x.reshape(-1, x.shape[-1] if x.ndim else 1).amax(-1) for x in rows)

@@ -9,28 +9,21 @@
 #include <type_traits>
 
 #include "floating.h"
+#include "random.h"
 
 namespace jepa_fast {
 
 template <typename T>
 constexpr bool kNarrow = std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>;
 
-// A step of splitmix64 (Steele, Lea, Flood 2014).
-JEPA_FAST_HOST_DEVICE uint64_t rounding_mix(uint64_t x) {
-  x += 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-
 // What a tensor's elements are drawn from.
 JEPA_FAST_HOST_DEVICE uint64_t rounding_stream(uint64_t seed, uint64_t number) {
-  return rounding_mix(rounding_mix(seed) + number);
+  return draw(draw(seed, 0) + number, 0);
 }
 
 // 32 bits of element 2 * pair in the low half, of element 2 * pair + 1 in the high one.
 JEPA_FAST_HOST_DEVICE uint64_t rounding_pair(uint64_t stream, int64_t pair) {
-  return rounding_mix(stream + static_cast<uint64_t>(pair));
+  return draw(stream + static_cast<uint64_t>(pair), 0);
 }
 
 template <typename To, typename From>

@@ -116,8 +116,7 @@ void adamw_ema_(
   const double momentum = number_in(momentum_scalar);
   const AdamWOptions options{beta1, beta2, eps, maximize};
   RowStep row{options, number_in(lr), number_in(weight_decay), 0.0};
-  const uint64_t* seed = nullptr;
-  if (rounding_seed.has_value()) seed = static_cast<const uint64_t*>(rounding_seed->const_data_ptr());
+  const uint64_t* const seed = seed_in(rounding_seed);
 
   std::vector<Job> jobs(params.size());
   std::vector<int64_t> ends;  // of each parameter, in the concatenation of all of them

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "clones.h"
 #include "unfused.h"
@@ -84,6 +85,11 @@ struct Array {
     return stochastic ? random.draw(stream, first, size) : nullptr;
   }
 };
+
+// A seed in host memory; null: nothing is stochastic.
+[[maybe_unused]] const uint64_t* seed_in(const std::optional<Tensor>& seed) {
+  return seed.has_value() ? static_cast<const uint64_t*>(seed->const_data_ptr()) : nullptr;
+}
 
 using UpdateFunction = void(void*, const void*, const uint32_t*, int64_t, double);
 using CastFunction = void(void*, const void*, const uint32_t*, int64_t);

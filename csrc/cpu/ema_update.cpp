@@ -55,8 +55,7 @@ void ema_update_(
     Tensor momentum_scalar,
     std::optional<Tensor> rounding_seed) {
   const double momentum = read_scalar(momentum_scalar.scalar_type(), momentum_scalar.const_data_ptr());
-  const uint64_t* seed = nullptr;
-  if (rounding_seed.has_value()) seed = static_cast<const uint64_t*>(rounding_seed->const_data_ptr());
+  const uint64_t* const seed = seed_in(rounding_seed);
   std::vector<Update> updates;
   std::vector<int64_t> ends;  // of each tensor, in the concatenation of all of them
   int64_t total = 0;

@@ -127,12 +127,7 @@ struct Span {
 template <typename Param, typename Target, bool stochastic>
 __device__ __forceinline__ void update_chunk(const Table& table, const Options& options) {
   using T = Compute<Param>;
-  const int block = static_cast<int>(blockIdx.x);
-  int row = 0;  // the last whose first chunk is not after this block
-  for (int end = table.count; end - row > 1;) {
-    const int middle = (row + end) / 2;
-    (table.first_chunk[middle] <= block ? row : end) = middle;
-  }
+  const int row = row_of_block(table);
   // Powers of the betas take long, and are the same for all threads.
   __shared__ alignas(AdamWStep<T>) unsigned char shared[sizeof(AdamWStep<T>)];
   auto& step = *reinterpret_cast<AdamWStep<T>*>(shared);
@@ -141,7 +136,7 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Options& 
         options.adamw, options.lr.get(), options.weight_decay.get(), *table.step[row]);
   }
   __syncthreads();
-  const int64_t begin = (block - table.first_chunk[row]) * kChunk;
+  const int64_t begin = (static_cast<int>(blockIdx.x) - table.first_chunk[row]) * kChunk;
   const int64_t left = table.size[row] - begin;
   const int size = static_cast<int>(left < kChunk ? left : kChunk);
   auto* target = static_cast<Target*>(table.target[row]);

@@ -91,6 +91,18 @@ __device__ void store_as(
   }
 }
 
+// The row of a table that this thread block works on: the last whose first chunk is not after it.
+template <typename Table>
+__device__ __forceinline__ int row_of_block(const Table& table) {
+  const int block = static_cast<int>(blockIdx.x);
+  int row = 0;
+  for (int end = table.count; end - row > 1;) {
+    const int middle = (row + end) / 2;
+    (table.first_chunk[middle] <= block ? row : end) = middle;
+  }
+  return row;
+}
+
 inline Scalar scalar_of(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   const void* data = tensor.const_data_ptr();

@@ -89,13 +89,8 @@ struct Span {
 template <typename Target, typename Source, bool stochastic>
 __device__ __forceinline__ void update_chunk(
     const Table& table, const ScalarType shadow_dtype, const Scalar& momentum, const Seed& seed) {
-  const int block = static_cast<int>(blockIdx.x);
-  int tensor = 0;  // the last whose first chunk is not after this block
-  for (int end = table.count; end - tensor > 1;) {
-    const int middle = (tensor + end) / 2;
-    (table.first_chunk[middle] <= block ? tensor : end) = middle;
-  }
-  const int64_t begin = (block - table.first_chunk[tensor]) * kChunk;
+  const int tensor = row_of_block(table);
+  const int64_t begin = (static_cast<int>(blockIdx.x) - table.first_chunk[tensor]) * kChunk;
   const int64_t left = table.size[tensor] - begin;
   const int size = static_cast<int>(left < kChunk ? left : kChunk);
   char* shadow = static_cast<char*>(table.shadow[tensor]);

@@ -6,13 +6,29 @@ All but `check_index_range` look at metadata alone, so they run under `torch.com
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Collection
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+_DTYPE = operator.attrgetter("dtype")
+
+
+KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+"""What kernels take; the references take whatever PyTorch does."""
+
+
+def only_kernel_dtypes(*tensors: Tensor) -> list[str]:
+    """Why kernels cannot take tensors of these dtypes, for a backend's `unsupported`."""
+    unknown = set(map(_DTYPE, tensors)) - KERNEL_DTYPES
+    if not unknown:
+        return []
+    names = ", ".join(sorted(map(str, unknown)))
+    return [f"takes float32, float64, bfloat16 and float16, got {names}"]
 
 
 def check_tensor(op: str, argument: str, value: object) -> None:
@@ -28,6 +44,24 @@ def check_floating(op: str, argument: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{op}: {argument} must be of a floating dtype, got {tensor.dtype}; use .float()"
         )
+
+
+def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor:
+    """A real number (also numpy's) in [0, most] as a 0-dim float64 tensor on the CPU.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is out of range.
+    """
+    if not isinstance(number, Real):
+        raise TypeError(
+            f"{op}: {argument} must be a real number or a tensor, got {type(number).__name__}"
+        )
+    value = float(number)
+    if not 0.0 <= value <= most:
+        interval = "0 or more" if most == math.inf else f"[0, {most:g}]"
+        raise ValueError(f"{op}: {argument} must be in {interval}, got {number}")
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def check_positive(op: str, argument: str, value: float) -> None:

@@ -10,10 +10,9 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+from jepa_fast.ops._checks import only_kernel_dtypes
 
 DTYPE = operator.attrgetter("dtype")
 DEVICE = operator.attrgetter("device")
@@ -22,10 +21,7 @@ BYTES = operator.attrgetter("nbytes")
 
 def unsupported(tensors: list[Tensor]) -> list[str]:
     """Why a kernel cannot walk these, from metadata alone: dtypes and devices."""
-    reasons = []
-    if unknown := set(map(DTYPE, tensors)) - FLOATING:
-        names = ", ".join(sorted(str(dtype) for dtype in unknown))
-        reasons.append(f"takes float32, float64, bfloat16 and float16, got {names}")
+    reasons = only_kernel_dtypes(*tensors)
     if len(set(map(DEVICE, tensors))) > 1:
         reasons.append("takes tensors of one device, got several")
     return reasons

@@ -15,21 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa_fast.ops import _random
+from jepa_fast.ops._checks import KERNEL_DTYPES
 from jepa_fast.ops._memory import share_order
 
 NARROW = frozenset((torch.bfloat16, torch.float16))
 """The dtypes that are rounded stochastically; wider ones are rounded to the nearest."""
 
 
-def seed_tensor(op: str, seed: Any, device: torch.device) -> Tensor | None:
-    """`seed` as a 0-dim int64 tensor, on the CPU or on `device`; None stays None.
+def seed_tensor(op: str, seed: Any, written: Sequence[Tensor]) -> Tensor | None:
+    """`seed` as a 0-dim int64 tensor, on the CPU or where `written` is; None stays None.
 
     Raises:
         TypeError: it is neither an integer nor a tensor.
-        ValueError: it has more than 64 bits, or is a tensor of another form or elsewhere.
+        ValueError: it has more than 64 bits, is a tensor of another form or elsewhere, or some of
+            what is `written` is of a dtype narrower than 16 bits.
     """
     if seed is None:
         return None
+    if unknown := {tensor.dtype for tensor in written} - KERNEL_DTYPES:
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(
+            f"{op}: rounding_seed is for bfloat16, float16 and wider dtypes, got {names}; "
+            f"leave it out"
+        )
+    device = written[0].device if written else torch.device("cpu")
     if isinstance(seed, Tensor):
         if seed.ndim != 0 or seed.dtype != torch.int64:
             raise ValueError(
@@ -82,10 +92,10 @@ def random_bits(seed: Tensor, number: int, count: int) -> Tensor:
         number: of the tensor, counted by the operator.
         count: elements.
     """
-    stream = _mix(_mix(seed) + number)
+    stream = _random.draws(_random.draws(seed, 0) + number, 0)
     pairs = torch.arange((count + 1) // 2, device=seed.device)
-    drawn = _mix(stream + pairs)
-    halves = torch.stack([drawn & 0xFFFFFFFF, _shifted(drawn, 32)], -1)
+    drawn = _random.draws(stream + pairs, 0)
+    halves = torch.stack([drawn & 0xFFFFFFFF, _random.shifted(drawn, 32)], -1)
     return halves.flatten()[:count]
 
 
@@ -109,20 +119,3 @@ def round_stochastically(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tenso
         subnormal = torch.copysign((whole + up) * 2.0**-24, x)
         rounded = torch.where(x.abs() < 2.0**-14, subnormal, rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A step of splitmix64 (Steele, Lea, Flood 2014), modulo 2^64."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _signed(constant: int) -> int:
-    return constant - 2**64 if constant >= 2**63 else constant
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

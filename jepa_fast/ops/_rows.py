@@ -5,18 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-"""What kernels take; the references take whatever PyTorch does."""
-
-
-def only_kernel_dtypes(*tensors: Tensor) -> list[str]:
-    """Why kernels cannot take tensors of these dtypes; empty if they can."""
-    unknown = {tensor.dtype for tensor in tensors} - KERNEL_DTYPES
-    if not unknown:
-        return []
-    names = ", ".join(sorted(map(str, unknown)))
-    return [f"takes float32, float64, bfloat16 and float16, got {names}"]
-
 
 def without_gaps(tensor: Tensor) -> Tensor:
     """The tensor, or a copy, with each row (the last dimension) in one piece of memory."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from jepa_fast.ops import _memory, _rounding, _shards
+from jepa_fast.ops import _rounding, _shards
+from jepa_fast.ops._checks import number_tensor
 from jepa_fast.ops.adamw_ema import contract
 
 _OP = "adamw_ema_"
@@ -95,11 +95,7 @@ def adamw_ema_(
     for name, scale in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if scale is not None and (not isinstance(scale, Tensor) or scale.numel() != 1):
             raise ValueError(f"{_OP}: {name} must be None or a tensor of one number, got {scale!r}")
-    seed = _rounding.seed_tensor(_OP, rounding_seed, device)
-    if seed is not None and {x.dtype for x in (*p, *t, *s)} - _memory.FLOATING:
-        raise ValueError(
-            f"{_OP}: rounding_seed is for bfloat16, float16 and wider dtypes; leave it out"
-        )
+    seed = _rounding.seed_tensor(_OP, rounding_seed, [*p, *t, *s])
     contract.STEP.call(
         p, g, m, v, steps, t, s, *scalars, grad_scale, found_inf, seed, beta1, beta2, eps, maximize,
         backend,
@@ -149,14 +145,7 @@ def _check_lists(lists: dict[str, list[Tensor]], steps: list[Tensor]) -> None:
 
 def _as_tensor(name: str, number: float | Tensor, device: torch.device, most: float) -> Tensor:
     if not isinstance(number, Tensor):
-        if not isinstance(number, Real):  # numpy's scalars are real numbers too
-            raise TypeError(
-                f"{_OP}: {name} must be a real number or a tensor, got {type(number).__name__}"
-            )
-        if not 0.0 <= number <= most:
-            interval = "[0, 1]" if most == 1.0 else "0 or more"
-            raise ValueError(f"{_OP}: {name} must be in {interval}, got {number}")
-        return torch.tensor(float(number), dtype=torch.float64)
+        return number_tensor(_OP, name, number, most)
     if number.numel() != 1 or not number.is_floating_point():
         raise ValueError(
             f"{_OP}: a {name} tensor must be one floating number, "

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from jepa_fast.ops._checks import check_index_range
+from jepa_fast.ops._checks import check_index_range, only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
-from jepa_fast.ops._rows import only_kernel_dtypes
 from jepa_fast.ops.assemble_predictor_tokens import reference
 
 
@@ -20,10 +18,7 @@ def _fake(
     context_index: Tensor,
     target_index: Tensor,
 ) -> Tensor:
-    (batch, blocks, hidden), (_, seen, width) = target_index.shape, context.shape
-    dtype = torch.promote_types(context.dtype, mask_token.dtype)
-    dtype = torch.promote_types(dtype, pos_embed.dtype)
-    return context.new_empty(blocks * batch, seen + hidden, width, dtype=dtype)
+    return reference.empty_tokens(context, mask_token, pos_embed, target_index)
 
 
 def _reference(

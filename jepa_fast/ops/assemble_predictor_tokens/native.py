@@ -10,6 +10,7 @@ from torch import Tensor
 from jepa_fast.ops import _native
 from jepa_fast.ops._checks import check_index_range
 from jepa_fast.ops._rows import without_gaps
+from jepa_fast.ops.assemble_predictor_tokens.reference import empty_tokens
 
 _FORWARD = _native.define(
     "assemble_predictor_tokens(Tensor context, Tensor mask_token, Tensor pos_embed, "
@@ -29,11 +30,8 @@ def assemble_predictor_tokens(
     target_index: Tensor,
 ) -> Tensor:
     """As `reference.assemble_predictor_tokens`."""
-    (batch, blocks, hidden), (_, seen, width) = target_index.shape, context.shape
-    dtype = torch.promote_types(context.dtype, mask_token.dtype)
-    dtype = torch.promote_types(dtype, pos_embed.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    out = context.new_empty((blocks * batch, seen + hidden, width), dtype=dtype)
+    out = empty_tokens(context, mask_token, pos_embed, target_index)
+    wide = torch.promote_types(out.dtype, torch.float32)
     try:
         _FORWARD(
             without_gaps(context),

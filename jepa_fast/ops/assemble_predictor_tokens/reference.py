@@ -28,6 +28,16 @@ def assemble_predictor_tokens(
     return torch.cat([seen.expand(blocks, *seen.shape), hidden.transpose(0, 1)], 2).flatten(0, 1)
 
 
+def empty_tokens(
+    context: Tensor, mask_token: Tensor, pos_embed: Tensor, target_index: Tensor
+) -> Tensor:
+    """Memory for the tokens, in the dtype that the three floating inputs promote to."""
+    (batch, blocks, hidden), (_, seen, width) = target_index.shape, context.shape
+    dtype = torch.promote_types(context.dtype, mask_token.dtype)
+    dtype = torch.promote_types(dtype, pos_embed.dtype)
+    return context.new_empty((blocks * batch, seen + hidden, width), dtype=dtype)
+
+
 def assemble_predictor_tokens_backward(
     grad: Tensor, context_index: Tensor, target_index: Tensor, patches: int, needs: Sequence[bool]
 ) -> list[Tensor]:

@@ -25,6 +25,7 @@ from jepa_fast.ops._triton_rows import (
     grid_of,
     sum_rows,
 )
+from jepa_fast.ops.assemble_predictor_tokens.reference import empty_tokens
 from jepa_fast.perf.race import Cost
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -148,10 +149,8 @@ def assemble_predictor_tokens(
     for name, index in (("context_index", context_index), ("target_index", target_index)):
         check_index_range("assemble_predictor_tokens", name, index, pos_embed.shape[0])
     (batch, blocks, hidden), (_, kept, width) = target_index.shape, context.shape
-    dtype = torch.promote_types(context.dtype, mask_token.dtype)
-    dtype = torch.promote_types(dtype, pos_embed.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    out = context.new_empty((blocks * batch, kept + hidden, width), dtype=dtype)
+    out = empty_tokens(context, mask_token, pos_embed, target_index)
+    wide = torch.promote_types(out.dtype, torch.float32)
     context = without_gaps(context)
     mask_token, pos_embed = mask_token.to(wide).contiguous(), pos_embed.to(wide).contiguous()
     config = _configs.lookup(CONFIGS, "forward", context.device)
@@ -176,7 +175,7 @@ def assemble_predictor_tokens(
             "token_stride": context.stride(1),
         },
         {
-            "COMPUTE": compute_dtype(dtype),
+            "COMPUTE": compute_dtype(out.dtype),
             "BLOCKS": blocks,
             "ROWS": config["rows"],
             "BLOCK": block_of(width),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from jepa_fast.ops import _memory, _rounding, _shards
+from jepa_fast.ops import _rounding, _shards
+from jepa_fast.ops._checks import number_tensor
 from jepa_fast.ops.ema_update import contract
 
 
@@ -76,7 +76,7 @@ def ema_update_(
         "ema_update_", {"targets": targets, "sources": sources, "shadows": shadows}
     )
     scalar = _as_tensor(momentum, targets)
-    seed = _rounding_seed(rounding_seed, [*targets, *shadows])
+    seed = _rounding.seed_tensor("ema_update_", rounding_seed, [*targets, *shadows])
     contract.UPDATE.call(targets, sources, shadows, scalar, seed, backend)
     if shards:  # autograd looks at the DTensors' own versions
         torch.autograd.graph.increment_version(shards)
@@ -102,14 +102,7 @@ def _check_tensors(name: str, tensors: list[Tensor], targets: list[Tensor]) -> N
 
 def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
     if not isinstance(momentum, Tensor):
-        if not isinstance(momentum, Real):  # numpy's scalars are real numbers too
-            raise TypeError(
-                f"ema_update_: momentum must be a real number or a tensor, "
-                f"got {type(momentum).__name__}"
-            )
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"ema_update_: momentum must be in [0, 1], got {momentum}")
-        return torch.tensor(float(momentum), dtype=torch.float64)
+        return number_tensor("ema_update_", "momentum", momentum, 1.0)
     if momentum.ndim != 0 or not momentum.is_floating_point():
         raise ValueError(
             f"ema_update_: a momentum tensor must be floating and 0-dim, "
@@ -121,16 +114,3 @@ def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
             f"{targets[0].device}, got one on {momentum.device}"
         )
     return momentum
-
-
-def _rounding_seed(seed: int | Tensor | None, written: list[Tensor]) -> Tensor | None:
-    if seed is None:
-        return None
-    if unknown := {tensor.dtype for tensor in written} - _memory.FLOATING:
-        names = ", ".join(sorted(str(dtype) for dtype in unknown))
-        raise ValueError(
-            f"ema_update_: rounding_seed is for targets and shadows of bfloat16, float16 and wider "
-            f"dtypes, got {names}; leave it out"
-        )
-    device = written[0].device if written else torch.device("cpu")
-    return _rounding.seed_tensor("ema_update_", seed, device)

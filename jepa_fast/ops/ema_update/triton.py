@@ -20,18 +20,12 @@ from torch import Tensor
 
 from jepa_fast.ops import _configs, _memory
 from jepa_fast.ops._compile import CompileCase
+from jepa_fast.ops._launch import TRITON_DTYPES
 from jepa_fast.ops._rounding import NARROW
 from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.ops.ema_update import memory
 
 CONFIGS = Path(__file__).parent / "configs"
-
-_TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 Row = tuple[int, int, int, int, int]
 """Addresses of target, source and shadow (0 without), number of elements, number of the tensor.
@@ -156,10 +150,10 @@ class Kind:
     def constants(self, config: _configs.Config) -> dict[str, Any]:
         """The kernel's constants."""
         return {
-            "TARGET": _TRITON_DTYPES[self.target],
-            "SOURCE": _TRITON_DTYPES[self.source],
-            "SHADOW": None if self.shadow is None else _TRITON_DTYPES[self.shadow],
-            "COMPUTE": _TRITON_DTYPES[self.compute],
+            "TARGET": TRITON_DTYPES[self.target],
+            "SOURCE": TRITON_DTYPES[self.source],
+            "SHADOW": None if self.shadow is None else TRITON_DTYPES[self.shadow],
+            "COMPUTE": TRITON_DTYPES[self.compute],
             "WIDE": self.wide,
             "CHUNK": config["chunk"],
             "BLOCK": config["block"],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from jepa_fast.ops._checks import check_index_range
+from jepa_fast.ops._checks import check_index_range, only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
-from jepa_fast.ops._rows import only_kernel_dtypes
 from jepa_fast.ops.gather_patches import reference
 
 

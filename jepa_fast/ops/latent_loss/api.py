@@ -22,30 +22,8 @@ from jepa_fast.ops.latent_loss.reference import KINDS
 
 class _LatentLoss(OperatorFunction):
     @staticmethod
-    def forward(
-        prediction: Tensor,
-        teacher: Tensor,
-        target_index: Tensor,
-        target_mask: Tensor | None,
-        kind: str,
-        normalize_target: bool,
-        beta: float,
-        eps: float,
-        with_slope: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return contract.FORWARD.call(
-            prediction,
-            teacher,
-            target_index,
-            target_mask,
-            kind,
-            normalize_target,
-            beta,
-            eps,
-            with_slope,
-            backend,
-        )
+    def forward(prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return contract.FORWARD.call(prediction, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._checks import check_index_range
+from jepa_fast.ops._checks import check_index_range, only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
-from jepa_fast.ops._rows import only_kernel_dtypes
 from jepa_fast.ops.latent_loss import reference
 
 
@@ -27,28 +28,10 @@ def _fake(
 
 
 def _reference(
-    prediction: Tensor,
-    teacher: Tensor,
-    target_index: Tensor,
-    target_mask: Tensor | None,
-    kind: str,
-    normalize_target: bool,
-    beta: float,
-    eps: float,
-    with_slope: bool,
+    prediction: Tensor, teacher: Tensor, target_index: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     check_index_range("latent_loss", "target_index", target_index, teacher.shape[1])
-    return reference.latent_loss_and_slope(
-        prediction,
-        teacher,
-        target_index,
-        target_mask,
-        kind,
-        normalize_target,
-        beta,
-        eps,
-        with_slope,
-    )
+    return reference.latent_loss_and_slope(prediction, teacher, target_index, *options)
 
 
 def _unsupported(prediction: Tensor, teacher: Tensor, *rest: object) -> list[str]:
