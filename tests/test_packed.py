@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -12,8 +14,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from jepa_fast import BackendError, IJepa, ProbIJepa, TCJepa, TIJepa
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks, pack_masks, packing_budget
+from jepa_fast.nn import packed
 from jepa_fast.nn.attention import attend
-from jepa_fast.nn.packed import BACKENDS, Sequences, attend_packed, unsupported
+from jepa_fast.nn.packed import (
+    BACKENDS,
+    Sequences,
+    attend_packed,
+    choose_backend,
+    unsupported,
+)
 from jepa_fast.nn.vit import VisionTransformer
 
 GRID, PATCHES = (6, 6), 36
@@ -127,7 +136,8 @@ def test_bad_budgets() -> None:
 def _packed_sequences(lengths: list[int], slack: int, backend: str = "auto") -> Sequences:
     ends = torch.tensor([0, *lengths]).cumsum(0)
     tokens = int(ends[-1]) + slack
-    return Sequences(torch.cat([ends, torch.tensor([tokens])]).int(), tokens, max(lengths), backend)
+    longest = max(lengths, default=0)
+    return Sequences(torch.cat([ends, torch.tensor([tokens])]).int(), tokens, longest, backend)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
@@ -166,6 +176,163 @@ def test_packed_attention_is_attention_by_sequence(lengths: list[int], backend: 
         torch.testing.assert_close(mine, theirs, **tolerance)
         assert not mine[used:].any()  # slack has no gradient
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slack"), [([3, 0, 5, 1], 3), ([4, 4], 23), ([1], 1), ([0, 0], 2), ([], 4)]
+)
+def test_bounded_offsets_cut_the_slack_alone(lengths: list[int], slack: int) -> None:
+    sequences = _packed_sequences(lengths, slack)
+    offsets, most = sequences.bounded_offsets()
+    assert (offsets.dtype, most) == (torch.int32, max([*lengths, 1]))
+    found = offsets.diff().tolist()
+    assert found[: len(lengths)] == lengths
+    assert all(0 <= length <= most for length in found)
+    assert (int(offsets[0]), int(offsets[-1])) == (0, sequences.tokens)
+    # Their number is that of the shapes, not of the lengths.
+    others = _packed_sequences([most, *[0] * (len(lengths) - 1)] if lengths else [], 0).offsets
+    others[-1] = sequences.tokens
+    again, _ = Sequences(others, sequences.tokens, most).bounded_offsets()
+    assert again.shape == offsets.shape
+
+
+def test_bounded_offsets_wait_for_nothing_and_compile() -> None:
+    sequences = _packed_sequences([3, 0, 5, 1], 3)
+    values = sequences.offsets, sequences.tokens, sequences.longest
+
+    def bounded(offsets: Tensor) -> Tensor:
+        return Sequences(offsets, *values[1:]).bounded_offsets()[0]
+
+    want = bounded(values[0])
+    # A meta tensor has no values that a host could ask for.
+    assert bounded(values[0].to("meta")).shape == want.shape
+    compiled = torch.compile(bounded, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(compiled(values[0]), want)
+
+
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, most: int) -> Tensor:
+    """What the libraries' kernels do, which may look at no more than ``most`` tokens each."""
+    parts = []
+    assert offsets.dtype == torch.int32
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        assert end - begin <= most
+        heads = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
+        parts.append(attend(*heads)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _fake_library(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a library of GPU kernels: its function, with its arguments, for a CPU."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, *most: int) -> Tensor:
+        assert of_q is of_k
+        assert most[0] == most[1]
+        return _by_sequence(q, k, v, of_q, most[0])
+
+    def memory_efficient(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any) -> Tensor:
+        assert q.shape[0] == 1
+        info = attn_bias.q_seqinfo
+        assert info is attn_bias.k_seqinfo
+        return _by_sequence(q[0], k[0], v[0], info.seqstart, info.max_seqlen)[None]
+
+    def put(name: str, **members: Any) -> None:
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    if backend == "varlen":
+        put("torch.nn.attention.varlen", varlen_attn=varlen)
+    elif backend == "flash_attn":
+        put("flash_attn", flash_attn_varlen_func=varlen)
+    else:
+        put("xformers")
+        put("xformers.ops", memory_efficient_attention=memory_efficient)
+        put("xformers.ops.fmha")
+        record = types.SimpleNamespace
+        put("xformers.ops.fmha.attn_bias", BlockDiagonalMask=record, _SeqLenInfo=record)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [4, 4], [1]])
+def test_what_libraries_are_given_is_attention_by_sequence(
+    backend: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arguments; the kernels themselves run on a GPU alone, in the test above."""
+    _fake_library(backend, monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    sequences = _packed_sequences(lengths, 7)
+    inputs = [torch.randn(sequences.tokens, 2, 8, generator=g).requires_grad_() for _ in range(3)]
+    used = sum(lengths)
+    upstream = torch.randn(used, 2, 8, generator=g)
+    found = []
+    for name in (backend, "sdpa"):
+        out = packed._FUNCTIONS[name](*inputs, sequences)
+        assert out.isfinite().all()
+        found.append((out[:used], *torch.autograd.grad(out[:used], inputs, upstream)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [4, 4], [1]])
+def test_xformers_takes_the_mask(lengths: list[int]) -> None:
+    """The library's own classes: the mask is the one of host lengths, and its checks pass."""
+    masks = pytest.importorskip("xformers.ops.fmha.attn_bias")
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    sequences = _packed_sequences(lengths, 7)
+    mask = packed._xformers_mask(sequences)
+    offsets, most = sequences.bounded_offsets()
+    want = masks.BlockDiagonalMask.from_seqlens(offsets.diff().tolist(), device=offsets.device)
+    for mine, theirs in ((mask.q_seqinfo, want.q_seqinfo), (mask.k_seqinfo, want.k_seqinfo)):
+        assert torch.equal(mine.seqstart, theirs.seqstart)
+        assert mine.seqstart.dtype == theirs.seqstart.dtype
+        assert mine.min_seqlen <= theirs.min_seqlen
+        assert theirs.max_seqlen <= mine.max_seqlen == most
+    q = torch.zeros(1, sequences.tokens, 2, 32, dtype=torch.float16)
+    inputs = fmha.Inputs(q, q, q, mask)
+    inputs.validate_inputs()
+    for operator in (fmha.flash.FwOp, fmha.flash.BwOp):
+        reasons = operator.not_supported_reasons(inputs)
+        assert [reason for reason in reasons if not reason.startswith("device=cpu")] == []
+    with pytest.raises(IndexError):  # instead of a mask of other sequences
+        mask.materialize((sequences.tokens, sequences.tokens))
+
+
+class _OnGpu:
+    """What is read of a query to choose a backend."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, size: int = 64, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = (16, 2, size), dtype
+
+
+def test_the_order_of_backends_and_why_not_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch.nn.attention.varlen", "flash_attn", "xformers"}
+    monkeypatch.setattr(packed, "_is_there", lambda module: module in installed)
+    order = []
+    query: Any = _OnGpu()
+    while True:
+        order.append(choose_backend(query))
+        if order[-1] == "sdpa":
+            break
+        installed.remove(packed._MODULES[order[-1]][0])
+    assert order == ["varlen", "flash_attn", "xformers", "sdpa"]
+    assert unsupported("xformers", query) == [
+        'xformers is not there: pip install "jepa-fast[xformers]"'
+    ]
+    installed.add("xformers")
+    assert unsupported("xformers", query) == []
+    assert unsupported("xformers", torch.zeros(4, 1, 8)) == ["needs cuda tensors, got cpu"]
+    for bad, reason in (
+        (_OnGpu(dtype=torch.float32), "takes bfloat16 and float16, got torch.float32"),
+        (_OnGpu(size=12), "takes heads of a multiple of 8 up to 256, got 12"),
+        (_OnGpu(size=264), "takes heads of a multiple of 8 up to 256, got 264"),
+    ):
+        other: Any = bad
+        assert choose_backend(other) == "sdpa"
+        assert unsupported("xformers", other) == [reason]
+        with pytest.raises(BackendError, match=f"by 'xformers' cannot run: {reason}"):
+            choose_backend(other, "xformers")
 
 
 def test_an_unknown_backend() -> None:

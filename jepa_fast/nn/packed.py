@@ -14,7 +14,7 @@ from torch import Tensor
 from jepa_fast.errors import BackendError
 from jepa_fast.nn.attention import attend
 
-BACKENDS = ("varlen", "flash_attn", "sdpa")
+BACKENDS = ("varlen", "flash_attn", "xformers", "sdpa")
 """In the order in which `"auto"` tries them."""
 
 
@@ -34,6 +34,22 @@ class Sequences:
     longest: int
     backend: str = "auto"
     _found: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _bounded: Tensor | None = field(default=None, init=False, repr=False)
+
+    def bounded_offsets(self) -> tuple[Tensor, int]:
+        """Offsets of sequences of so many tokens at the most: the slack is cut into pieces.
+
+        Kernels make room, and start blocks, for a longest sequence everywhere, and the length of
+        the slack is not known to the host. How many pieces there are follows from T and ``longest``
+        alone; those that the slack does not fill are empty.
+        """
+        most = max(self.longest, 1)
+        if self._bounded is None:
+            begin = self.offsets[:-1]
+            piece = torch.arange(1, -(-self.tokens // most) + 1, device=begin.device)
+            ends = (begin[-1] + most * piece).clamp(max=self.tokens)
+            self._bounded = torch.cat([begin, ends.to(begin.dtype)])
+        return self._bounded, most
 
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows to slots, slots to rows, and which slots hold a token.
@@ -135,10 +151,21 @@ def unsupported(backend: str, q: Tensor) -> list[str]:
     reasons = []
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"takes bfloat16 and float16, got {q.dtype}")
-    module = "torch.nn.attention.varlen" if backend == "varlen" else "flash_attn"
+    size = q.shape[-1]
+    if backend == "xformers" and (size % 8 or size > 256):
+        reasons.append(f"takes heads of a multiple of 8 up to 256, got {size}")
+    module, fix = _MODULES[backend]
     if not _is_there(module):
-        reasons.append(f"{module} is not there")
+        reasons.append(f"{module} is not there{fix}")
     return reasons
+
+
+_MODULES = {
+    "varlen": ("torch.nn.attention.varlen", ""),
+    "flash_attn": ("flash_attn", ""),
+    "xformers": ("xformers", ': pip install "jepa-fast[xformers]"'),
+}
+"""Where a backend's kernels are, and how to get them."""
 
 
 @functools.cache
@@ -152,8 +179,7 @@ def _is_there(module: str) -> bool:
 def _by_varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # The slack attends to itself, so it may be the longest.
-    offsets, most = sequences.offsets, sequences.tokens
+    offsets, most = sequences.bounded_offsets()
     attended: Any = varlen_attn(q, k, v, offsets, offsets, most, most)
     return attended
 
@@ -161,8 +187,31 @@ def _by_varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
 def _by_flash_attn(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    offsets, most = sequences.offsets, sequences.tokens
+    offsets, most = sequences.bounded_offsets()
     return flash_attn_varlen_func(q, k, v, offsets, offsets, most, most)
+
+
+def _by_xformers(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    mask = _xformers_mask(sequences)
+    attended: Any = memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
+    return attended[0]
+
+
+def _xformers_mask(sequences: Sequences) -> Any:
+    """xformers' mask of the sequences, made on their device: the host waits for nothing.
+
+    ``BlockDiagonalMask.from_seqlens`` wants every length on the host. For this mask the kernels
+    read the offsets on the device, and bounds of the lengths; offsets on the host are for causal
+    masks, for keys that heads share, for ``split`` and for ``materialize``. These find an empty
+    list, and fail.
+    """
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+    offsets, most = sequences.bounded_offsets()
+    lengths = _SeqLenInfo(seqstart=offsets, max_seqlen=most, min_seqlen=0, seqstart_py=[])
+    return BlockDiagonalMask(q_seqinfo=lengths, k_seqinfo=lengths)
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
@@ -178,5 +227,6 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
 _FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences], Tensor]] = {
     "varlen": _by_varlen,
     "flash_attn": _by_flash_attn,
+    "xformers": _by_xformers,
     "sdpa": _by_sdpa,
 }
