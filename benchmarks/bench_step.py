@@ -115,7 +115,7 @@ def step_race(case: Case, device: str) -> Race:
     def check() -> None:
         for name, step in steps.items():
             if step.first_loss is not None and steps["ours"].first_loss is not None:
-                _assert_same_loss(name, step.first_loss, steps["ours"].first_loss, case.dtype)
+                assert_same_loss(name, step.first_loss, steps["ours"].first_loss, case.dtype)
         check_step(case, device)
 
     return Race(
@@ -236,7 +236,7 @@ def live_text(case: Case, device: str) -> Callable[[], dict[str, Tensor]]:
         num_layers=case["T5"],
         num_heads=case["T5_heads"],
     )
-    with _seeded(), torch.device(device):
+    with seeded(), torch.device(device):
         model = T5EncoderModel(config).to(getattr(torch, case.dtype))
     encoder = TextEncoder(
         model,
@@ -313,7 +313,7 @@ class Step:
             self._to_compile = False
             _compile_blocks(self.model)
         if self.first_loss is None:
-            with _seeded():
+            with seeded():
                 loss = self.first_loss = self.backward()
         else:
             loss = self.backward()
@@ -348,7 +348,7 @@ def make_model(case: Case, device: str, frozen: bool | None = None) -> Any:
     """
     if frozen is None:
         frozen = "cached" not in case.sizes
-    with _seeded(), torch.device(device):
+    with seeded(), torch.device(device):
         return _model(case, frozen)
 
 
@@ -417,7 +417,7 @@ def _compiled_plain() -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     """The same random draws every time, and outside as if there had been none."""
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
@@ -444,17 +444,17 @@ def check_step(case: Case, device: str) -> None:
     exact = Step(wide, device, model.double(), inputs.in_float64(), plain=True)
     found = []
     for step in (ours, plain, exact):
-        with _seeded():
+        with seeded():
             loss = step.backward()
         gradients = {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
         found.append({"the loss": loss, **gradients})
     allowed = max(TOLERANCE[case.dtype], _JUMPS.get(case.operator, 0.0))
-    _assert_as_accurate(*found, loss=TOLERANCE[case.dtype], gradients=allowed)
+    assert_as_accurate(*found, loss=TOLERANCE[case.dtype], gradients=allowed)
     del exact, model, found
     _check_update(ours, plain)
 
 
-def _assert_as_accurate(
+def assert_as_accurate(
     ours: dict[str, Tensor],
     plain: dict[str, Tensor],
     exact: dict[str, Tensor],
@@ -510,7 +510,7 @@ def _check_update(ours: Step, plain: Step) -> None:
         )
 
 
-def _assert_same_loss(name: str, got: Tensor, want: Tensor, dtype: str) -> None:
+def assert_same_loss(name: str, got: Tensor, want: Tensor, dtype: str) -> None:
     difference = (got.double() - want.double()).abs()
     assert difference <= TOLERANCE[dtype] * want.double().abs(), (
         f"{name}: the loss is {float(got)}, not {float(want)}"

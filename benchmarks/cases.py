@@ -10,6 +10,8 @@ addition, a comparison or an exponential is one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from jepa_fast.perf.race import Case, Cost
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -299,6 +301,30 @@ PROBIJEPA_STEPS = (
     _gpu("probijepa_step", "vit-b16-b256", {**_STEP_B, "K": 5}),
 )
 
+# Steps on contexts as they are drawn, `batches` batches of masks in turn: `Kmin` is the fewest
+# patches that a context may be left with, the other numbers of the masks are the paper's.
+_TINY_DRAWN = {n: size for n, size in _TINY.items() if n not in ("Kt", "Kc")} | {"Kmin": 2}
+_DRAWN = {"pixels": 224, "patch": 16, "M": 4, "Kmin": 10, "batches": 15}
+PACKING_STEPS = (
+    Case("packing_step", "tiny", {**_TINY_DRAWN, "batches": 1}, quick=True),
+    _cpu(
+        "packing_step",
+        "vit-ti16-b16",
+        {
+            **_DRAWN, "B": 16, "D": 192, "depth": 12, "heads": 3,
+            "d": 192, "L": 6, "predictor_heads": 3,
+        },
+    ),
+    _gpu(
+        "packing_step",
+        "vit-b16-b256",
+        {
+            **_DRAWN, "B": 256, "D": 768, "depth": 12, "heads": 12,
+            "d": 384, "L": 6, "predictor_heads": 12,
+        },
+    ),
+)  # fmt: skip
+
 _METRIC_PAIRS = 8
 """Images whose text TI-JEPA swaps for its energy metrics, a forward pass each."""
 
@@ -318,10 +344,60 @@ def step_cost(case: Case, union: int, trained: int, taught: int) -> Cost:
             without the gradient).
         taught: parameters of the EMA, whose sources have just been written, and are at hand.
     """
-    moved = Cost(read=16 * trained + 4 * taught, written=12 * trained + 4 * taught)
+    moved = _update_cost(trained, taught)
     model = _tijepa_flops(case, union) if case.operator == "tijepa_step" else _ijepa_flops(case)
     text = _t5_flops(case) if "live" in case.sizes else 0
     return moved + Cost(flops=model + text)
+
+
+def _update_cost(trained: int, taught: int) -> Cost:
+    return Cost(read=16 * trained + 4 * taught, written=12 * trained + 4 * taught)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step of I-JEPA works on, wanted or not: padding and slack count, too.
+
+    Args:
+        context: tokens of the context encoder.
+        context_pairs: of its queries and keys, in a layer.
+        predictor: tokens of the predictor.
+        predictor_pairs: of its queries and keys, in a layer but the last.
+        last_pairs: in the last.
+        predictions: target slots that are predicted.
+    """
+
+    context: int
+    context_pairs: int
+    predictor: int
+    predictor_pairs: int
+    last_pairs: int
+    predictions: int
+
+
+def packing_step_flops(case: Case, computed: Computed) -> dict[str, int]:
+    """Of context encoder, predictor and step, forward and backward, counted as in `step_cost`."""
+    images, width, inner, layers = case["B"], case["D"], case["d"], case["L"]
+    patches = _patches(case)
+    embedding = _product(images * patches, 3 * case["patch"] ** 2, width)
+    teacher = embedding + case["depth"] * _block(images, patches, width)
+    layer = _product(computed.context, width, 12 * width)
+    layer += 2 * _product(computed.context_pairs, width, 1)
+    encoder = 2 * embedding + 3 * case["depth"] * layer
+    forward = _product(computed.context, width, inner)
+    forward += (layers - 1) * _product(computed.predictor, inner, 12 * inner)
+    forward += (layers - 1) * 2 * _product(computed.predictor_pairs, inner, 1)
+    # The last block has queries, keys and values of all, and the rest of what is read alone.
+    forward += _product(computed.predictor, inner, 3 * inner)
+    forward += 2 * _product(computed.last_pairs, inner, 1)
+    forward += _product(computed.predictions, inner, 9 * inner + width)
+    predictor = 3 * forward
+    return {"encoder": encoder, "predictor": predictor, "step": teacher + encoder + predictor}
+
+
+def packing_step_cost(flops: int, trained: int, taught: int) -> Cost:
+    """As `step_cost`, of as many products."""
+    return _update_cost(trained, taught) + Cost(flops=flops)
 
 
 def _ijepa_flops(case: Case) -> int:

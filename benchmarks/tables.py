@@ -164,7 +164,39 @@ def operators(results: Results, machine: str = "") -> list[str]:
 
 def steps(results: Results, machine: str = "") -> list[str]:
     """The models' whole training steps on one machine, a row a case."""
-    return _races([r for r in _records(results, machine) if _is_step(r)], "step")
+    records = _records(results, machine)
+    return _races([r for r in records if _is_step(r) and r["operator"] != _PACKING], "step")
+
+
+_PACKING = "packing_step"
+_CONTEXTS = {
+    "truncated": "cut to the shortest of the batch",
+    "padded": "padded to the longest of the batch",
+    "padded_static": "padded to the longest ever drawn",
+    "packed_to_fit": "packed, a row as long as it takes",
+    "ours": "packed, a row of fixed length",
+}
+
+
+def packing(results: Results, machine: str = "", case: str = "") -> list[str]:
+    """What becomes of contexts of different lengths: tokens, flops and speed, by one case."""
+    records = _records(results, machine)
+    records = [r for r in records if (r["operator"], r["case"]) == (_PACKING, case)]
+    if not records:
+        raise TableError(f"the result has no {_PACKING} {case}")
+    (record,) = records
+    cut = record["providers"]["truncated"]["ratio"]
+    rows = []
+    for name, what in _CONTEXTS.items():
+        of = record["numbers"][name]
+        # Times over those of ours, both from the same rounds: what is left is the ratio of the two.
+        ratio = 1.0 if name == "ours" else record["providers"][name]["ratio"]
+        row = [what, *(f"{of[f'context_tokens_{kind}']:.1f}" for kind in ("used", "computed"))]
+        row += [f"{of[f'{part}_flops'] / 1e9:.2f}" for part in ("encoder", "predictor", "step")]
+        rows.append([*row, f"{cut / ratio:.2f}x"])
+    heads = ["contexts", "context tokens an image, used", "computed"]
+    heads += ["context encoder, GFLOP an image", "predictor", "step"]
+    return _table([*heads, "images/s, of the first row's"], rows)
 
 
 def _records(results: Results, machine: str) -> list[Any]:
@@ -352,6 +384,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "public_ijepa": public_ijepa,
     "operators": operators,
     "steps": steps,
+    "packing": packing,
     "power": power,
     "audit": audit,
     "traffic": traffic,

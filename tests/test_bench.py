@@ -32,7 +32,7 @@ from jepa_fast.perf.floors import check_floors, read_floors
 from jepa_fast.perf.picture import draw
 from jepa_fast.perf.protocol import Contest, OverBudget, Settings, WallClock
 from jepa_fast.perf.race import load_suite
-from jepa_fast.perf.results import add_run, gaps, read_results, table, write_results
+from jepa_fast.perf.results import add_run, gaps, numbers, read_results, table, write_results
 
 pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: "jepa-fast[bench]"')
 
@@ -85,6 +85,7 @@ def _contest(clock: FakeClock, others: Sequence[str], settings: Settings, **more
         check=more.pop("check", lambda: clock.log.append("check")),
         cost=Cost(read=600, written=400, flops=500),
         variants={name: clock.provider(name) for name in more.pop("variants", ())},
+        numbers=more.pop("numbers", {}),
     )
     return Contest(race, "cpu", settings, clock)
 
@@ -171,6 +172,24 @@ def test_variants_of_ours_are_timed_and_no_rivals() -> None:
     assert "variants" in heads
     assert "eager 1.50x" in row
     assert "ours_compile 0.50x" in row
+
+
+def test_numbers_of_providers_are_recorded_and_told() -> None:
+    clock = FakeClock({"ours": 2.0, "cut": 1.0})
+    found = {"ours": {"tokens": 88.0}, "cut": {"tokens": 62.123456, "flops": 1.5e9}}
+    contest = _contest(clock, ["cut"], Settings(), numbers=found)
+    contest.measure()
+    record = contest.record(Case("op", "case"), "run", Ceilings(1.0))
+    assert record["numbers"] == {
+        "ours": {"tokens": 88.0},
+        "cut": {"tokens": 62.123, "flops": 1.5e9},
+    }
+    assert numbers([record]) == [
+        "op case, ours: tokens 88",
+        "op case, cut: tokens 62.1, flops 1500000000",
+    ]
+    del record["numbers"]  # as in older files
+    assert numbers([record]) == []
 
 
 def test_no_garbage_is_collected_within_a_round() -> None:

@@ -206,6 +206,64 @@ def test_power(invented: Copy) -> None:
     ]
 
 
+def _packing_results(**more: Any) -> dict[str, Any]:
+    ratios = {"ours": None, "padded": 0.8, "padded_static": 1.25, "packed_to_fit": 0.625}
+    numbers = {
+        "context_tokens_used": 87.84,
+        "context_tokens_computed": 114.0,
+        "encoder_flops": 4.5184e9,
+        "predictor_flops": 11.331e9,
+        "step_flops": 18.339e9,
+    }
+    names = [*ratios, "truncated"]
+    record = _record(
+        "packing_step",
+        "cpu",
+        case="tiny",
+        providers={name: _provider(1.0, ratios.get(name, 0.5), 1) for name in names},
+        numbers={name: {**numbers, "context_tokens_used": 60.0 + len(name)} for name in names},
+        **more,
+    )
+    return _results(record, _record("ema_update_", "cpu"), _record("ijepa_step", "cpu"))
+
+
+def test_packing(invented: Copy) -> None:
+    invented.write("chip.json", _packing_results())
+    head = "contexts | context tokens an image, used | computed | context encoder, GFLOP an image"
+    assert invented.show("packing chip tiny").splitlines()[2:-2] == [
+        f"| {head} | predictor | step | images/s, of the first row's |",
+        "|---|---|---|---|---|---|---|",
+        "| cut to the shortest of the batch | 69.0 | 114.0 | 4.52 | 11.33 | 18.34 | 1.00x |",
+        "| padded to the longest of the batch | 66.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.62x |",
+        "| padded to the longest ever drawn | 73.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.40x |",
+        "| packed, a row as long as it takes | 73.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.80x |",
+        "| packed, a row of fixed length | 64.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.50x |",
+    ]
+    for other in ("operators chip", "steps chip"):
+        assert "packing_step" not in invented.show(other)
+
+
+@pytest.mark.parametrize(
+    ("marker", "more", "message"),
+    [
+        ("packing chip huge", {}, "the result has no packing_step huge"),
+        ("packing chip", {}, "the result has no packing_step"),
+        ("packing chip tiny", {"rounds": 29}, "is of 29 rounds"),
+    ],
+)
+def test_packing_that_is_not_there(
+    invented: Copy,
+    capsys: pytest.CaptureFixture[str],
+    marker: str,
+    more: dict[str, Any],
+    message: str,
+) -> None:
+    invented.write("chip.json", _packing_results(**more))
+    invented.readme.write_text(f"<!-- table: {marker} -->\n<!-- end of table -->\n")
+    assert invented.run() == 2
+    assert message in capsys.readouterr().err
+
+
 def _kernel(name: str, chip: str, **more: Any) -> CompiledKernel:
     values: dict[str, Any] = {
         "kernel": "f",

@@ -340,6 +340,10 @@ class Contest:
                 }
                 for name, times in self.times.items()
             },
+            "numbers": {
+                name: {what: _digits(number) for what, number in numbers.items()}
+                for name, numbers in self.race.numbers.items()
+            },
             "variants": [name for name in self.times if name in self.race.variants],
             "why_not": self.why_not,
             "headline": best and {"against": best, "ratio": _digits(ratios[best])},

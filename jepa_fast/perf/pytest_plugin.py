@@ -249,10 +249,11 @@ class Races:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The ratios, which pytest-benchmark's own table does not show."""
         if self.records and self._log is None:
-            from jepa_fast.perf.results import gaps, table
+            from jepa_fast.perf.results import gaps, numbers, table
 
             terminalreporter.section("ours against the others, interleaved")
-            for line in (table(self.records), *gaps(self.records)):
+            records = self.records
+            for line in (table(records), *gaps(records), *numbers(records)):
                 terminalreporter.write_line(line)
 
 

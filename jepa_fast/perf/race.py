@@ -96,6 +96,8 @@ class Race:
         why_not: by the name of a provider that is missing here: why.
         variants: by name: ours in other ways, such as under `torch.compile`. They are timed beside
             it, and are nothing that ours is ahead of or behind.
+        numbers: by the name of a provider, `"ours"` for ours: what else is to be known of it, by
+            name, where providers do not do quite the same.
     """
 
     ours: Provider
@@ -105,6 +107,7 @@ class Race:
     backend: str = ""
     why_not: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[str, Provider] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 SetUp = Callable[[Case, str], Race]

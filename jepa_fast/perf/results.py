@@ -163,6 +163,16 @@ def gaps(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def numbers(records: Sequence[Record]) -> list[str]:
+    """What else is to be known of providers, which do not do quite the same: a line each."""
+    return [
+        f"{record['operator']} {record['case']}, {name}: "
+        + ", ".join(f"{what} {_number(number)}" for what, number in found.items())
+        for record in records
+        for name, found in record.get("numbers", {}).items()  # older records have none
+    ]
+
+
 def _row(record: Record) -> list[str]:
     ours, headline = record["providers"]["ours"], record["headline"]
     share, peak = record["share_of_ceiling"], ours["peak_bytes"]

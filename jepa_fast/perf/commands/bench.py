@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     from jepa_fast.perf.files import check_writable
     from jepa_fast.perf.floors import read_floors
     from jepa_fast.perf.machine import choose_device, describe
-    from jepa_fast.perf.results import gaps, read_results, results_file, table
+    from jepa_fast.perf.results import gaps, numbers, read_results, results_file, table
     from jepa_fast.perf.suite import check_packages, run_suite
 
     check_packages()
@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
     for skipped in outcome.skipped:
         print(f"skipped {skipped['operator']} {skipped['case']}: {skipped['why']}")
     if outcome.records:
-        print(table(outcome.records), *gaps(outcome.records), sep="\n")
+        records = outcome.records
+        print(table(records), *gaps(records), *numbers(records), sep="\n")
         _write(path, outcome, {**sources, "options": _told(options, device)})
     else:
         print("nothing was measured, and nothing written")
