@@ -172,7 +172,7 @@ _PACKING = "packing_step"
 _CONTEXTS = {
     "truncated": "cut to the shortest of the batch",
     "padded": "padded to the longest of the batch",
-    "padded_static": "padded to the longest ever drawn",
+    "padded_static": "padded to the longest there can be",
     "packed_to_fit": "packed, a row as long as it takes",
     "ours": "packed, a row of fixed length",
 }

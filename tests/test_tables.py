@@ -235,7 +235,7 @@ def test_packing(invented: Copy) -> None:
         "|---|---|---|---|---|---|---|",
         "| cut to the shortest of the batch | 69.0 | 114.0 | 4.52 | 11.33 | 18.34 | 1.00x |",
         "| padded to the longest of the batch | 66.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.62x |",
-        "| padded to the longest ever drawn | 73.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.40x |",
+        "| padded to the longest there can be | 73.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.40x |",
         "| packed, a row as long as it takes | 73.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.80x |",
         "| packed, a row of fixed length | 64.0 | 114.0 | 4.52 | 11.33 | 18.34 | 0.50x |",
     ]
