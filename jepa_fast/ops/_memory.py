@@ -1,4 +1,4 @@
-"""Lists of tensors as memory: what may not overlap, and what a kernel can walk as flat arrays.
+"""Lists of tensors as memory: what fits, what may not overlap, what is walked as flat arrays.
 
 For operators that go through the i-th tensors of several lists element by element, and write some.
 """
@@ -10,13 +10,58 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from jepa_fast.ops._checks import only_kernel_dtypes
+from jepa_fast.ops._checks import check_tensor, only_kernel_dtypes
 
 DTYPE = operator.attrgetter("dtype")
 DEVICE = operator.attrgetter("device")
 BYTES = operator.attrgetter("nbytes")
+_SHAPE = operator.attrgetter("shape")
+_LAYOUT = operator.attrgetter("layout")
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def check_fit(
+    op: str, name: str, tensors: list[Tensor], owners: list[Tensor], owner: str, hint: str = ""
+) -> None:
+    """Raises unless each tensor is floating, dense and of the shape of its owner.
+
+    Args:
+        op, name: of the operator and the argument, for messages.
+        tensors: one an owner, or fewer.
+        owners: the i-th is that of the i-th tensor.
+        owner: what they are, `"target"`.
+        hint: what to do with integers.
+    """
+    if not torch.compiler.is_compiling() and _all_fit(tensors, owners):
+        return
+    for i, tensor in enumerate(tensors):
+        check_tensor(op, f"{name}[{i}]", tensor)
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{op}: {name}[{i}] must be of a floating dtype, got {tensor.dtype}{hint}"
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{op}: {name}[{i}] must be dense, got {tensor.layout}; use .to_dense()"
+            )
+        if tensor.shape != owners[i].shape:
+            raise ValueError(
+                f"{op}: {name}[{i}] must have the shape of its {owner}, "
+                f"{list(owners[i].shape)}, got {list(tensor.shape)}"
+            )
+
+
+def _all_fit(tensors: list[Tensor], owners: list[Tensor]) -> bool:
+    """Whether plain tensors surely fit; in a few C loops, as this runs at every call."""
+    return (
+        set(map(type, tensors)) <= _PLAIN
+        and all(map(Tensor.is_floating_point, tensors))
+        and set(map(_LAYOUT, tensors)) <= {torch.strided}
+        and (tensors is owners or all(map(operator.eq, map(_SHAPE, tensors), map(_SHAPE, owners))))
+    )
 
 
 def unsupported(tensors: list[Tensor]) -> list[str]:
@@ -45,9 +90,11 @@ def _all_apart(tensors: list[Tensor]) -> bool:
     """Whether the tensors are surely disjoint; in a few C loops, as this runs at every call."""
     if not all(map(Tensor.is_contiguous, tensors)):
         return False
-    starts = list(map(Tensor.data_ptr, tensors))
-    spans = sorted(zip(starts, map(BYTES, tensors), strict=True))
-    return all(start + size <= after for (start, size), (after, _) in itertools.pairwise(spans))
+    sizes = dict(zip(map(Tensor.data_ptr, tensors), map(BYTES, tensors), strict=True))
+    starts = sorted(sizes)
+    ends = map(operator.add, starts, map(sizes.__getitem__, starts))
+    # Tensors that begin alike share memory, or are empty.
+    return len(starts) == len(tensors) and all(map(operator.le, ends, starts[1:]))
 
 
 def _check_overlap(

@@ -207,6 +207,6 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
             found.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            found += _tensors(arg)
+        elif isinstance(arg, (list, tuple)):  # of a schema's list, not nested
+            found += [each for each in arg if isinstance(each, Tensor)]
     return found

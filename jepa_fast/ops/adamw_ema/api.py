@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jepa_fast.ops import _rounding, _shards
+from jepa_fast.ops import _memory, _rounding, _shards
 from jepa_fast.ops._checks import number_tensor
 from jepa_fast.ops.adamw_ema import contract
 
@@ -122,22 +122,7 @@ def _check_lists(lists: dict[str, list[Tensor]], steps: list[Tensor]) -> None:
             f"{len(targets)}; leave shadows out where there are none"
         )
     for name, tensors in lists.items():
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{_OP}: {name}[{i}] must be a tensor, got {type(tensor).__name__}")
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"{_OP}: {name}[{i}] must be of a floating dtype, got {tensor.dtype}"
-                )
-            if tensor.layout != torch.strided:
-                raise TypeError(
-                    f"{_OP}: {name}[{i}] must be dense, got {tensor.layout}; use .to_dense()"
-                )
-            if tensor.shape != params[i].shape:
-                raise ValueError(
-                    f"{_OP}: {name}[{i}] must have the shape of its parameter, "
-                    f"{list(params[i].shape)}, got {list(tensor.shape)}"
-                )
+        _memory.check_fit(_OP, name, tensors, params, "parameter")
     for i, step in enumerate(steps):
         if not isinstance(step, Tensor) or step.ndim != 0 or not step.is_floating_point():
             raise ValueError(f"{_OP}: steps[{i}] must be a 0-dim floating tensor, got {step!r}")

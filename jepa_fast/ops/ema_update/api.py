@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jepa_fast.ops import _rounding, _shards
+from jepa_fast.ops import _memory, _rounding, _shards
 from jepa_fast.ops._checks import number_tensor
 from jepa_fast.ops.ema_update import contract
 
@@ -68,10 +68,9 @@ def ema_update_(
             f"ema_update_: shadows must be as long as targets, got {len(shadows)} "
             f"and {len(targets)}; leave shadows out where there are none"
         )
-    _check_tensors("targets", targets, targets)
-    _check_tensors("sources", sources, targets)
-    if shadows:
-        _check_tensors("shadows", shadows, targets)
+    for name, tensors in (("targets", targets), ("sources", sources), ("shadows", shadows)):
+        hint = "; copy integer buffers with copy_"
+        _memory.check_fit("ema_update_", name, tensors, targets, "target", hint)
     (targets, sources, shadows), shards = _shards.to_local(
         "ema_update_", {"targets": targets, "sources": sources, "shadows": shadows}
     )
@@ -80,24 +79,6 @@ def ema_update_(
     contract.UPDATE.call(targets, sources, shadows, scalar, seed, backend)
     if shards:  # autograd looks at the DTensors' own versions
         torch.autograd.graph.increment_version(shards)
-
-
-def _check_tensors(name: str, tensors: list[Tensor], targets: list[Tensor]) -> None:
-    for i, (tensor, target) in enumerate(zip(tensors, targets, strict=True)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"ema_update_: {name}[{i}] must be a tensor, got {type(tensor).__name__}"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"ema_update_: {name}[{i}] must be of a floating dtype, got {tensor.dtype}; "
-                f"copy integer buffers with copy_"
-            )
-        if tensor.shape != target.shape:
-            raise ValueError(
-                f"ema_update_: {name}[{i}] must have the shape of its target, "
-                f"{list(target.shape)}, got {list(tensor.shape)}"
-            )
 
 
 def _as_tensor(momentum: float | Tensor, targets: list[Tensor]) -> Tensor:
