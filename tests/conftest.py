@@ -72,6 +72,25 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
+@pytest.fixture
+def nearest_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has Triton's interpreter round to the nearest bfloat16, as GPUs do; it truncates."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def nearest(data: Any, source: Any, to: Any, mode: Any) -> Any:
+        if (source, to) != (tl.float32, tl.bfloat16):
+            return convert(data, source, to, mode)
+        bits = torch.tensor(data).bfloat16().view(torch.int16)
+        return bits.numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The data shared beside a checkout (``../shared``); skips where it is absent."""

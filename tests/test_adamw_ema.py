@@ -21,6 +21,7 @@ SHAPES = ((3,), (8, 16), (3, 5001), (0, 5), ())
 TARGETS = 4  # of the five have one
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
 
+pytestmark = pytest.mark.usefixtures("nearest_bfloat16")
 each_backend = backends(OPERATORS["adamw_ema_"].backends)
 
 
@@ -287,6 +288,38 @@ def test_any_strides(layout: str, backend: str, device: str) -> None:
     assert one.tolist() == pytest.approx([1 - 1e-5 - 1e-3] * 4)
 
 
+@each_backend
+@pytest.mark.parametrize("seed", [None, 7])
+def test_nothing_beside_the_tensors_is_written(seed: int | None, backend: str, device: str) -> None:
+    """Neighbours in one poisoned stretch of memory: aligned or not, of one block or of several."""
+    sizes, starts = (1, 7, 16, 128, 1000, 40_000), []
+    end = 0
+    for i, size in enumerate(sizes):
+        starts.append(end)
+        end += (size + 17 if i % 2 else size + 16) // 16 * 16 + (i == 2)
+    values = [x.to(device) for x in torch.randn(6, end, generator=torch.Generator().manual_seed(0))]
+    values[3].abs_()
+    free = torch.ones(end, dtype=torch.bool, device=device)
+    for start, size in zip(starts, sizes, strict=True):
+        free[start : start + size] = False
+    dtypes = [*[torch.float32] * 4, torch.bfloat16, torch.float16]
+    outcomes = []
+    for each in (backend, "reference"):
+        stretches = [
+            x.to(dtype).masked_fill(free, float("nan"))
+            for x, dtype in zip(values, dtypes, strict=True)
+        ]
+        p, g, m, v, t, s = (
+            [x[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+            for x in stretches
+        )
+        steps = [torch.zeros((), device=device) for _ in p]
+        adamw_ema_(p, g, m, v, steps, t, s, **OPTIONS, rounding_seed=seed, backend=each)
+        assert all(torch.equal(x.isnan(), free) for x in stretches)
+        outcomes.append([x[~free] for x in stretches])
+    _assert_close(*outcomes)
+
+
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_no_bit(threads: int) -> None:
@@ -425,31 +458,64 @@ def test_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.tier3
-def test_cuda_graph_follows_the_scalars() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_follows_the_scalars(backend: str) -> None:
     state, other = (_State(torch.float32, "cuda", torch.float32, torch.bfloat16) for _ in range(2))
     lr, momentum = (torch.tensor(x, device="cuda") for x in (0.1, 0.5))
     grads = other.randoms(torch.float32, "cuda")
-    scalars: dict[str, Any] = {"lr": lr, "momentum": momentum, "backend": "cuda"}
+    scalars: dict[str, Any] = {"lr": lr, "momentum": momentum, "backend": backend}
     state.step(grads, **scalars)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         state.step(grads, **scalars)
-    other.step(grads, lr=0.1, momentum=0.5, backend="cuda")
+    other.step(grads, lr=0.1, momentum=0.5, backend=backend)
     for value in (0.2, 0.3):
         lr.fill_(value)
         momentum.fill_(value)
         graph.replay()
-        other.step(grads, lr=value, momentum=value, backend="cuda")
+        other.step(grads, lr=value, momentum=value, backend=backend)
     _assert_close(state.written, other.written)
 
 
 @pytest.mark.tier3
-def test_hundreds_of_parameters_in_few_launches() -> None:
+def test_a_cuda_graph_of_tensors_never_seen_is_refused() -> None:
+    """Where their addresses would have to be placed while the graph is captured."""
+    state = _State(torch.float32, "cuda", torch.float32)
+    grads = state.randoms(torch.float32, "cuda")
+    with (
+        pytest.raises(RuntimeError, match=r"adamw_ema_: .* one call with the same tensors before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        state.step(grads, backend="triton")
+
+
+@pytest.mark.tier3
+@pytest.mark.parametrize(
+    ("backend", "kernels"),
+    [("triton", ["adamw_count_kernel", "adamw_ema_kernel"]), ("cuda", ["adamw_ema_kernel"])],
+)
+def test_hundreds_of_parameters_in_few_launches(backend: str, kernels: list[str]) -> None:
     p = [torch.randn(64 * (1 + i % 9), device="cuda") for i in range(400)]
     g, m, v, t = ([torch.rand_like(x) for x in p] for _ in range(4))
     steps = [torch.zeros((), device="cuda") for _ in p]
-    adamw_ema_(p, g, m, v, steps, t)
+    adamw_ema_(p, g, m, v, steps, t, backend=backend)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        adamw_ema_(p, g, m, v, steps, t)
+        adamw_ema_(p, g, m, v, steps, t, backend=backend)
         torch.cuda.synchronize()
-    assert len([event for event in profile.events() if "adamw_ema" in event.name]) == 1
+    launched = sorted(event.name for event in profile.events() if "adamw_" in event.name)
+    assert len(launched) == len(kernels)
+    for name, kernel in zip(launched, kernels, strict=True):
+        assert kernel in name
+
+
+@pytest.mark.tier3
+def test_moved_gradients_make_the_host_wait_for_nothing() -> None:
+    """Gradients lie elsewhere at every step where zero_grad() frees them."""
+    state = _State(torch.float32, "cuda", torch.float32, torch.bfloat16)
+    state.step(backend="triton")
+    grads = state.randoms(torch.float32, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state.step(grads, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

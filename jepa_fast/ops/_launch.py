@@ -42,7 +42,7 @@ _recorded: list[CompileCase] | None = None
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: dict[str, Tensor | int | float],
+    arguments: dict[str, Tensor | int | float | None],
     constants: dict[str, Any],
     num_warps: int,
 ) -> None:
@@ -51,7 +51,7 @@ def launch(
     Args:
         kernel: a `@triton.jit` function.
         grid: of programs.
-        arguments: by the kernel's names, tensors and numbers.
+        arguments: by the kernel's names, tensors and numbers; None where one is left out.
         constants: the kernel's `tl.constexpr` arguments.
         num_warps: of a program.
     """
@@ -115,9 +115,15 @@ def _case(
     kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], num_warps: int
 ) -> CompileCase:
     """As Triton specialises the launch: 16s and what they divide are known, other numbers not."""
+    constants = {
+        **{name: None for name, value in arguments.items() if value is None},
+        **constants,
+    }
     signature, divisible = {}, []
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
+        if value is None:
+            signature[name], aligned = "constexpr", False
+        elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             aligned = value.data_ptr() % _ALIGNED == 0
         elif isinstance(value, float):

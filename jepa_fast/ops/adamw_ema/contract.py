@@ -51,6 +51,7 @@ STEP = Operator(
     fake=_fake,
     backends={
         "cuda": Backend(f"{_FOLDER}.native:adamw_ema_", memory.unsupported),
+        "triton": Backend(f"{_FOLDER}.triton:adamw_ema_", memory.unsupported),
         "cpu": Backend(f"{_FOLDER}.native:adamw_ema_", memory.unsupported),
         "reference": Backend(f"{__name__}:_reference"),
     },

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jepa_fast.ops import _memory
 from jepa_fast.ops.ema_update.memory import check_momentum
+from jepa_fast.perf.race import Cost
 
 
 def unsupported(
@@ -63,3 +64,18 @@ def check(
     if grad_scale is not None:
         written, read = {**written, **read}, {}
     _memory.check_apart("adamw_ema_", written, read)
+
+
+def of_scaler(number: Tensor | None, device: torch.device) -> Tensor | None:
+    """What a GradScaler gives, a 0-dim float32 tensor: as torch's, it may be of another device."""
+    return None if number is None else number.to(device, torch.float32).reshape(())
+
+
+def cost(
+    params: list[Tensor], targets: list[Tensor], shadows: list[Tensor], unscaled: bool = False
+) -> Cost:
+    """The byte model: parameters, moments and targets are read and written once, gradients read
+    (and written where they are `unscaled`), shadows written.
+    """
+    own, to, copies = (sum(map(_memory.BYTES, each)) for each in (params, targets, shadows))
+    return Cost(read=4 * own + to, written=(4 if unscaled else 3) * own + to + copies)

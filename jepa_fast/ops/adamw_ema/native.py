@@ -35,10 +35,7 @@ def adamw_ema_(
         return
     device = params[0].device
     lr, weight_decay, momentum = map(_readable, (lr, weight_decay, momentum))
-    # As torch's: both come from a GradScaler, which may be of another device.
-    grad_scale, found_inf = (
-        None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)
-    )
+    grad_scale, found_inf = (memory.of_scaler(x, device) for x in (grad_scale, found_inf))
     flat = _memory.Flat.of(*lists)
     p, g, m, v, t, s = flat.lists
     scalars = (lr, weight_decay, momentum, grad_scale, found_inf, *others)

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jepa_fast.ops import _configs, _memory
+from jepa_fast.ops import _configs, _memory, _triton_tables
 from jepa_fast.ops._compile import CompileCase
 from jepa_fast.ops._launch import TRITON_DTYPES
 from jepa_fast.ops._rounding import NARROW
 from jepa_fast.ops._traffic import TrafficCase
+from jepa_fast.ops._triton_elements import interpolated, mix, random_bits, rounded
 from jepa_fast.ops.ema_update import memory
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,43 +35,9 @@ In a table of 6 columns the last two are the chunk's first element and the tenso
 
 
 @triton.jit
-def _mix(x):
-    """A step of splitmix64, as in csrc/common/rounding.h."""
-    x += 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _random(stream, element):
-    """32 bits for each element: two share a mixed number."""
-    pair = _mix(stream + (element >> 1).to(tl.uint64))
-    return tl.where(element % 2 == 0, pair, pair >> 32).to(tl.uint32)
-
-
-@triton.jit
-def _rounded(x, random, DTYPE: tl.constexpr):
-    """`x`, in float32, in a narrow dtype; as `_rounding.round_stochastically`."""
-    bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    if DTYPE == tl.bfloat16:
-        near = ((bits + (random & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        near = ((bits + (random & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        steps = tl.minimum(tl.abs(x), 1.0) * 16777216.0
-        whole = steps.to(tl.int32).to(tl.float32)
-        threshold = (random >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
-        up = (steps - whole > threshold).to(tl.float32)
-        small = (whole + up) * (1.0 / 16777216.0)
-        near = tl.where(magnitude < 0x38800000, tl.where(x < 0, -small, small), near)
-    return tl.where(magnitude < 0x7F800000, near, x).to(DTYPE)
-
-
-@triton.jit
 def ema_update_kernel(
     table,  # [chunks, COLUMNS] rows as above; of them 4 where nothing is rounded stochastically
-    momentum,  # [1] float64
+    momentum,  # [1]
     seed,  # [1] int64, or None: round to the nearest
     TARGET: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -89,24 +56,22 @@ def ema_update_kernel(
         target = tl.multiple_of(target, 16)
         source = tl.multiple_of(source, 16)
         size = tl.multiple_of(size, 16)
-    keep = tl.load(momentum)
+    keep = tl.load(momentum).to(tl.float64)
     near_source = keep <= 0.5
     move = (1.0 - keep).to(COMPUTE)
     keep = keep.to(COMPUTE)
     if seed is not None:
         first = tl.load(row + 4)
         number = tl.load(row + 5) * 2
-        drawn = _mix(tl.load(seed).to(tl.uint64))
+        drawn = mix(tl.load(seed).to(tl.uint64))
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)  # [BLOCK], below CHUNK: 32 bits will do
         inside = i < size
         old = tl.load(target + i, mask=inside).to(COMPUTE)
         toward = tl.load(source + i, mask=inside).to(COMPUTE)
-        step = toward - old
-        # From the nearer end, so that momentum 1 and 0 and equal ends are exact.
-        new = tl.where(near_source, toward - keep * step, old + move * step)
+        new = interpolated(old, toward, near_source, keep, move)
         if seed is not None and TARGET.primitive_bitwidth == 16:
-            new = _rounded(new, _random(_mix(drawn + number.to(tl.uint64)), first + i), TARGET)
+            new = rounded(new, random_bits(mix(drawn + number.to(tl.uint64)), first + i), TARGET)
         new = new.to(TARGET)
         tl.store(target + i, new, mask=inside)
         if SHADOW is not None:
@@ -116,8 +81,8 @@ def ema_update_kernel(
             # By way of float32, as PyTorch does: the interpreter has no float64 to bfloat16.
             copy = new if SHADOW == tl.float64 else new.to(tl.float32)
             if seed is not None and SHADOW.primitive_bitwidth == 16:
-                stream = _mix(drawn + (number + 1).to(tl.uint64))
-                copy = _rounded(copy, _random(stream, first + i), SHADOW)
+                stream = mix(drawn + (number + 1).to(tl.uint64))
+                copy = rounded(copy, random_bits(stream, first + i), SHADOW)
             tl.store(shadow + i, copy.to(SHADOW), mask=inside)
 
 
@@ -172,22 +137,18 @@ def ema_update_(
     if not targets:
         return
     device = targets[0].device
-    if momentum.device.type == "cpu":
-        scalar = torch.full((1,), float(momentum), dtype=torch.float64, device=device)
-    else:
-        scalar = momentum.to(torch.float64).view(1)
-    seed = None if rounding_seed is None else rounding_seed.to(device).view(1)
+    keep = _triton_tables.scalar(momentum, device)
+    seed = None if rounding_seed is None else _triton_tables.scalar(rounding_seed, device)
     flat = _memory.Flat.of(targets, sources, shadows)
     to, by, copies = flat.lists
     with torch.cuda.device_of(targets[0]):
         for kind, rows in _by_kind(to, by, copies, seed is not None).items():
             config = _configs.lookup(CONFIGS, kind.config_key, device)
-            table = _table(tuple(rows), kind, config["chunk"], device)
-            _keep(table)
+            table = _triton_tables.keep(_table(tuple(rows), kind, config["chunk"], device))
             if len(table):
                 ema_update_kernel[(len(table),)](
                     table,
-                    scalar,
+                    keep,
                     seed if kind.stochastic else None,
                     **kind.constants(config),
                     num_warps=config["num_warps"],
@@ -214,16 +175,7 @@ def _by_kind(
 
 @functools.lru_cache(maxsize=64)
 def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) -> Tensor:
-    """[chunks, 4 or 6] int64 on the device: the rows cut into chunks.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured and these tensors were not updated before.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "ema_update_: the Triton kernel needs one call with the same tensors before a CUDA "
-            "graph captures it, to place its table of addresses; or use backend='cuda'"
-        )
+    """[chunks, 4 or 6] int64 on the device: the rows cut into chunks."""
     to, by, copy = (d.itemsize if d else 0 for d in (kind.target, kind.source, kind.shadow))
     columns = 6 if kind.stochastic else 4
     cut = [
@@ -231,21 +183,7 @@ def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) 
         for target, source, shadow, size, number in rows
         for i in range(0, size, chunk)
     ]
-    table = torch.tensor([row[:columns] for row in cut], dtype=torch.int64)
-    return table.view(-1, columns).to(device)
-
-
-_CAPTURED: list[Tensor] = []
-"""Tables that CUDA graphs read at every replay, so that they are never freed."""
-
-
-def _keep(table: Tensor) -> None:
-    """Keeps the table's memory until the launch that is about to be made has read it."""
-    if table.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            _CAPTURED.append(table)
-        else:
-            table.record_stream(torch.cuda.current_stream())
+    return _triton_tables.place("ema_update_", [row[:columns] for row in cut], device)
 
 
 def compile_cases() -> list[CompileCase]:
