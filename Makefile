@@ -10,19 +10,22 @@ JOBS   ?= auto
 
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml jepa_fast/ops/_build.py $(shell find csrc -type f)
-# Files that hold tests of a tier; collecting all others would cost more than running these.
+# Files that hold tests of a tier, or of CPU kernels; collecting all others would cost more than
+# running these.
 TIER1   = $(shell grep -l tier1 tests/test_*.py)
 TIER3   = $(shell grep -l tier3 tests/test_*.py)
+NATIVE_TESTS = $(shell grep -lE "^SAMPLES|mark\.native" tests/test_*.py)
 # The workers of pytest-xdist fill the cores; threads on top of them only fight.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help venv install test test-oldest lint demo compare tables gpu clean
+.PHONY: help venv install test test-oldest sanitize lint demo compare tables gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         pretrain a small TC-JEPA on the CPU and report, a few minutes"
 	@echo "make test         lint, then the tests of tiers 0 to 2"
 	@echo "make test-oldest  the same tests under the oldest supported torch and triton"
+	@echo "make sanitize     tests of the CPU kernels under g++'s AddressSanitizer and UBSan, 1 to 2 min"
 	@echo "make lint         ruff and mypy"
 	@echo "make compare      times and peak memory against those of BASE, by default the last commit"
 	@echo "make tables       the README's tables anew, from benchmarks/results"
@@ -68,6 +71,25 @@ test-oldest:
 oldest-tiers:
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) $(TIER1)
+
+# Checks of every access, and of all that C++ leaves undefined; what one finds ends the process.
+SANITIZED  := build/sanitize
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+SANITIZERS += -fno-omit-frame-pointer -O1 -g -D_GLIBCXX_ASSERTIONS
+# Python comes without the sanitizer's runtime, which has to be there first, and which looks for the
+# exceptions of libstdc++ as it starts. What Python never frees is no leak.
+SANITIZING  = JEPA_FAST_NATIVE=$(SANITIZED) CUDA_VISIBLE_DEVICES= \
+  LD_PRELOAD="$(foreach lib,libasan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+$(SANITIZED)/_native.abi3.so: $(VENV)/.test $(NATIVE) Makefile
+	CXX=g++ JEPA_FAST_BUILD=cpu JEPA_FAST_NATIVE=$(SANITIZED) JEPA_FAST_CXXFLAGS="$(SANITIZERS)" \
+	  $(BIN)/python -m jepa_fast.cli build
+
+# pytest does not capture a sanitizer's report, which would be lost with the process. Tests of
+# torch.compile are left out: the kernels do not know who calls them.
+sanitize: $(SANITIZED)/_native.abi3.so
+	$(SANITIZING) $(PYTEST) --capture=sys -m native -k "not compile" $(NATIVE_TESTS)
 
 demo: $(VENV)/.train
 	$(BIN)/jepa-fast pretrain demo --report --overwrite

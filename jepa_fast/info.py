@@ -39,7 +39,7 @@ def _version(package: str) -> str:
 
 
 def _native_library() -> list[str]:
-    path = _build.PACKAGE / _build.LIBRARY
+    path = _build.library_folder() / _build.LIBRARY
     record = _build.Record.read()
     if record is None or not path.is_file():
         return ["native library: not built; `jepa-fast build` builds it"]

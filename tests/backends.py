@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
+from samples import Sample
 
 from jepa_fast.ops import _native
+from jepa_fast.ops._registry import OPERATORS
 
 needs_native = pytest.mark.skipif(
     bool(_native.missing()) and shutil.which("g++") is None, reason="no compiler, no native kernels"
@@ -29,3 +31,12 @@ def backends(names: Iterable[str]) -> Any:
     return pytest.mark.parametrize(
         ("backend", "device"), [place for place in _PLACES if place.values[0] in names]
     )
+
+
+def runs_cpu_kernel(parameters: Mapping[str, Any], samples: Iterable[Any]) -> bool:
+    """Whether a test with these parameters, in a module with these `SAMPLES`, may run one."""
+    if parameters.get("backend", "cpu") != "cpu" or parameters.get("choice") == "reference":
+        return False
+    own = (parameters["sample"],) if "sample" in parameters else samples
+    names = {name for sample in own if isinstance(sample, Sample) for name in sample.operators}
+    return any("cpu" in OPERATORS[name].backends for name in names)

@@ -4,6 +4,9 @@ tier 0 (no marker)   any CPU
 tier 1 (`tier1`)     any CPU, own process: ``TRITON_INTERPRET=1 pytest -m tier1``
 tier 2 (`tier2`)     any CPU: kernels compiled ahead of time
 tier 3 (`tier3`)     a CUDA GPU
+
+`native` marks those of tier 0 that `make sanitize` runs once more: all that run a CPU kernel of an
+operator with `SAMPLES` are marked here.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import runs_cpu_kernel
 
 from jepa_fast.ops._registry import Operator
 
@@ -43,6 +47,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in kept:
             if item.get_closest_marker("tier3") is not None:
                 item.add_marker(skip)
+    for item in kept:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        for_gpu = any(item.get_closest_marker(tier) is not None for tier in ("tier2", "tier3"))
+        if not for_gpu and runs_cpu_kernel(parameters, getattr(item.module, "SAMPLES", ())):
+            item.add_marker("native")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-7, "weight_decay": 0.1}
+pytestmark = pytest.mark.native
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, MaskCollator
 from jepa_fast.ops._registry import OPERATORS
 
+pytestmark = pytest.mark.native
+
 
 def _check(sampler: BlockMaskSampler, masks: BlockMasks) -> None:
     """What holds for all masks: whole rectangles, contexts outside them, correctly padded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -154,6 +155,36 @@ def test_a_library_older_than_its_sources_warns(
             (reason,) = _native.missing()
         assert "does not load" in reason
         assert "`jepa-fast build` builds it anew" in reason
+    finally:
+        monkeypatch.undo()
+        _native._load.cache_clear()
+
+
+@needs_compiler
+def test_a_second_library_has_flags_and_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, folder, broken = (tmp_path / name for name in ("csrc", "second/library", "broken"))
+    for made in (sources, broken):
+        made.mkdir()
+    (sources / "answer.cpp").write_text('extern "C" int answer() { return ANSWER; }')
+    monkeypatch.setattr(_build, "source_folder", lambda: sources)
+    usual, before = _build.library_folder(), _build.Record.read()
+    monkeypatch.setenv("JEPA_FAST_NATIVE", str(folder))
+    monkeypatch.setenv("JEPA_FAST_CXXFLAGS", "-DANSWER='40 + 2' -fvisibility=default")
+    record = _build.build(choice="cpu")
+    assert record.parts == ["cpu"]
+    assert _build.Record.read() == record
+    assert _build.Record.read(usual) == before != record
+    assert ctypes.CDLL(str(folder / _build.LIBRARY)).answer() == 42
+
+    (broken / _build.LIBRARY).write_text("not a library at all")
+    record.write(broken)
+    monkeypatch.setenv("JEPA_FAST_NATIVE", str(broken))
+    _native._load.cache_clear()
+    try:
+        (reason,) = _native.missing()
+        assert f"{broken / _build.LIBRARY} does not load" in reason
     finally:
         monkeypatch.undo()
         _native._load.cache_clear()

@@ -10,6 +10,10 @@ not at all, so one build serves every torch from 2.10 on and every Python.
     cpu    the CPU kernels; failing is an error
     cuda   the CPU and the CUDA kernels; failing is an error
 `CXX` and `CUDA_HOME` choose the compilers, `MAX_JOBS` how many of them run at once.
+
+For a second library beside the usual one (`make sanitize`):
+    JEPA_FAST_NATIVE    the folder that it is built to and loaded from, instead of the package
+    JEPA_FAST_CXXFLAGS  flags of the host compiler after those here, also where it links
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -61,14 +66,19 @@ class Record:
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path = PACKAGE) -> Record | None:
-        """The record in `folder`, or None where no build has run."""
-        path = folder / RECORD
+    def read(cls, folder: Path | None = None) -> Record | None:
+        """The record in `folder`, by default the library's, or None where no build has run."""
+        path = (library_folder() if folder is None else folder) / RECORD
         return cls(**json.loads(path.read_text())) if path.is_file() else None
 
     def is_older_than_sources(self) -> bool:
         """Whether the sources here are others than those that were built; False without any."""
         return source_digest() not in ("", self.sources)
+
+
+def library_folder() -> Path:
+    """Where the library and its record lie: in the package, unless `JEPA_FAST_NATIVE` says."""
+    return Path(os.environ.get("JEPA_FAST_NATIVE") or PACKAGE).absolute()
 
 
 def source_folder() -> Path:
@@ -99,11 +109,11 @@ def wanted() -> str:
     return choice
 
 
-def build(folder: Path = PACKAGE, choice: str | None = None) -> Record:
+def build(folder: Path | None = None, choice: str | None = None) -> Record:
     """Builds the library into `folder`, and says what is in it and what is not.
 
     Args:
-        folder: where the library and its record go.
+        folder: where the library and its record go, by default `library_folder()`; it is made.
         choice: as `JEPA_FAST_BUILD`, which it overrides.
 
     Raises:
@@ -112,6 +122,8 @@ def build(folder: Path = PACKAGE, choice: str | None = None) -> Record:
     choice = wanted() if choice is None else choice
     if choice not in CHOICES:
         raise BuildError(f"choice must be one of {CHOICES}, got {choice!r}")
+    folder = library_folder() if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
     record = Record(sources=source_digest())
     if choice == "none":
         record.why_not = dict.fromkeys(PARTS, "JEPA_FAST_BUILD=none skipped it")
@@ -204,7 +216,11 @@ def _host_flags(torch: Path) -> list[str]:
     # Sums marked `omp simd` may be reordered; no OpenMP runtime, which is torch's alone.
     flags = ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fPIC"]
     flags += ["-fvisibility=hidden", "-Wall", "-Wextra"]
-    return [*flags, *_includes(torch)]
+    return [*flags, *_includes(torch), *_more_flags()]
+
+
+def _more_flags() -> list[str]:
+    return shlex.split(os.environ.get("JEPA_FAST_CXXFLAGS", ""))
 
 
 def _cuda_flags(nvcc: str, host: str, torch: Path) -> list[str]:
@@ -223,7 +239,7 @@ def _link_command(
 ) -> list[str]:
     # nvcc knows where its own static runtime lies. libtorch.so itself holds nothing, but under a
     # CUDA build of torch it brings libtorch_cuda.so into reach; some linkers would drop it.
-    driver = [cuda[0], "-ccbin", host, "-cudart=static"] if cuda else [host]
+    driver = [cuda[0], "-ccbin", host, "-cudart=static"] if cuda else [host, *_more_flags()]
     keep = ["-Xlinker", "--no-as-needed"]
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
     return [*driver, "-shared", "-o", str(output), *objects, *keep, *libraries]

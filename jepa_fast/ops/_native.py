@@ -40,8 +40,8 @@ def missing_cuda() -> list[str]:
 @functools.cache
 def _load() -> dict[str, list[str]]:
     """Loads the library, once; for each part why it is not there."""
-    path = _build.PACKAGE / _build.LIBRARY
-    record = _build.Record.read(_build.PACKAGE)
+    path = _build.library_folder() / _build.LIBRARY
+    record = _build.Record.read()
     if not path.is_file() or record is None:
         why_not = record.why_not if record else {}
         return {part: _not_built(part, why_not.get(part)) for part in _build.PARTS}

@@ -110,7 +110,7 @@ def _cuda_kernels(operators: Sequence[str] | None, targets: Sequence[str]) -> li
         raise BuildFailed(
             f"the native library has none: {' '.join(why.split())}; `jepa-fast build` adds them"
         )
-    library = _build.PACKAGE / _build.LIBRARY
+    library = _build.library_folder() / _build.LIBRARY
     if not library.is_file():
         raise BuildFailed(f"the native library {library} is gone; `jepa-fast build` makes it")
     if record.is_older_than_sources():
