@@ -181,7 +181,7 @@ def test_one_more_launch_of_an_operator_is_found_in_a_copy_of_the_package(tmp_pa
     text = text.replace(line, worse)
     copy = "    flat = _memory.Flat.of(targets, sources, shadows)\n"
     assert text.count(copy) == 1
-    file.write_text(text.replace(copy, copy + "    scalar = scalar.clone()\n"))
+    file.write_text(text.replace(copy, copy + "    momentum = momentum.clone()\n"))
     arguments = ["audit", "--op", "ema_update_", "--traffic-only", "--compare", str(BASELINES)]
     done = subprocess.run(
         [sys.executable, "-m", "jepa_fast.cli", *arguments],
