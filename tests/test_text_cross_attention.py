@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from backends import backends, needs_native
 from samples import Sample, normal
+from tolerance import assert_as_accurate
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.errors import BackendError
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 from jepa_fast.ops.text_cross_attention import reference
 
 OPERATORS = ("text_cross_attention", "text_cross_attention_backward")
+each_backend = backends(REGISTERED["text_cross_attention"].backends)
 
 
 def _masks(batch: int, captions: int, words: int, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -143,20 +149,22 @@ def _naive(
     }
 
 
-def _inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def _inputs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     batch, blocks, tokens, captions, words, width = 3, 2, 5, 3, 4, 12
     floating: Any = {"dtype": dtype, "generator": generator, "grad": False}
     rows = blocks * batch
-    return {
+    inputs = {
         "q": normal(rows, tokens, width, **floating),
         "k": normal(batch, captions, words, width, **floating),
         "v": normal(batch, captions, words, width, **floating),
         "residual": normal(rows, tokens, width, **floating),
         **_masks(batch, captions, words, rows, tokens),
     }
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
+@each_backend
 @pytest.mark.parametrize(
     "options",
     [
@@ -167,11 +175,12 @@ def _inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_values(options: dict[str, Any]) -> None:
-    inputs = _inputs()
+def test_values(options: dict[str, Any], backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
     expected = _naive(**inputs, **options)
-    features, sparsity = ops.text_cross_attention(**inputs, **options)
-    torch.testing.assert_close(features.double(), expected["features"], rtol=0, atol=2e-6)
+    features, sparsity = ops.text_cross_attention(**inputs, **options, backend=backend)
+    got = features.double().cpu()
+    torch.testing.assert_close(got, expected["features"], rtol=0, atol=2e-6)
     assert float(sparsity) == pytest.approx(expected["sparsity"], rel=1e-6)
     assert sparsity.dtype == torch.float32
 
@@ -204,17 +213,18 @@ def test_statistics_tell_dead_and_uniform_attention() -> None:
     assert entropy == 0
 
 
+@each_backend
 @pytest.mark.parametrize("pool", ["max", "mean", "none"])
-def test_padding_is_not_read(pool: str) -> None:
+def test_padding_is_not_read(pool: str, backend: str, device: str) -> None:
     """Whatever stands at masked words and captions, even NaN: the same results and gradients."""
     results = []
     for filler in (0.0, 1e4, float("nan")):
-        inputs = _inputs()
+        inputs = _inputs(device=device)
         missing = ~(inputs["word_mask"] & inputs["caption_mask"][..., None])
         for name in ("k", "v"):
             inputs[name][missing] = filler
         leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
-        features, sparsity = ops.text_cross_attention(**inputs, pool=pool)
+        features, sparsity = ops.text_cross_attention(**inputs, pool=pool, backend=backend)
         (features.square().sum() + sparsity).backward()
         assert not leaves[1].grad[missing].any()
         assert not leaves[2].grad[missing].any()
@@ -224,24 +234,28 @@ def test_padding_is_not_read(pool: str) -> None:
             assert torch.equal(got, want)
 
 
-def test_image_without_captions_passes_the_residual() -> None:
-    inputs = _inputs()
+@each_backend
+def test_image_without_captions_passes_the_residual(backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
     batch = inputs["k"].shape[0]
-    features, sparsity = ops.text_cross_attention(**inputs)
+    features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
     assert torch.equal(features[batch - 1 :: batch], inputs["residual"][batch - 1 :: batch])
     assert not torch.equal(features[0], inputs["residual"][0])
     # Nor does it count in the sparsity: that of the other images alone is the same.
     kept = [r for r in range(features.shape[0]) if r % batch != batch - 1]
     rows = {name: inputs[name][kept] for name in ("q", "residual", "token_mask")}
     images = {name: inputs[name][:-1] for name in ("k", "v", "word_mask", "caption_mask")}
-    torch.testing.assert_close(ops.text_cross_attention(**rows, **images)[1], sparsity)
+    torch.testing.assert_close(
+        ops.text_cross_attention(**rows, **images, backend=backend)[1], sparsity
+    )
 
 
-def test_no_captions_at_all() -> None:
-    inputs = _inputs()
+@each_backend
+def test_no_captions_at_all(backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
     inputs["caption_mask"][:] = False
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
-    features, sparsity = ops.text_cross_attention(**inputs)
+    features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
     assert torch.equal(features, inputs["residual"])
     assert sparsity == 0
     (features.sum() + sparsity).backward()
@@ -249,51 +263,292 @@ def test_no_captions_at_all() -> None:
     assert bool((leaves[3].grad == 1).all())
 
 
-def test_masked_captions_never_win() -> None:
+@each_backend
+def test_masked_captions_never_win(backend: str, device: str) -> None:
     """Every value of the real caption is far below zero, and it still wins over masked ones."""
-    inputs = _inputs()
+    inputs = _inputs(device=device)
     inputs["v"] = inputs["v"] - 1e6
-    inputs["caption_mask"][:] = torch.tensor([False, False, True])
+    inputs["caption_mask"][:] = torch.tensor([False, False, True], device=device)
     inputs["word_mask"][:] = True
-    features, _ = ops.text_cross_attention(**inputs)
+    features, _ = ops.text_cross_attention(**inputs, backend=backend)
     assert bool((features < -9e5).all())
 
 
-def test_caption_order_does_not_matter() -> None:
-    inputs = _inputs()
-    order = torch.tensor([2, 0, 1])
+@each_backend
+def test_caption_order_does_not_matter(backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
+    order = torch.tensor([2, 0, 1], device=device)
     permuted = {
         name: x[:, order] if name in ("k", "v", "word_mask", "caption_mask") else x
         for name, x in inputs.items()
     }
     for pool in ("max", "mean"):
         for got, want in zip(
-            ops.text_cross_attention(**permuted, pool=pool),
-            ops.text_cross_attention(**inputs, pool=pool),
+            ops.text_cross_attention(**permuted, pool=pool, backend=backend),
+            ops.text_cross_attention(**inputs, pool=pool, backend=backend),
             strict=True,
         ):
             torch.testing.assert_close(got, want)
 
 
-def test_ties_go_to_the_lowest_caption() -> None:
-    inputs = _inputs()
+@each_backend
+def test_ties_go_to_the_lowest_caption(backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
     k, v = (inputs[name][:, :1].repeat(1, 3, 1, 1).requires_grad_() for name in ("k", "v"))
-    features, _ = ops.text_cross_attention(inputs["q"], k, v, inputs["residual"])
+    features, _ = ops.text_cross_attention(inputs["q"], k, v, inputs["residual"], backend=backend)
     features.sum().backward()
     assert v.grad[:, 0].any()
     assert not v.grad[:, 1:].any()
 
 
-def test_sequences_of_an_image_share_its_words() -> None:
+@each_backend
+def test_sequences_of_an_image_share_its_words(backend: str, device: str) -> None:
     """Row r reads image r % B: the rows of one image alone give the same."""
-    inputs = _inputs()
+    inputs = _inputs(device=device)
     batch = inputs["k"].shape[0]
-    features, _ = ops.text_cross_attention(**inputs)
+    features, _ = ops.text_cross_attention(**inputs, backend=backend)
     for b in range(batch):
         rows = {name: inputs[name][b::batch] for name in ("q", "residual", "token_mask")}
         words = {name: inputs[name][b, None] for name in ("k", "v", "word_mask", "caption_mask")}
-        alone, _ = ops.text_cross_attention(**rows, **words)
+        alone, _ = ops.text_cross_attention(**rows, **words, backend=backend)
         torch.testing.assert_close(features[b::batch], alone)
+
+
+def _run(inputs: dict[str, Any], **keywords: Any) -> list[Tensor]:
+    """Features, sparsity, and the gradients of q, k, v and residual."""
+    inputs = {
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()
+    }
+    features, sparsity = ops.text_cross_attention(**inputs, **keywords)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    generator = torch.Generator().manual_seed(9)
+    upstream = torch.randn(features.shape, generator=generator, dtype=torch.float64)
+    loss = (features * upstream.to(features.device, wide)).sum() + 30 * sparsity
+    grads = torch.autograd.grad(loss, [x for x in inputs.values() if x.is_floating_point()])
+    return [x.detach().cpu() for x in (features, sparsity, *grads)]
+
+
+def _large(
+    batch: int, blocks: int, tokens: int, captions: int, words: int, width: int, masked: bool
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(width)
+    rows = blocks * batch
+    inputs = {
+        "q": torch.randn(rows, tokens, width, generator=generator),
+        "k": torch.randn(batch, captions, words, width, generator=generator),
+        "v": torch.randn(batch, captions, words, width, generator=generator),
+        "residual": torch.randn(rows, tokens, width, generator=generator),
+    }
+    if masked:
+        inputs |= {
+            "word_mask": torch.rand(batch, captions, words, generator=generator) < 0.7,
+            "caption_mask": torch.rand(batch, captions, generator=generator) < 0.7,
+            "token_mask": torch.rand(rows, tokens, generator=generator) < 0.7,
+        }
+    return inputs
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": "mean"},
+        {"pool": "none", "similarity": "softplus"},
+        {"similarity": "softplus", "tau": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("batch", "blocks", "tokens", "captions", "words", "width", "heads", "masked"),
+    [
+        (2, 2, 21, 3, 9, 384, 1, True),
+        (1, 4, 17, 8, 31, 72, 3, True),  # heads of 24
+        (3, 1, 33, 2, 40, 64, 2, True),  # of 32
+        (2, 1, 40, 5, 20, 96, 1, False),
+    ],
+    ids=str,
+)
+def test_as_accurate_as_eager(
+    batch: int,
+    blocks: int,
+    tokens: int,
+    captions: int,
+    words: int,
+    width: int,
+    heads: int,
+    masked: bool,
+    options: dict[str, Any],
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    inputs = _large(batch, blocks, tokens, captions, words, width, masked)
+    keywords = {"num_heads": heads, **options}
+    got = _run({name: x.to(device) for name, x in inputs.items()}, backend=backend, **keywords)
+    assert set(backends_run) == {(name, backend) for name in OPERATORS}
+    eager = _run(inputs, backend="reference", **keywords)
+    exact = _run(
+        {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}, **keywords
+    )
+    for one, plain, right in zip(got, eager, exact, strict=True):
+        assert_as_accurate(one, plain, right)
+
+
+@each_backend
+@pytest.mark.parametrize("pool", ["max", "mean", "none"])
+@pytest.mark.parametrize(
+    ("batch", "blocks", "tokens", "captions", "words", "width", "heads"),
+    [
+        (1, 2, 40, 5, 128, 80, 1),
+        (2, 1, 70, 40, 2, 96, 1),
+        (2, 3, 5, 1, 1, 63, 1),
+        (5, 1, 1, 4, 5, 3, 1),
+        (1, 1, 4, 256, 3, 8, 1),
+        (1, 1, 130, 2, 3, 60, 20),
+    ],
+    ids=str,
+)
+def test_sizes(
+    batch: int,
+    blocks: int,
+    tokens: int,
+    captions: int,
+    words: int,
+    width: int,
+    heads: int,
+    pool: str,
+    backend: str,
+    device: str,
+    poisoned_memory: None,
+) -> None:
+    inputs = _large(batch, blocks, tokens, captions, words, width, masked=True)
+    keywords = {"num_heads": heads, "pool": pool}
+    got = _run({name: x.to(device) for name, x in inputs.items()}, backend=backend, **keywords)
+    exact = _run(
+        {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}, **keywords
+    )
+    for one, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_as_accurate_as_eager_in_low_precision(
+    dtype: torch.dtype, residual: torch.dtype, backend: str, device: str, poisoned_memory: None
+) -> None:
+    inputs = _large(2, 2, 19, 3, 20, 40, True)
+    inputs |= {name: inputs[name].to(dtype) for name in ("q", "k", "v")}
+    inputs["residual"] = inputs["residual"].to(residual)
+    got = _run({name: x.to(device) for name, x in inputs.items()}, backend=backend)
+    eager = _run(inputs, backend="reference")
+    exact = _run({n: x.double() if x.is_floating_point() else x for n, x in inputs.items()})
+    for one, plain, right in zip(got, eager, exact, strict=True):
+        assert_as_accurate(one, plain, right)
+
+
+@each_backend
+def test_scores_of_any_size(backend: str, device: str) -> None:
+    """Softmax of scores beyond what exp can take, and of scores that are all far below zero."""
+    inputs = _inputs(device=device)
+    inputs["q"] = inputs["q"] * 1e3
+    inputs["k"][:, 0] = -inputs["k"][:, 0].abs()
+    got = _run(inputs, backend=backend)
+    exact = _run({name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
+    for one, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_nan_is_seen(backend: str, device: str) -> None:
+    """Of a token in its features and the sparsity, of a caption's value in all that reads it."""
+    inputs = _inputs(device=device)
+    inputs["q"][0, 1, 2] = math.nan
+    features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
+    assert bool(features[0, 1].isnan().all())
+    assert not features[0, 0].isnan().any()
+    assert bool(sparsity.isnan())
+    inputs = _inputs(device=device)
+    inputs["v"][0, 1, 0, 3] = math.nan
+    features, _ = ops.text_cross_attention(**inputs, backend=backend)
+    assert bool(features[0, :, 3].isnan().all())
+    assert int(features.isnan().sum()) == 2 * 5
+
+
+@each_backend
+@pytest.mark.parametrize("pool", ["max", "mean", "none"])
+def test_strides(pool: str, backend: str, device: str) -> None:
+    """Keys and values as views of one projection, other strides, and upstream ones of stride 0."""
+    inputs = _inputs(device=device)
+    plain = dict(inputs)
+    projected = torch.stack([inputs["v"], inputs["k"], inputs["v"]], dim=3)  # [B, C, S, 3, d]
+    inputs["k"], inputs["v"] = projected[..., 1, :], projected[..., 2, :]
+    inputs["q"] = inputs["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["residual"] = torch.cat([inputs["residual"]] * 2, dim=1)[:, :5]
+    inputs["word_mask"] = inputs["word_mask"].mT.contiguous().mT
+    inputs["token_mask"] = inputs["token_mask"].t().contiguous().t()
+    results = []
+    for arguments in (plain, inputs):
+        leaves = [arguments[n].detach().requires_grad_() for n in ("q", "k", "v", "residual")]
+        options = {name: mask for name, mask in arguments.items() if name.endswith("mask")}
+        features, sparsity = ops.text_cross_attention(
+            *leaves, **options, pool=pool, backend=backend
+        )
+        one = torch.ones((), device=device)
+        upstream = [one.expand(features.shape), one]
+        grads = torch.autograd.grad([features, sparsity], leaves, upstream)
+        results.append((features, sparsity, *grads))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.fixture
+def any_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("pool", ["max", "mean", "none"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (3, 1), (2, 2)])
+def test_the_number_of_threads_changes_no_bit(
+    batch: int, heads: int, pool: str, any_threads: None
+) -> None:
+    inputs = _large(batch, 4, 30, 3, 11, 48, masked=True)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(_run(inputs, num_heads=heads, pool=pool, backend="cpu"))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("rows", "tokens", "batch"), [(0, 5, 0), (0, 5, 2), (4, 0, 2)], ids=["B 0", "R 0", "T 0"]
+)
+@pytest.mark.parametrize("pool", ["max", "mean", "none"])
+def test_nothing_to_do(
+    rows: int, tokens: int, batch: int, pool: str, poisoned_memory: None
+) -> None:
+    q = torch.zeros(rows, tokens, 8, requires_grad=True)
+    k, v = (torch.ones(batch, 3, 4, 8, requires_grad=True) for _ in range(2))
+    features, sparsity = ops.text_cross_attention(q, k, v, q, pool=pool, backend="cpu")
+    assert features.numel() == 0
+    assert sparsity == 0
+    (features.sum() + sparsity).backward()
+    assert not k.grad.any()
+    assert not v.grad.any()
+
+
+@needs_native
+def test_kernel_refuses_float64() -> None:
+    with pytest.raises(BackendError, match=r"cpu: computes in float32, got torch\.float64 queries"):
+        ops.text_cross_attention(**_inputs(torch.float64), backend="cpu")
 
 
 def test_backward_by_hand_is_autograd_of_the_reference() -> None:
@@ -310,27 +565,31 @@ def test_backward_by_hand_is_autograd_of_the_reference() -> None:
             torch.testing.assert_close(got, want)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_in_float32_inside(dtype: torch.dtype) -> None:
-    inputs = _inputs(dtype)
+def test_low_precision_in_float32_inside(dtype: torch.dtype, backend: str, device: str) -> None:
+    inputs = _inputs(dtype, device)
     inputs["residual"] = inputs["residual"].float()
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
-    features, sparsity = ops.text_cross_attention(**inputs)
+    features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
     wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
     assert features.dtype == sparsity.dtype == torch.float32
-    for got, want in zip((features, sparsity), ops.text_cross_attention(**wide), strict=True):
+    for got, want in zip(
+        (features, sparsity), ops.text_cross_attention(**wide, backend=backend), strict=True
+    ):
         assert torch.equal(got, want)
     (features.sum() + sparsity).backward()
     assert [x.grad.dtype for x in leaves] == [dtype] * 3 + [torch.float32]
 
 
-def test_autocast_changes_nothing_inside() -> None:
-    inputs = _inputs()
+@each_backend
+def test_autocast_changes_nothing_inside(backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
     results = []
     for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            features, sparsity = ops.text_cross_attention(**inputs)
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
         grads = torch.autograd.grad(features.square().sum() + sparsity, leaves)
         results.append((features, sparsity, *grads))
     for got, want in zip(*results, strict=True):

@@ -95,7 +95,7 @@ def text_cross_attention_backward(
     scores = dot_products(q, k)
     attention = _attention(scores, valid)
 
-    dy = by_image(grad_features, batch, num_heads)
+    dy = by_image(grad_features, batch, num_heads).to(scores.dtype)
     if pool == "max":
         index = by_image(winner, batch, num_heads)[:, :, None].long()
         every = dy.new_zeros(*scores.shape[:3], *dy.shape[2:])  # [B, h, C, P, e]

@@ -1,0 +1,64 @@
+// exp and what is made of it, in float32, for loops that are to be vectorised: no branches, no tables
+// and no calls.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+
+namespace jepa_fast {
+
+// 2^n for n in [-126, 127].
+JEPA_FAST_HOST_DEVICE float power_of_two(int32_t n) {
+  const int32_t bits = (n + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+// exp(x) to 1 unit in the last place; 0 below all float32, infinity above, NaN for NaN.
+JEPA_FAST_HOST_DEVICE float exponential(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23, whose neighbours are the whole numbers
+  constexpr int32_t kRounderBits = 0x4B400000;
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const float shifted = x * kLog2E + kRounder;
+  const float whole = shifted - kRounder;
+  int32_t n;
+  memcpy(&n, &shifted, sizeof n);
+  n -= kRounderBits;
+  const float r = (x - whole * kLn2High) - whole * kLn2Low;  // in [-ln 2 / 2, ln 2 / 2]
+  float p = 1.98909911e-4f;  // (exp(r) - 1 - r) / r^2, interpolated at Chebyshev's nodes
+  p = p * r + 1.39336498e-3f;
+  p = p * r + 8.33331048e-3f;
+  p = p * r + 4.16664667e-2f;
+  p = p * r + 1.66666672e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const int32_t half = n >> 1;  // 2^n itself may be no float32 where the product is one
+  return p * power_of_two(half) * power_of_two(n - half);
+}
+
+// log(1 + exp(x)), to 3 units in the last place.
+JEPA_FAST_HOST_DEVICE float softplus(float x) {
+  const float u = exponential(x < 0 ? x : -x);
+  // log(1 + u) = 2 artanh(u / (2 + u)), whose series ends soon below 1 / 3.
+  const float s = u / (2.0f + u), square = s * s;
+  float p = 1.0f / 15;
+  p = p * square + 1.0f / 13;
+  p = p * square + 1.0f / 11;
+  p = p * square + 1.0f / 9;
+  p = p * square + 1.0f / 7;
+  p = p * square + 1.0f / 5;
+  p = p * square + 1.0f / 3;
+  const float log1p = 2.0f * (s + s * square * p);
+  return (x < 0 ? 0.0f : x) + log1p;
+}
+
+// 1 / (1 + exp(-x)).
+JEPA_FAST_HOST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+}  // namespace jepa_fast

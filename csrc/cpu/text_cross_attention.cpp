@@ -1,0 +1,875 @@
+// Text cross-attention on the CPU: scores never leave the cache in the forward pass, and those of one
+// image at a time are kept in the backward pass.
+//
+// Masked words are left out when keys and values are copied, so that the W words of an image's
+// captions lie side by side and nothing below knows of masks. Matrices are panels of 32 columns:
+// keys [e, W] by feature, scores [W, tokens] by token, so that sums over words run along a panel.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "../common/exponential.h"
+#include "../common/floating.h"
+#include "clones.h"
+#include "panel_product.h"
+
+namespace jepa_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+enum Pool : int64_t { kMax, kMean, kNone };
+
+constexpr float kEpsilon = 1e-8f;  // vectors shorter than this count as this long in a cosine
+
+int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Rows of tensors.
+
+// A row of any floating dtype (or of bytes), times `scale`, into one row of each panel.
+template <typename From>
+JEPA_FAST_CLONES void read_row(
+    float* to, int64_t panel_stride, const void* row, int64_t width, float scale) {
+  const From* from = static_cast<const From*>(row);
+  for (; width > 0; width -= kPanel, from += kPanel, to += panel_stride) {
+    if (width >= kPanel) {
+      for (int64_t j = 0; j < kPanel; ++j) to[j] = static_cast<float>(from[j]) * scale;
+    } else {
+      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<float>(from[j]) * scale;
+      for (int64_t j = width; j < kPanel; ++j) to[j] = 0;
+    }
+  }
+}
+
+template <typename To>
+JEPA_FAST_CLONES void write_row(void* row, const float* from, int64_t width) {
+  To* to = static_cast<To*>(row);
+  for (int64_t j = 0; j < width; ++j) to[j] = static_cast<To>(from[j]);
+}
+
+template <typename T>
+JEPA_FAST_CLONES void add_rows(void* row, const void* base, const float* from, int64_t width) {
+  T* to = static_cast<T*>(row);
+  const T* residual = static_cast<const T*>(base);
+  for (int64_t j = 0; j < width; ++j) {
+    to[j] = static_cast<T>(static_cast<Compute<T>>(residual[j]) + static_cast<Compute<T>>(from[j]));
+  }
+}
+
+// A tensor [A, C, D] or [A, B, C, D] whose last dimension has no gaps.
+struct Rows {
+  char* data;
+  int64_t outer, middle, inner, item;  // bytes from one to the next
+  void (*read)(float*, int64_t, const void*, int64_t, float);
+  void (*write)(void*, const float*, int64_t);
+  void (*add)(void*, const void*, const float*, int64_t);
+
+  explicit Rows(const Tensor& tensor) : data(static_cast<char*>(tensor.data_ptr())) {
+    item = static_cast<int64_t>(tensor.element_size());
+    outer = tensor.stride(0) * item;
+    middle = tensor.dim() == 4 ? tensor.stride(1) * item : 0;
+    inner = tensor.stride(tensor.dim() - 2) * item;
+    const auto choose = [this](auto type) {
+      using T = typename decltype(type)::type;
+      read = &read_row<T>;
+      write = &write_row<T>;
+      add = &add_rows<T>;
+    };
+    if (tensor.scalar_type() == ScalarType::Byte) {
+      choose(Type<uint8_t>{});
+    } else {
+      visit_floating(tensor.scalar_type(), choose);
+    }
+  }
+
+  char* at(int64_t a, int64_t b, int64_t c, int64_t column) const {
+    return data + a * outer + b * middle + c * inner + column * item;
+  }
+};
+
+// One over the length of each of `rows` rows of panels.
+JEPA_FAST_CLONES void inverse_lengths(
+    float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t panels) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float squares[kPanel] = {};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float* row = from + panel * panel_stride + i * kPanel;
+      for (int64_t j = 0; j < kPanel; ++j) squares[j] += row[j] * row[j];
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < kPanel; ++j) sum += static_cast<double>(squares[j]);
+    const float length = static_cast<float>(std::sqrt(sum));
+    to[i] = 1.0f / (length < kEpsilon ? kEpsilon : length);
+  }
+}
+
+// Up to 32 rows of panels as the columns of one panel [width, 32], zero in those that are missing.
+JEPA_FAST_CLONES void transpose(
+    float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t width) {
+  for (int64_t first = 0; first < width; first += kPanel) {
+    const float* panel = from + first / kPanel * panel_stride;
+    const int64_t count = std::min(kPanel, width - first);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = to + (first + i) * kPanel;
+      for (int64_t j = 0; j < rows; ++j) row[j] = panel[j * kPanel + i];
+      for (int64_t j = rows; j < kPanel; ++j) row[j] = 0;
+    }
+  }
+}
+
+// What the passes over a caption's scores [words, 32] need beside them.
+struct Lengths {
+  const float *inverse_key, *inverse_query;  // [words], [32]
+  float inverse_tau;
+};
+
+// Scores become attention. Adds each token's similarities up.
+template <bool is_softplus>
+JEPA_FAST_CLONES void attend(float* scores, int64_t words, Lengths lengths, double* similarity) {
+  float highest[kPanel], sum[kPanel] = {}, similar[kPanel] = {};
+  for (int64_t j = 0; j < kPanel; ++j) highest[j] = scores[j];
+  for (int64_t w = 1; w < words; ++w) {
+    const float* score = scores + w * kPanel;
+    for (int64_t j = 0; j < kPanel; ++j) highest[j] = score[j] > highest[j] ? score[j] : highest[j];
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    float* score = scores + w * kPanel;
+    const float inverse_key = lengths.inverse_key[w];
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const float cosine = score[j] * lengths.inverse_query[j] * inverse_key;
+      if constexpr (is_softplus) {
+        similar[j] += softplus(cosine * lengths.inverse_tau);
+      } else {
+        similar[j] += cosine < 0 ? 0.0f : cosine;
+      }
+      const float odds = exponential(score[j] - highest[j]);
+      sum[j] += odds;
+      score[j] = odds;
+    }
+  }
+  for (int64_t j = 0; j < kPanel; ++j) {
+    sum[j] = 1.0f / sum[j];
+    similarity[j] += static_cast<double>(similar[j]);
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    float* score = scores + w * kPanel;
+    for (int64_t j = 0; j < kPanel; ++j) score[j] *= sum[j];
+  }
+}
+
+// Scores become their gradient through the cosines, and attention is made of them. `weight` is the
+// gradient of each token's similarities. Sums of cosine * its gradient go to words and tokens, as the
+// gradients of the lengths.
+template <bool is_softplus>
+JEPA_FAST_CLONES void attend_again(
+    float* scores,
+    float* attention,
+    int64_t words,
+    Lengths lengths,
+    const float* weight,
+    float* of_words,
+    float* of_tokens) {
+  float highest[kPanel], sum[kPanel] = {};
+  for (int64_t j = 0; j < kPanel; ++j) highest[j] = scores[j];
+  for (int64_t w = 1; w < words; ++w) {
+    const float* score = scores + w * kPanel;
+    for (int64_t j = 0; j < kPanel; ++j) highest[j] = score[j] > highest[j] ? score[j] : highest[j];
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    float* score = scores + w * kPanel;
+    float* odds = attention + w * kPanel;
+    const float inverse_key = lengths.inverse_key[w];
+    float shared[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) {
+      odds[j] = exponential(score[j] - highest[j]);
+      sum[j] += odds[j];
+      const float inverse = lengths.inverse_query[j] * inverse_key;
+      const float cosine = score[j] * lengths.inverse_query[j] * inverse_key;
+      float slope;
+      if constexpr (is_softplus) {
+        slope = sigmoid(cosine * lengths.inverse_tau) * lengths.inverse_tau * weight[j];
+      } else {
+        slope = cosine > 0 ? weight[j] : 0.0f;
+      }
+      shared[j] = slope * cosine;
+      score[j] = slope * inverse;
+    }
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < kPanel; ++j) total += shared[j];
+    of_words[w] = total;
+    for (int64_t j = 0; j < kPanel; ++j) of_tokens[j] += shared[j];
+  }
+  for (int64_t j = 0; j < kPanel; ++j) sum[j] = 1.0f / sum[j];
+  for (int64_t w = 0; w < words; ++w) {
+    float* share = attention + w * kPanel;
+    for (int64_t j = 0; j < kPanel; ++j) share[j] *= sum[j];
+  }
+}
+
+// Adds the gradient through the softmax to `slope`.
+JEPA_FAST_CLONES void add_softmax_slope(
+    float* slope, const float* attention, const float* grad, int64_t words) {
+  float dot[kPanel] = {};
+  for (int64_t i = 0; i < words * kPanel; i += kPanel) {
+    for (int64_t j = 0; j < kPanel; ++j) dot[j] += attention[i + j] * grad[i + j];
+  }
+  for (int64_t i = 0; i < words * kPanel; i += kPanel) {
+    for (int64_t j = 0; j < kPanel; ++j) {
+      slope[i + j] += attention[i + j] * (grad[i + j] - dot[j]);
+    }
+  }
+}
+
+// The higher of two rows of results, NaN if there is one, and the caption that it is from.
+JEPA_FAST_CLONES void take_highest(
+    float* highest, float* winner, const float* y, int64_t size, float caption) {
+  for (int64_t i = 0; i < size; ++i) {
+    const bool wins = (y[i] > highest[i]) | (y[i] != y[i]);
+    winner[i] = wins ? caption : winner[i];
+    highest[i] = wins ? y[i] : highest[i];
+  }
+}
+
+// Gradients where `winner` is this caption, else 0.
+JEPA_FAST_CLONES void keep_won(
+    float* to, const float* grad, const float* winner, int64_t size, float caption) {
+  for (int64_t i = 0; i < size; ++i) to[i] = winner[i] == caption ? grad[i] : 0.0f;
+}
+
+JEPA_FAST_CLONES void write_winners(uint8_t* to, const float* winner, int64_t width) {
+  for (int64_t j = 0; j < width; ++j) to[j] = static_cast<uint8_t>(static_cast<int32_t>(winner[j]));
+}
+
+// to = (x - y * factor) * scale
+JEPA_FAST_CLONES void subtract_scaled(
+    float* to, const float* x, const float* y, float factor, float scale, int64_t width) {
+  for (int64_t j = 0; j < width; ++j) to[j] = (x[j] - y[j] * factor) * scale;
+}
+
+JEPA_FAST_CLONES void scale_rows(float* x, int64_t size, float scale) {
+  for (int64_t i = 0; i < size; ++i) x[i] *= scale;
+}
+
+// The words of an image that exist, caption by caption.
+struct Words {
+  std::vector<int64_t> caption, place;  // of each word
+  std::vector<int64_t> first;           // [C + 1]: the words of a caption
+  std::vector<int64_t> there;           // captions that have words
+
+  int64_t size() const { return static_cast<int64_t>(place.size()); }
+  int64_t count(int64_t n) const { return first[n + 1] - first[n]; }
+};
+
+struct Masks {
+  const bool *word, *caption, *token;  // null: all; contiguous
+
+  static const bool* data(const std::optional<Tensor>& mask) {
+    return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  }
+};
+
+// A call's arguments. An image's tokens are those of all its sequences, one sequence after the other.
+struct Call {
+  Rows q, k, v;
+  int64_t batch, length, tokens, captions, words_each, heads, width;
+  Masks masks;
+  float scale;
+  Pool pool;
+  bool is_softplus;
+  float inverse_tau;
+  std::vector<Words> words;
+  double pairs = 0;  // of a caption and a token that counts
+
+  Call(
+      const Tensor& queries,
+      const Tensor& keys,
+      const Tensor& values,
+      Masks masks,
+      int64_t heads,
+      double scale,
+      int64_t pool,
+      bool is_softplus,
+      double tau)
+      : q(queries),
+        k(keys),
+        v(values),
+        batch(keys.size(0)),
+        length(queries.size(1)),
+        tokens(queries.size(0) / std::max<int64_t>(1, batch) * length),
+        captions(keys.size(1)),
+        words_each(keys.size(2)),
+        heads(heads),
+        width(keys.size(3) / heads),
+        masks(masks),
+        scale(static_cast<float>(scale)),
+        pool(static_cast<Pool>(pool)),
+        is_softplus(is_softplus),
+        inverse_tau(static_cast<float>(1 / tau)),
+        words(batch) {
+    for (int64_t b = 0; b < batch; ++b) {
+      find_words(b);
+      int64_t counted = 0;
+      for (int64_t p = 0; p < tokens; ++p) counted += counts(b, p);
+      pairs += static_cast<double>(counted) * static_cast<double>(words[b].there.size());
+    }
+    pairs = std::max(1.0, pairs);
+  }
+
+  int64_t panels() const { return panels_of(width); }
+  int64_t token_panels() const { return panels_of(tokens); }
+  int64_t sequence(int64_t b, int64_t p) const { return p / length * batch + b; }
+  int64_t place(int64_t p) const { return p % length; }
+
+  bool counts(int64_t b, int64_t p) const {
+    return masks.token == nullptr || masks.token[sequence(b, p) * length + place(p)];
+  }
+
+  // The words of keys or values for one head, as panels [panels][W][32].
+  void read_words(float* to, const Rows& from, int64_t b, int64_t head) const {
+    const Words& found = words[b];
+    for (int64_t w = 0; w < found.size(); ++w) {
+      from.read(
+          to + w * kPanel,
+          found.size() * kPanel,
+          from.at(b, found.caption[w], found.place[w], head * width),
+          width,
+          1.0f);
+    }
+  }
+
+  // `count` tokens, into rows of panels that are `panel_stride` apart.
+  void read_tokens(
+      float* to,
+      int64_t panel_stride,
+      const Rows& from,
+      int64_t b,
+      int64_t caption,
+      int64_t first,
+      int64_t count,
+      int64_t column,
+      int64_t columns,
+      float factor) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t p = first + i;
+      const char* row = from.at(sequence(b, p), caption, place(p), column);
+      from.read(to + i * kPanel, panel_stride, row, columns, factor);
+    }
+  }
+
+ private:
+  void find_words(int64_t b) {
+    Words& found = words[b];
+    found.first.assign(1, 0);
+    for (int64_t n = 0; n < captions; ++n) {
+      const int64_t caption = b * captions + n;
+      if (masks.caption == nullptr || masks.caption[caption]) {
+        for (int64_t w = 0; w < words_each; ++w) {
+          if (masks.word != nullptr && !masks.word[caption * words_each + w]) continue;
+          found.caption.push_back(n);
+          found.place.push_back(w);
+        }
+      }
+      found.first.push_back(found.size());
+      if (found.count(n) > 0) found.there.push_back(n);
+    }
+  }
+};
+
+// Memory whose contents do not matter yet.
+class Buffer {
+ public:
+  void reserve(int64_t size) {
+    if (size <= size_) return;
+    data_.reset(new float[size]);
+    size_ = size;
+  }
+  float* data() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float[]> data_;
+  int64_t size_ = 0;
+};
+
+// The forward pass of up to some panels of tokens of one head of an image.
+class ForwardTile {
+ public:
+  ForwardTile(const Call& call, const Rows& residual, const Rows& features, uint8_t* winner)
+      : call_(call), residual_(residual), features_(features), winner_(winner) {}
+
+  // The panels of tokens that share a walk over keys and values: their scores are to stay in L2.
+  static int64_t panels_each(const Call& call) {
+    constexpr int64_t kScores = 65536;
+    const int64_t fitting = kScores / std::max<int64_t>(1, call.captions * call.words_each * kPanel);
+    return std::clamp<int64_t>(fitting, 1, 4);
+  }
+
+  // Returns the sum of the similarities of the tokens that count.
+  double run(int64_t b, int64_t head, int64_t first_panel, int64_t panels) {
+    read(b, head);
+    const int64_t words = call_.words[b].size();
+    scores_.reserve(panels * words * kPanel);
+    double sum = 0;
+    for (int64_t i = 0; i < panels; ++i) {
+      sum += attend_panel((first_panel + i) * kPanel, scores_.data() + i * words * kPanel);
+    }
+    for (int64_t f = 0; f < call_.panels(); ++f) {
+      for (int64_t i = 0; i < panels; ++i) {
+        write((first_panel + i) * kPanel, f, scores_.data() + i * words * kPanel);
+      }
+    }
+    return sum;
+  }
+
+ private:
+  void read(int64_t b, int64_t head) {
+    if (b == image_ && head == head_) return;
+    image_ = b;
+    head_ = head;
+    const int64_t words = call_.words[b].size(), size = call_.panels() * words * kPanel;
+    keys_.reserve(size);
+    values_.reserve(size);
+    inverse_keys_.reserve(words);
+    call_.read_words(keys_.data(), call_.k, b, head);
+    call_.read_words(values_.data(), call_.v, b, head);
+    inverse_lengths(inverse_keys_.data(), keys_.data(), words * kPanel, words, call_.panels());
+  }
+
+  int64_t tokens_from(int64_t first) const { return std::min(kPanel, call_.tokens - first); }
+
+  double attend_panel(int64_t first, float* scores) {
+    const Words& words = call_.words[image_];
+    const int64_t count = tokens_from(first), stride = kPanel * kPanel;
+    queries_.reserve(call_.panels() * stride);
+    transposed_.reserve(call_.width * kPanel);
+    call_.read_tokens(
+        queries_.data(), stride, call_.q, image_, 0, first, count, head_ * call_.width, call_.width,
+        call_.scale);
+    float inverse_query[kPanel] = {};
+    inverse_lengths(inverse_query, queries_.data(), stride, count, call_.panels());
+    transpose(transposed_.data(), queries_.data(), stride, count, call_.width);
+    const Left keys{keys_.data(), words.size(), call_.width, kPanel, words.size() * kPanel};
+    multiply(keys, transposed_.data(), count, scores);
+
+    double similarity[kPanel] = {};
+    for (const int64_t n : words.there) {
+      const Lengths lengths{inverse_keys_.data() + words.first[n], inverse_query, call_.inverse_tau};
+      float* const of_caption = scores + words.first[n] * kPanel;
+      if (call_.is_softplus) {
+        attend<true>(of_caption, words.count(n), lengths, similarity);
+      } else {
+        attend<false>(of_caption, words.count(n), lengths, similarity);
+      }
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      if (call_.counts(image_, first + j)) sum += similarity[j];
+    }
+    return sum;
+  }
+
+  // Features of a panel of tokens in a panel of columns.
+  void write(int64_t first, int64_t f, const float* attention) {
+    const Words& words = call_.words[image_];
+    const int64_t count = tokens_from(first);
+    const int64_t columns = std::min(kPanel, call_.width - f * kPanel);
+    const float* values = values_.data() + f * words.size() * kPanel;
+    float y[kPanel * kPanel], pooled[kPanel * kPanel], winner[kPanel * kPanel];
+    const auto of_words = [&](int64_t begin, int64_t end, float* out) {
+      const Left left{attention + begin * kPanel, count, end - begin, end - begin, 0};
+      multiply_transposed(left, values + begin * kPanel, columns, out);
+    };
+    if (call_.pool == kNone) {
+      for (int64_t n = 0; n < call_.captions; ++n) {
+        of_words(words.first[n], words.first[n + 1], y);  // 0 if there are none
+        write_features(y, first, count, n, f * kPanel, columns);
+      }
+      return;
+    }
+    if (call_.pool == kMean || words.there.empty()) {
+      of_words(0, words.size(), pooled);
+      const float captions = static_cast<float>(std::max<size_t>(1, words.there.size()));
+      scale_rows(pooled, count * kPanel, 1.0f / captions);
+      std::fill(winner, winner + count * kPanel, 0.0f);
+    } else {
+      for (const int64_t n : words.there) {
+        const bool is_first = n == words.there.front();
+        of_words(words.first[n], words.first[n + 1], is_first ? pooled : y);
+        if (is_first) {
+          std::fill(winner, winner + count * kPanel, static_cast<float>(n));
+        } else {
+          take_highest(pooled, winner, y, count * kPanel, static_cast<float>(n));
+        }
+      }
+    }
+    write_features(pooled, first, count, 0, f * kPanel, columns);
+    if (call_.pool != kMax) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t p = first + i;
+      const int64_t row = call_.sequence(image_, p) * call_.length + call_.place(p);
+      const int64_t column = head_ * call_.width + f * kPanel;
+      write_winners(
+          winner_ + row * call_.heads * call_.width + column, winner + i * kPanel, columns);
+    }
+  }
+
+  void write_features(
+      const float* y, int64_t first, int64_t count, int64_t n, int64_t column, int64_t columns) {
+    column += head_ * call_.width;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t p = first + i, r = call_.sequence(image_, p), t = call_.place(p);
+      features_.add(
+          features_.at(r, n, t, column), residual_.at(r, 0, t, column), y + i * kPanel, columns);
+    }
+  }
+
+  const Call& call_;
+  const Rows &residual_, &features_;
+  uint8_t* winner_;
+  int64_t image_ = -1, head_ = -1;  // whose keys and values are here
+  Buffer keys_, values_, inverse_keys_, queries_, transposed_, scores_;
+};
+
+// The upstream gradients, and where they go.
+struct Gradients {
+  Rows features;
+  std::optional<Rows> winner;
+  Rows dq, dk, dv;
+  float sparsity;  // of the sum over all pairs and heads
+};
+
+// The backward pass of one head of an image: first by panels of tokens, which gives the gradient of
+// q, then by panels of columns, which gives those of k and v. Either may be shared out among threads,
+// and sums over tokens are the same.
+class BackwardImage {
+ public:
+  void read(const Call& call, const Gradients& gradients, int64_t b, int64_t head) {
+    call_ = &call;
+    gradients_ = &gradients;
+    image_ = b;
+    head_ = head;
+    const int64_t words = size(), panels = call.panels(), tokens = call.tokens;
+    keys_.reserve(panels * words * kPanel);
+    values_.reserve(panels * words * kPanel);
+    inverse_keys_.reserve(words);
+    call.read_words(keys_.data(), call.k, b, head);
+    call.read_words(values_.data(), call.v, b, head);
+    inverse_lengths(inverse_keys_.data(), keys_.data(), words * kPanel, words, panels);
+    queries_.reserve(panels * tokens * kPanel);
+    if (call.pool != kNone) grads_.reserve(panels * tokens * kPanel);
+    if (call.pool == kMax) winner_.reserve(panels * tokens * kPanel);
+    attention_.reserve(call.token_panels() * words * kPanel);
+    slopes_.reserve(call.token_panels() * words * kPanel);
+    of_words_.reserve(call.token_panels() * words);
+  }
+
+  // Of the tokens of one panel.
+  void run_tokens(int64_t panel) const {
+    const Call& call = *call_;
+    const Words& words = call.words[image_];
+    const int64_t first = panel * kPanel, count = std::min(kPanel, call.tokens - first);
+    const int64_t stride = call.tokens * kPanel;
+    float* const queries = queries_.data() + first * kPanel;
+    float* const slopes = slopes_.data() + panel * size() * kPanel;
+    float* const attention = attention_.data() + panel * size() * kPanel;
+    std::vector<float> transposed(call.width * kPanel);
+    read_tokens(queries, call.q, first, count, call.scale);
+    float inverse_query[kPanel] = {}, weight[kPanel] = {}, of_tokens[kPanel] = {};
+    inverse_lengths(inverse_query, queries, stride, count, call.panels());
+    for (int64_t j = 0; j < count; ++j) {
+      weight[j] = call.counts(image_, first + j) ? gradients_->sparsity : 0.0f;
+    }
+    transpose(transposed.data(), queries, stride, count, call.width);
+    multiply(all_words(keys_), transposed.data(), count, slopes);
+    for (const int64_t n : words.there) {
+      const int64_t begin = words.first[n];
+      const Lengths lengths{inverse_keys_.data() + begin, inverse_query, call.inverse_tau};
+      const auto pass = call.is_softplus ? &attend_again<true> : &attend_again<false>;
+      pass(
+          slopes + begin * kPanel,
+          attention + begin * kPanel,
+          words.count(n),
+          lengths,
+          weight,
+          of_words_.data() + panel * size() + begin,
+          of_tokens);
+    }
+    add_attention_slopes(first, count, slopes, attention, transposed);
+    for (int64_t f = 0; f < call.panels(); ++f) {
+      float grad[kPanel * kPanel];
+      const int64_t columns = std::min(kPanel, call.width - f * kPanel);
+      const Left left{slopes, count, size(), size(), 0};
+      multiply_transposed(left, keys_.data() + f * size() * kPanel, columns, grad);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t p = first + i;
+        const float factor = of_tokens[i] * inverse_query[i] * inverse_query[i];
+        const float* query = queries + f * stride + i * kPanel;
+        float* const row = grad + i * kPanel;
+        subtract_scaled(row, row, query, factor, call.scale, columns);
+        const Rows& dq = gradients_->dq;
+        const int64_t column = head_ * call.width + f * kPanel;
+        dq.write(dq.at(call.sequence(image_, p), 0, call.place(p), column), row, columns);
+      }
+    }
+  }
+
+  // Of the columns of one panel, after all tokens.
+  void run_columns(int64_t f) const {
+    const Call& call = *call_;
+    const Words& words = call.words[image_];
+    const int64_t columns = std::min(kPanel, call.width - f * kPanel);
+    const int64_t tokens = call.tokens, column = head_ * call.width + f * kPanel;
+    std::vector<float> grad(size() * kPanel), of_caption;
+    const auto by_tokens = [&](const Buffer& scores, int64_t begin, int64_t end) {
+      return Left{scores.data() + begin * kPanel, end - begin, tokens, kPanel, size() * kPanel};
+    };
+    const auto write = [&](const Rows& to) {
+      for (int64_t w = 0; w < size(); ++w) {
+        char* const row = to.at(image_, words.caption[w], words.place[w], column);
+        to.write(row, grad.data() + w * kPanel, columns);
+      }
+    };
+
+    multiply(by_tokens(slopes_, 0, size()), queries_.data() + f * tokens * kPanel, columns, grad.data());
+    for (int64_t w = 0; w < size(); ++w) {
+      float shared = 0;
+      for (int64_t i = 0; i < call.token_panels(); ++i) shared += of_words_.data()[i * size() + w];
+      const float factor = shared * inverse_keys_.data()[w] * inverse_keys_.data()[w];
+      float* const row = grad.data() + w * kPanel;
+      subtract_scaled(row, row, keys_.data() + (f * size() + w) * kPanel, factor, 1.0f, columns);
+    }
+    write(gradients_->dk);
+
+    if (call.pool == kMean) {
+      multiply(by_tokens(attention_, 0, size()), grads_.data() + f * tokens * kPanel, columns, grad.data());
+    } else {
+      of_caption.resize(tokens * kPanel);
+      for (const int64_t n : words.there) {
+        if (call.pool == kMax) {
+          const int64_t begin = f * tokens * kPanel;
+          keep_won(
+              of_caption.data(),
+              grads_.data() + begin,
+              winner_.data() + begin,
+              tokens * kPanel,
+              static_cast<float>(n));
+        } else {
+          call.read_tokens(
+              of_caption.data(), 0, gradients_->features, image_, n, 0, tokens, column, columns, 1.0f);
+        }
+        const Left left = by_tokens(attention_, words.first[n], words.first[n + 1]);
+        multiply(left, of_caption.data(), columns, grad.data() + words.first[n] * kPanel);
+      }
+    }
+    write(gradients_->dv);
+    write_absent(column, columns);
+  }
+
+ private:
+  int64_t size() const { return call_->words[image_].size(); }
+
+  Left all_words(const Buffer& panels) const {
+    return {panels.data(), size(), call_->width, kPanel, size() * kPanel};
+  }
+
+  void read_tokens(
+      float* to, const Rows& from, int64_t first, int64_t count, float factor) const {
+    const int64_t column = head_ * call_->width;
+    call_->read_tokens(
+        to, call_->tokens * kPanel, from, image_, 0, first, count, column, call_->width, factor);
+  }
+
+  // The gradient of the attention, by way of the values, and on to the scores.
+  void add_attention_slopes(
+      int64_t first,
+      int64_t count,
+      float* slopes,
+      const float* attention,
+      std::vector<float>& transposed) const {
+    const Call& call = *call_;
+    const Words& words = call.words[image_];
+    const int64_t stride = call.tokens * kPanel;
+    std::vector<float> grad(size() * kPanel), some, winner;
+    if (call.pool == kNone) {
+      some.resize(call.panels() * kPanel * kPanel);
+    } else {
+      const float captions = static_cast<float>(std::max<size_t>(1, words.there.size()));
+      float* const grads = grads_.data() + first * kPanel;
+      read_tokens(
+          grads, gradients_->features, first, count, call.pool == kMean ? 1.0f / captions : 1.0f);
+      transpose(transposed.data(), grads, stride, count, call.width);
+    }
+    if (call.pool == kMean) multiply(all_words(values_), transposed.data(), count, grad.data());
+    if (call.pool == kMax) {
+      some.resize(call.width * kPanel);
+      winner.resize(call.width * kPanel);
+      float* const winners = winner_.data() + first * kPanel;
+      read_tokens(winners, *gradients_->winner, first, count, 1.0f);
+      transpose(winner.data(), winners, stride, count, call.width);
+    }
+    for (const int64_t n : words.there) {
+      const int64_t begin = words.first[n];
+      const float* right = transposed.data();
+      if (call.pool == kMax) {
+        keep_won(
+            some.data(), transposed.data(), winner.data(), call.width * kPanel, static_cast<float>(n));
+        right = some.data();
+      } else if (call.pool == kNone) {
+        const int64_t column = head_ * call.width;
+        call.read_tokens(
+            some.data(), kPanel * kPanel, gradients_->features, image_, n, first, count, column,
+            call.width, 1.0f);
+        transpose(transposed.data(), some.data(), kPanel * kPanel, count, call.width);
+      }
+      if (call.pool != kMean) {
+        Left left = all_words(values_);
+        left.data += begin * kPanel;
+        left.rows = words.count(n);
+        multiply(left, right, count, grad.data() + begin * kPanel);
+      }
+      add_softmax_slope(
+          slopes + begin * kPanel,
+          attention + begin * kPanel,
+          grad.data() + begin * kPanel,
+          words.count(n));
+    }
+  }
+
+  void write_absent(int64_t column, int64_t columns) const {
+    const Words& words = call_->words[image_];
+    if (size() == call_->captions * call_->words_each) return;
+    int64_t next = 0;
+    for (int64_t n = 0; n < call_->captions; ++n) {
+      for (int64_t w = 0; w < call_->words_each; ++w) {
+        if (next < size() && words.caption[next] == n && words.place[next] == w) {
+          ++next;
+          continue;
+        }
+        for (const Rows* to : {&gradients_->dk, &gradients_->dv}) {
+          std::memset(to->at(image_, n, w, column), 0, columns * to->item);
+        }
+      }
+    }
+  }
+
+  const Call* call_ = nullptr;
+  const Gradients* gradients_ = nullptr;
+  int64_t image_ = 0, head_ = 0;
+  Buffer keys_, values_, inverse_keys_;   // [panels][W][32], [W]
+  Buffer queries_, grads_, winner_;       // [panels][tokens][32]
+  Buffer attention_, slopes_, of_words_;  // [token panels][W][32], [token panels][W]
+};
+
+// q and residual [R, T, d], k and v [B, C, S, d], masks contiguous; features, winner contiguous.
+void text_cross_attention(
+    Tensor q,
+    Tensor k,
+    Tensor v,
+    Tensor residual_tensor,
+    std::optional<Tensor> word_mask,
+    std::optional<Tensor> caption_mask,
+    std::optional<Tensor> token_mask,
+    int64_t heads,
+    double scale,
+    int64_t pool,
+    bool is_softplus,
+    double tau,
+    Tensor features_tensor,
+    Tensor sparsity,
+    Tensor winner) {
+  const Masks masks{Masks::data(word_mask), Masks::data(caption_mask), Masks::data(token_mask)};
+  const Call call(q, k, v, masks, heads, scale, pool, is_softplus, tau);
+  const Rows residual(residual_tensor), features(features_tensor);
+  auto* const winners = static_cast<uint8_t*>(winner.data_ptr());
+  const int64_t each = ForwardTile::panels_each(call);
+  const int64_t tiles = (call.token_panels() + each - 1) / each;
+  std::vector<double> sums(call.batch * heads * tiles);
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
+        ForwardTile tile(call, residual, features, winners);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t image = i / tiles, first = i % tiles * each;
+          const int64_t panels = std::min(each, call.token_panels() - first);
+          sums[i] = tile.run(image / heads, image % heads, first, panels);
+        }
+      });
+  // In the tiles' order, whatever the threads' was.
+  const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+  *static_cast<float*>(sparsity.data_ptr()) =
+      static_cast<float>(sum / call.pairs / static_cast<double>(heads));
+}
+
+// As above; grad_features [R, T, d] or [R, C, T, d], winner, dq, dk and dv contiguous.
+void text_cross_attention_backward(
+    Tensor grad_features,
+    Tensor grad_sparsity,
+    Tensor winner,
+    Tensor q,
+    Tensor k,
+    Tensor v,
+    std::optional<Tensor> word_mask,
+    std::optional<Tensor> caption_mask,
+    std::optional<Tensor> token_mask,
+    int64_t heads,
+    double scale,
+    int64_t pool,
+    bool is_softplus,
+    double tau,
+    Tensor dq,
+    Tensor dk,
+    Tensor dv) {
+  const Masks masks{Masks::data(word_mask), Masks::data(caption_mask), Masks::data(token_mask)};
+  const Call call(q, k, v, masks, heads, scale, pool, is_softplus, tau);
+  const double weight = read_scalar(grad_sparsity.scalar_type(), grad_sparsity.const_data_ptr()) /
+                        call.pairs / static_cast<double>(heads);
+  const Gradients gradients{
+      Rows(grad_features),
+      pool == kMax ? std::optional<Rows>(Rows(winner)) : std::nullopt,
+      Rows(dq),
+      Rows(dk),
+      Rows(dv),
+      static_cast<float>(weight)};
+  const int64_t images = call.batch * heads, panels = call.panels();
+  const int64_t threads = torch::stable::get_num_threads();
+  // An image a thread while that keeps all of them at work; the rest one by one.
+  const int64_t whole = images / threads * threads;
+  torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
+    BackwardImage image;
+    for (int64_t i = begin; i < end; ++i) {
+      image.read(call, gradients, i / heads, i % heads);
+      for (int64_t panel = 0; panel < call.token_panels(); ++panel) image.run_tokens(panel);
+      for (int64_t f = 0; f < panels; ++f) image.run_columns(f);
+    }
+  });
+  std::vector<BackwardImage> rest(images - whole);
+  const auto share_out = [&](int64_t parts, auto&& run) {
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(rest.size()) * parts, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) run(rest[i / parts], i / parts, i % parts);
+        });
+  };
+  share_out(1, [&](BackwardImage& image, int64_t i, int64_t) {
+    image.read(call, gradients, (whole + i) / heads, (whole + i) % heads);
+  });
+  share_out(call.token_panels(), [](const BackwardImage& image, int64_t, int64_t panel) {
+    image.run_tokens(panel);
+  });
+  share_out(panels, [](const BackwardImage& image, int64_t, int64_t f) { image.run_columns(f); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(jepa_fast_native, CPU, m) {
+  m.impl("text_cross_attention", TORCH_BOX(&text_cross_attention));
+  m.impl("text_cross_attention_backward", TORCH_BOX(&text_cross_attention_backward));
+}
+
+}  // namespace jepa_fast
