@@ -9,9 +9,9 @@
 
 namespace jepa_fast {
 
-// 2^n for n in [-126, 127].
+// 2^n for n in [-126, 127]; any number for others, which come of NaN.
 JEPA_FAST_HOST_DEVICE float power_of_two(int32_t n) {
-  const int32_t bits = (n + 127) << 23;
+  const uint32_t bits = (static_cast<uint32_t>(n) + 127u) << 23;
   float power;
   memcpy(&power, &bits, sizeof power);
   return power;
