@@ -100,7 +100,7 @@ def truncated(masks: BlockMasks) -> BlockMasks:
 def padded_to(masks: BlockMasks, length: int) -> BlockMasks:
     """Contexts of so many slots."""
     more = (0, length - masks.context.shape[1])
-    mask = F.pad(_real(masks), more)
+    mask = F.pad(masks.filled(), more)
     return replace(masks, context=F.pad(masks.context, more), context_mask=mask)
 
 
@@ -110,13 +110,8 @@ def _one_pack(masks: BlockMasks, *budget: int) -> PackedMasks:
     return pack
 
 
-def _real(masks: BlockMasks) -> Tensor:
-    mask = masks.context_mask
-    return torch.ones_like(masks.context, dtype=torch.bool) if mask is None else mask
-
-
 def _lengths(masks: BlockMasks) -> Tensor:
-    return _real(masks).sum(1)
+    return masks.filled().sum(1)
 
 
 # What goes into a step.

@@ -58,6 +58,12 @@ class BlockMasks:
                 f"got {list(self.context_mask.shape)}"
             )
 
+    def filled(self) -> Tensor:
+        """``[B, Kc]`` bool, True where a slot of the context holds a real patch."""
+        if self.context_mask is None:
+            return torch.ones_like(self.context, dtype=torch.bool)
+        return self.context_mask
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BlockMasks:
         """The same masks on ``device``; ``non_blocking`` as in :meth:`torch.Tensor.to`."""
         mask = self.context_mask

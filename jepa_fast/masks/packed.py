@@ -114,10 +114,7 @@ def pack_masks(
     """
     batch, _, patches = masks.targets.shape
     slots = patches if block is None else block
-    if masks.context_mask is None:
-        lengths = torch.full((batch,), masks.context.shape[1], dtype=torch.int64)
-    else:
-        lengths = masks.context_mask.sum(1).cpu()
+    lengths = masks.filled().sum(1).cpu()
     most = int(lengths.max()) if batch else 0
     longest = most if longest is None else longest
     if most > longest:
@@ -157,10 +154,7 @@ def packing_budget(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     fullest = 0
     for step in range(steps):
-        masks = sampler(step, batch)
-        mask = masks.context_mask
-        count = masks.context.numel() if mask is None else int(mask.sum())
-        fullest = max(fullest, count)
+        fullest = max(fullest, int(sampler(step, batch).filled().sum()))
     tokens = -(-(fullest + 1) // multiple) * multiple
     return tokens, sampler.largest_target, sampler.longest_context
 
@@ -182,9 +176,7 @@ def _pack(masks: BlockMasks, member: Tensor, tokens: int, slots: int, longest: i
     batch, blocks, patches = masks.targets.shape
     device = masks.targets.device
     grid_patches = masks.grid[0] * masks.grid[1]
-    real = masks.context_mask
-    real = torch.ones_like(masks.context, dtype=torch.bool) if real is None else real
-    real = real & member[:, None]
+    real = masks.filled() & member[:, None]
     lengths = real.sum(1)
     images = torch.arange(batch, device=device)
 

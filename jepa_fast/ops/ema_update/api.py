@@ -68,8 +68,8 @@ def ema_update_(
             f"ema_update_: shadows must be as long as targets, got {len(shadows)} "
             f"and {len(targets)}; leave shadows out where there are none"
         )
+    hint = "; copy integer buffers with copy_"
     for name, tensors in (("targets", targets), ("sources", sources), ("shadows", shadows)):
-        hint = "; copy integer buffers with copy_"
         _memory.check_fit("ema_update_", name, tensors, targets, "target", hint)
     (targets, sources, shadows), shards = _shards.to_local(
         "ema_update_", {"targets": targets, "sources": sources, "shadows": shadows}

@@ -18,7 +18,6 @@ from jepa_fast.ops._checks import (
 )
 from jepa_fast.ops.text_cross_attention import contract, reference
 
-POOLS = ("max", "mean", "none")
 SIMILARITIES = ("relu", "softplus")
 _MOST_CAPTIONS = 256  # the winning caption of "max" is kept in one byte
 
@@ -121,7 +120,7 @@ def text_cross_attention(
             f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
             "convert them first"
         )
-    check_choice(op, "pool", pool, POOLS)
+    check_choice(op, "pool", pool, reference.POOLS)
     check_similarity(op, similarity, tau)
     if scale is not None:
         check_positive(op, "scale", scale)

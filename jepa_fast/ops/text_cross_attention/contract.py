@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jepa_fast.ops._checks import only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
+from jepa_fast.ops.text_cross_attention import reference
 
 _FOLDER = "jepa_fast.ops.text_cross_attention"
 
@@ -27,11 +28,7 @@ def _fake(
     similarity: str,
     tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, tokens, width = q.shape
-    shape = (rows, k.shape[1], tokens, width) if pool == "none" else (rows, tokens, width)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    winner = q.new_empty(q.shape if pool == "max" else 0, dtype=torch.uint8)
-    return residual.new_empty(shape), q.new_empty((), dtype=dtype), winner
+    return reference.empty_outputs(q, k, residual, pool)
 
 
 def _fake_backward(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jepa_fast.ops import _native
 from jepa_fast.ops._rows import without_gaps
-
-# The kernels know these by their place.
-_POOLS = ("max", "mean", "none")
+from jepa_fast.ops.text_cross_attention.reference import POOLS, empty_outputs, score_scale
 
 _OPTIONS = (
     "Tensor? word_mask, Tensor? caption_mask, Tensor? token_mask, int num_heads, float scale, "
@@ -31,12 +28,7 @@ def text_cross_attention(
     q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.text_cross_attention`."""
-    pool = options[5]
-    rows, tokens, width = q.shape
-    shape = (rows, k.shape[1], tokens, width) if pool == "none" else (rows, tokens, width)
-    features = residual.new_empty(shape)
-    sparsity = q.new_empty((), dtype=torch.float32)
-    winner = q.new_empty(q.shape if pool == "max" else 0, dtype=torch.uint8)
+    features, sparsity, winner = empty_outputs(q, k, residual, pool=options[5])
     inputs = (without_gaps(x) for x in (q, k, v, residual))
     _FORWARD(*inputs, *_for_kernel(q, *options), features, sparsity, winner)
     return features, sparsity, winner
@@ -81,6 +73,5 @@ def _for_kernel(
         None if mask is None else mask.contiguous()
         for mask in (word_mask, caption_mask, token_mask)
     )
-    if scale is None:
-        scale = (q.shape[2] // num_heads) ** -0.5
-    return *masks, num_heads, scale, _POOLS.index(pool), similarity == "softplus", tau
+    scale = score_scale(scale, q, num_heads)
+    return *masks, num_heads, scale, POOLS.index(pool), similarity == "softplus", tau

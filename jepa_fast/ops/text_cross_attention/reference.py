@@ -12,7 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Kernels know the pools by their places here.
+POOLS = ("max", "mean", "none")
 _EPSILON = 1e-8  # vectors shorter than this count as this long in a cosine
+
+
+def empty_outputs(
+    q: Tensor, k: Tensor, residual: Tensor, pool: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, sparsity and winners that nobody has written yet."""
+    rows, tokens, width = q.shape
+    shape = (rows, k.shape[1], tokens, width) if pool == "none" else (rows, tokens, width)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    winner = q.new_empty(q.shape if pool == "max" else 0, dtype=torch.uint8)
+    return residual.new_empty(shape), q.new_empty((), dtype=dtype), winner
 
 
 def text_cross_attention(
@@ -39,7 +52,7 @@ def text_cross_attention(
     batch = k.shape[0]
     valid = valid_words(k, word_mask, caption_mask)
     has_words = valid.any(3, keepdim=True)  # [B, 1, C, 1, 1]
-    scale = _scale(scale, q, num_heads)
+    scale = score_scale(scale, q, num_heads)
     # Cosines do not see the scale, so one product serves the attention and the similarity.
     q = by_image(q, batch, num_heads) * scale
     k = by_head(k, num_heads, valid)
@@ -88,7 +101,7 @@ def text_cross_attention_backward(
     dtypes = (q.dtype, k.dtype, v.dtype)
     valid = valid_words(k, word_mask, caption_mask)
     has_words = valid.any(3, keepdim=True)
-    scale = _scale(scale, q, num_heads)
+    scale = score_scale(scale, q, num_heads)
     q = by_image(q, batch, num_heads) * scale
     k = by_head(k, num_heads, valid)
     v = by_head(v, num_heads, valid)
@@ -141,7 +154,7 @@ def attention_statistics(
     """Share of positive cosines; mean entropy of the attention over its maximum, `log(words)`."""
     batch = k.shape[0]
     valid = valid_words(k, word_mask, caption_mask)
-    scale = _scale(scale, q, num_heads)
+    scale = score_scale(scale, q, num_heads)
     q, k = by_image(q, batch, num_heads), by_head(k, num_heads, valid)
     scores = dot_products(q, k)
     has_words = valid.any(3, keepdim=True)
@@ -188,7 +201,7 @@ def by_head(x: Tensor, num_heads: int, valid: Tensor) -> Tensor:
     return _widened(x.masked_fill(~valid, 0))
 
 
-def _scale(scale: float | None, q: Tensor, num_heads: int) -> float:
+def score_scale(scale: float | None, q: Tensor, num_heads: int) -> float:
     """What scores are multiplied by: `1 / sqrt(e)` unless given."""
     return (q.shape[2] // num_heads) ** -0.5 if scale is None else scale
 
