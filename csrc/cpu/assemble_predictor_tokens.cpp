@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "pages.h"
 #include "rows.h"
 
 namespace jepa_fast {
@@ -45,6 +46,7 @@ void assemble_predictor_tokens(
   const std::vector<int64_t> seen = read_index(context_index, position.count);
   const std::vector<int64_t> hidden = read_index(target_index, position.count);
   const Layout layout(context_index, target_index);
+  expect_writes(out_tensor);
   visit_pair(
       out_tensor.scalar_type(), context_tensor.scalar_type(), [&](auto out_type, auto context_type) {
         using Out = typename decltype(out_type)::type;
@@ -169,7 +171,10 @@ void assemble_predictor_tokens_backward(
   const Layout layout(context_index, target_index);
   visit_floating(grad_tensor.scalar_type(), [&](auto type) {
     const Backward<typename decltype(type)::type> backward{grad, layout};
-    if (context.has_value()) backward.context(Rows(*context));
+    if (context.has_value()) {
+      expect_writes(*context);
+      backward.context(Rows(*context));
+    }
     if (mask_token.has_value()) backward.mask_token(Rows(*mask_token));
     if (pos_embed.has_value()) {
       backward.pos_embed(

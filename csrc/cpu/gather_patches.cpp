@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "pages.h"
 #include "rows.h"
 
 namespace jepa_fast {
@@ -12,6 +13,7 @@ namespace {
 void gather_patches(Tensor x_tensor, Tensor index, Tensor out_tensor) {
   const Rows x(x_tensor), out(out_tensor);
   const std::vector<int64_t> patch = read_index(index, x.count);
+  expect_writes(out_tensor);
   torch::stable::parallel_for(
       0, patch.size(), row_grain(x.width), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -47,6 +49,7 @@ void gather_patches_backward(Tensor grad_tensor, Tensor index, Tensor table_tens
   const Inverse inverse(rows, patch.size(), [&](int64_t i) {
     return i / grad.count * table.count + patch[i];
   });
+  expect_writes(table_tensor);
   visit_floating(grad_tensor.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     torch::stable::parallel_for(0, rows, row_grain(table.width), [&](int64_t begin, int64_t end) {

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <optional>
 
+#include "pages.h"
 #include "rows.h"
 
 namespace jepa_fast {
@@ -196,6 +197,7 @@ void latent_loss(
   const int64_t width = tokens.prediction.width;
   const double scale = 1.0 / tokens.counted();
   std::vector<double> losses(tokens.size());
+  if (slopes.has_value()) expect_writes(*slopes);
 
   const auto run = [&](auto prediction, auto teacher, auto slope) {
     using Prediction = typename decltype(prediction)::type;

@@ -4,6 +4,8 @@
 // Masked words are left out when keys and values are copied, so that the W words of an image's
 // captions lie side by side and nothing below knows of masks. Matrices are panels of 32 columns:
 // keys [e, W] by feature, scores [W, tokens] by token, so that sums over words run along a panel.
+// Behind a maximum over captions a feature's gradient concerns the words of one of them: it is added
+// up over these alone, in rows of slots, where each caption begins anew at a whole vector.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -19,6 +22,7 @@
 #include "../common/exponential.h"
 #include "../common/floating.h"
 #include "clones.h"
+#include "pages.h"
 #include "panel_product.h"
 
 namespace jepa_fast {
@@ -28,6 +32,7 @@ using torch::stable::Tensor;
 
 enum Pool : int64_t { kMax, kMean, kNone };
 
+constexpr int64_t kSlots = 16;  // floats of the widest vector
 constexpr float kEpsilon = 1e-8f;  // vectors shorter than this count as this long in a cosine
 
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
@@ -239,10 +244,58 @@ JEPA_FAST_CLONES void take_highest(
   }
 }
 
-// Gradients where `winner` is this caption, else 0.
-JEPA_FAST_CLONES void keep_won(
-    float* to, const float* grad, const float* winner, int64_t size, float caption) {
-  for (int64_t i = 0; i < size; ++i) to[i] = winner[i] == caption ? grad[i] : 0.0f;
+// Columns of a panel [words, 32] as rows of slots, and back.
+JEPA_FAST_CLONES void to_slots(
+    float* __restrict rows,
+    int64_t stride,
+    const float* __restrict panel,
+    int64_t words,
+    int64_t columns) {
+  const int64_t slots = (words + kSlots - 1) / kSlots * kSlots;
+  for (int64_t j = 0; j < columns; ++j, rows += stride) {
+    for (int64_t w = 0; w < words; ++w) rows[w] = panel[w * kPanel + j];
+    for (int64_t w = words; w < slots; ++w) rows[w] = 0;
+  }
+}
+
+JEPA_FAST_CLONES void from_slots(
+    float* __restrict panel,
+    const float* __restrict rows,
+    int64_t stride,
+    int64_t words,
+    int64_t columns) {
+  for (int64_t w = 0; w < words; ++w, panel += kPanel) {
+    for (int64_t j = 0; j < columns; ++j) panel[j] = rows[j * stride + w];
+    for (int64_t j = columns; j < kPanel; ++j) panel[j] = 0;
+  }
+}
+
+// Adds to `sum` the rows of slots `from`, `grad` times, each only in the slots of its winner. All
+// captions have equally many, as branches that depend on the winner would be mispredicted.
+JEPA_FAST_CLONES void add_won(
+    float* sum,
+    int64_t sum_stride,
+    const float* from,
+    int64_t from_stride,
+    const float* grad,
+    const uint8_t* winner,
+    int64_t count,
+    int64_t slots) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* const to = sum + i * sum_stride + winner[i] * slots;
+    const float* const row = from + i * from_stride + winner[i] * slots;
+    const float factor = grad[i];
+#pragma omp simd  // over whole vectors, which the bound tells the compiler
+    for (int64_t j = 0; j < slots / kSlots * kSlots; ++j) to[j] += factor * row[j];
+  }
+}
+
+// Adds a partial sum to another, and begins it anew.
+JEPA_FAST_CLONES void take_partial(float* __restrict sum, float* __restrict partial, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    sum[i] += partial[i];
+    partial[i] = 0;
+  }
 }
 
 JEPA_FAST_CLONES void write_winners(uint8_t* to, const float* winner, int64_t width) {
@@ -264,6 +317,7 @@ struct Words {
   std::vector<int64_t> caption, place;  // of each word
   std::vector<int64_t> first;           // [C + 1]: the words of a caption
   std::vector<int64_t> there;           // captions that have words
+  int64_t slots = 0;                    // of every caption
 
   int64_t size() const { return static_cast<int64_t>(place.size()); }
   int64_t count(int64_t n) const { return first[n + 1] - first[n]; }
@@ -380,22 +434,35 @@ struct Call {
       }
       found.first.push_back(found.size());
       if (found.count(n) > 0) found.there.push_back(n);
+      found.slots = std::max(found.slots, (found.count(n) + kSlots - 1) / kSlots * kSlots);
     }
   }
 };
 
-// Memory whose contents do not matter yet.
+// Memory of whole vectors. What it holds does not matter yet, or is 0 where its size is given.
 class Buffer {
  public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) {
+    reserve(size);
+    std::fill(data(), data() + size, 0.0f);
+  }
+
   void reserve(int64_t size) {
     if (size <= size_) return;
-    data_.reset(new float[size]);
+    data_.reset(static_cast<float*>(::operator new(size * sizeof(float), kAligned)));
+    expect_writes(data_.get(), size * static_cast<int64_t>(sizeof(float)));
     size_ = size;
   }
   float* data() const { return data_.get(); }
 
  private:
-  std::unique_ptr<float[]> data_;
+  static constexpr std::align_val_t kAligned{kSlots * sizeof(float)};
+  struct Delete {
+    void operator()(float* data) const { ::operator delete(data, kAligned); }
+  };
+
+  std::unique_ptr<float, Delete> data_;
   int64_t size_ = 0;
 };
 
@@ -565,7 +632,15 @@ class BackwardImage {
     inverse_lengths(inverse_keys_.data(), keys_.data(), words * kPanel, words, panels);
     queries_.reserve(panels * tokens * kPanel);
     if (call.pool != kNone) grads_.reserve(panels * tokens * kPanel);
-    if (call.pool == kMax) winner_.reserve(panels * tokens * kPanel);
+    if (is_won()) {
+      const int64_t stride = slots_a_row();
+      won_values_.reserve(panels * kPanel * stride);
+      for (int64_t f = 0; f < panels; ++f) {
+        const float* of_words = values_.data() + f * words * kPanel;
+        words_to_slots(won_values_.data() + f * kPanel * stride, of_words, kPanel);
+      }
+      won_attention_.reserve(tokens * stride);
+    }
     attention_.reserve(call.token_panels() * words * kPanel);
     slopes_.reserve(call.token_panels() * words * kPanel);
     of_words_.reserve(call.token_panels() * words);
@@ -602,7 +677,11 @@ class BackwardImage {
           of_words_.data() + panel * size() + begin,
           of_tokens);
     }
-    add_attention_slopes(first, count, slopes, attention, transposed);
+    if (is_won()) {
+      add_won_slopes(first, count, slopes, attention);
+    } else {
+      add_attention_slopes(first, count, slopes, attention, transposed);
+    }
     for (int64_t f = 0; f < call.panels(); ++f) {
       float grad[kPanel * kPanel];
       const int64_t columns = std::min(kPanel, call.width - f * kPanel);
@@ -638,7 +717,8 @@ class BackwardImage {
       }
     };
 
-    multiply(by_tokens(slopes_, 0, size()), queries_.data() + f * tokens * kPanel, columns, grad.data());
+    const float* const queries = queries_.data() + f * tokens * kPanel;
+    multiply(by_tokens(slopes_, 0, size()), queries, columns, grad.data());
     for (int64_t w = 0; w < size(); ++w) {
       float shared = 0;
       for (int64_t i = 0; i < call.token_panels(); ++i) shared += of_words_.data()[i * size() + w];
@@ -648,23 +728,16 @@ class BackwardImage {
     }
     write(gradients_->dk);
 
-    if (call.pool == kMean) {
-      multiply(by_tokens(attention_, 0, size()), grads_.data() + f * tokens * kPanel, columns, grad.data());
+    if (is_won()) {
+      sum_won(f, columns, grad.data());
+    } else if (call.pool != kNone) {
+      const float* const grads = grads_.data() + f * tokens * kPanel;
+      multiply(by_tokens(attention_, 0, size()), grads, columns, grad.data());
     } else {
       of_caption.resize(tokens * kPanel);
       for (const int64_t n : words.there) {
-        if (call.pool == kMax) {
-          const int64_t begin = f * tokens * kPanel;
-          keep_won(
-              of_caption.data(),
-              grads_.data() + begin,
-              winner_.data() + begin,
-              tokens * kPanel,
-              static_cast<float>(n));
-        } else {
-          call.read_tokens(
-              of_caption.data(), 0, gradients_->features, image_, n, 0, tokens, column, columns, 1.0f);
-        }
+        call.read_tokens(
+            of_caption.data(), 0, gradients_->features, image_, n, 0, tokens, column, columns, 1.0f);
         const Left left = by_tokens(attention_, words.first[n], words.first[n + 1]);
         multiply(left, of_caption.data(), columns, grad.data() + words.first[n] * kPanel);
       }
@@ -675,6 +748,35 @@ class BackwardImage {
 
  private:
   int64_t size() const { return call_->words[image_].size(); }
+
+  // Whether captions compete; a single one is its own mean.
+  bool is_won() const { return call_->pool == kMax && call_->words[image_].there.size() > 1; }
+
+  int64_t slots_a_row() const { return call_->captions * call_->words[image_].slots; }
+
+  const uint8_t* winners(int64_t p, int64_t f) const {
+    const int64_t column = head_ * call_->width + f * kPanel;
+    return reinterpret_cast<const uint8_t*>(
+        gradients_->winner->at(call_->sequence(image_, p), 0, call_->place(p), column));
+  }
+
+  void words_to_slots(float* rows, const float* panel, int64_t columns) const {
+    const Words& words = call_->words[image_];
+    for (const int64_t n : words.there) {
+      const float* of_caption = panel + words.first[n] * kPanel;
+      to_slots(
+          rows + n * words.slots, slots_a_row(), of_caption, words.count(n), columns);
+    }
+  }
+
+  void words_from_slots(float* panel, const float* rows, int64_t columns) const {
+    const Words& words = call_->words[image_];
+    for (const int64_t n : words.there) {
+      float* const of_caption = panel + words.first[n] * kPanel;
+      from_slots(
+          of_caption, rows + n * words.slots, slots_a_row(), words.count(n), columns);
+    }
+  }
 
   Left all_words(const Buffer& panels) const {
     return {panels.data(), size(), call_->width, kPanel, size() * kPanel};
@@ -697,43 +799,28 @@ class BackwardImage {
     const Call& call = *call_;
     const Words& words = call.words[image_];
     const int64_t stride = call.tokens * kPanel;
-    std::vector<float> grad(size() * kPanel), some, winner;
+    std::vector<float> grad(size() * kPanel), some;
     if (call.pool == kNone) {
       some.resize(call.panels() * kPanel * kPanel);
     } else {
       const float captions = static_cast<float>(std::max<size_t>(1, words.there.size()));
       float* const grads = grads_.data() + first * kPanel;
-      read_tokens(
-          grads, gradients_->features, first, count, call.pool == kMean ? 1.0f / captions : 1.0f);
+      read_tokens(grads, gradients_->features, first, count, 1.0f / captions);
       transpose(transposed.data(), grads, stride, count, call.width);
-    }
-    if (call.pool == kMean) multiply(all_words(values_), transposed.data(), count, grad.data());
-    if (call.pool == kMax) {
-      some.resize(call.width * kPanel);
-      winner.resize(call.width * kPanel);
-      float* const winners = winner_.data() + first * kPanel;
-      read_tokens(winners, *gradients_->winner, first, count, 1.0f);
-      transpose(winner.data(), winners, stride, count, call.width);
+      multiply(all_words(values_), transposed.data(), count, grad.data());
     }
     for (const int64_t n : words.there) {
       const int64_t begin = words.first[n];
-      const float* right = transposed.data();
-      if (call.pool == kMax) {
-        keep_won(
-            some.data(), transposed.data(), winner.data(), call.width * kPanel, static_cast<float>(n));
-        right = some.data();
-      } else if (call.pool == kNone) {
+      if (call.pool == kNone) {
         const int64_t column = head_ * call.width;
         call.read_tokens(
             some.data(), kPanel * kPanel, gradients_->features, image_, n, first, count, column,
             call.width, 1.0f);
         transpose(transposed.data(), some.data(), kPanel * kPanel, count, call.width);
-      }
-      if (call.pool != kMean) {
         Left left = all_words(values_);
         left.data += begin * kPanel;
         left.rows = words.count(n);
-        multiply(left, right, count, grad.data() + begin * kPanel);
+        multiply(left, transposed.data(), count, grad.data() + begin * kPanel);
       }
       add_softmax_slope(
           slopes + begin * kPanel,
@@ -741,6 +828,64 @@ class BackwardImage {
           grad.data() + begin * kPanel,
           words.count(n));
     }
+  }
+
+  // The same behind a maximum over captions; leaves the attention where sum_won looks for it.
+  void add_won_slopes(int64_t first, int64_t count, float* slopes, const float* attention) const {
+    const Call& call = *call_;
+    const Words& words = call.words[image_];
+    const int64_t stride = slots_a_row();
+    const Buffer sums(count * stride), partial(stride), grad(size() * kPanel);
+    read_tokens(grads_.data() + first * kPanel, gradients_->features, first, count, 1.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t f = 0; f < call.panels(); ++f) {
+        add_won(
+            partial.data(),
+            0,
+            won_values_.data() + f * kPanel * stride,
+            stride,
+            grads_.data() + (f * call.tokens + first + i) * kPanel,
+            winners(first + i, f),
+            std::min(kPanel, call.width - f * kPanel),
+            words.slots);
+        if ((f + 1) * kPanel % kSummands == 0 || f + 1 == call.panels()) {
+          take_partial(sums.data() + i * stride, partial.data(), stride);
+        }
+      }
+    }
+    words_from_slots(grad.data(), sums.data(), count);
+    for (const int64_t n : words.there) {
+      const int64_t begin = words.first[n] * kPanel;
+      add_softmax_slope(slopes + begin, attention + begin, grad.data() + begin, words.count(n));
+    }
+    words_to_slots(won_attention_.data() + first * stride, attention, count);
+  }
+
+  // The gradient of the values behind a maximum over captions, as a panel of columns.
+  void sum_won(int64_t f, int64_t columns, float* grad) const {
+    constexpr int64_t kColumns = 8;  // whose sums stay in L1
+    const Call& call = *call_;
+    const Words& words = call.words[image_];
+    const int64_t stride = slots_a_row();
+    const Buffer sums(columns * stride), partial(kColumns * stride);
+    for (int64_t column = 0; column < columns; column += kColumns) {
+      const int64_t count = std::min(kColumns, columns - column);
+      for (int64_t p = 0; p < call.tokens; ++p) {
+        add_won(
+            partial.data(),
+            stride,
+            won_attention_.data() + p * stride,
+            0,
+            grads_.data() + (f * call.tokens + p) * kPanel + column,
+            winners(p, f) + column,
+            count,
+            words.slots);
+        if ((p + 1) % kSummands == 0 || p + 1 == call.tokens) {
+          take_partial(sums.data() + column * stride, partial.data(), count * stride);
+        }
+      }
+    }
+    words_from_slots(grad, sums.data(), columns);
   }
 
   void write_absent(int64_t column, int64_t columns) const {
@@ -764,7 +909,8 @@ class BackwardImage {
   const Gradients* gradients_ = nullptr;
   int64_t image_ = 0, head_ = 0;
   Buffer keys_, values_, inverse_keys_;   // [panels][W][32], [W]
-  Buffer queries_, grads_, winner_;       // [panels][tokens][32]
+  Buffer queries_, grads_;                // [panels][tokens][32]
+  Buffer won_values_, won_attention_;     // [width][slots], [tokens][slots]
   Buffer attention_, slopes_, of_words_;  // [token panels][W][32], [token panels][W]
 };
 
@@ -787,6 +933,7 @@ void text_cross_attention(
     Tensor winner) {
   const Masks masks{Masks::data(word_mask), Masks::data(caption_mask), Masks::data(token_mask)};
   const Call call(q, k, v, masks, heads, scale, pool, is_softplus, tau);
+  expect_writes(features_tensor);
   const Rows residual(residual_tensor), features(features_tensor);
   auto* const winners = static_cast<uint8_t*>(winner.data_ptr());
   const int64_t each = ForwardTile::panels_each(call);
@@ -828,6 +975,7 @@ void text_cross_attention_backward(
     Tensor dv) {
   const Masks masks{Masks::data(word_mask), Masks::data(caption_mask), Masks::data(token_mask)};
   const Call call(q, k, v, masks, heads, scale, pool, is_softplus, tau);
+  for (const Tensor& out : {dq, dk, dv}) expect_writes(out);
   const double weight = read_scalar(grad_sparsity.scalar_type(), grad_sparsity.const_data_ptr()) /
                         call.pairs / static_cast<double>(heads);
   const Gradients gradients{
