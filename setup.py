@@ -63,7 +63,8 @@ class BuildPython(build_py):
             shutil.copytree(ROOT / "csrc", package / "_csrc", dirs_exist_ok=True)
             (package / "_benchmarks").mkdir(parents=True, exist_ok=True)
             for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks/floors.json"):
-                if file.name not in ("tables.py", "power.py"):  # which are for this checkout
+                # Which are for this checkout.
+                if file.name not in ("learning.py", "power.py", "tables.py"):
                     shutil.copy(file, package / "_benchmarks")
 
 

@@ -127,6 +127,30 @@ def cifar10(results: Results) -> list[str]:
     return _table([*heads, "images/s, 2 cores"], rows)
 
 
+_LEARNING = {
+    "ijepa": "I-JEPA",
+    "tcjepa": "TC-JEPA",
+    "no_regularisers": "without regularisers",
+    "one_layer": "text after the first block only",
+    "one_caption": "one caption an image",
+    "append": "words appended to the sequence",
+}
+
+
+def learning(results: Results) -> list[str]:
+    """TC-JEPA, what it is made of, and I-JEPA: prediction loss and probes."""
+    variants = results.read("recipes/learning.json")["variants"]
+    rows = []
+    for name, told in _LEARNING.items():
+        losses = [run["prediction_loss"] for run in variants[name]]
+        row = [told, f"{fmean(losses):.2f} ({min(losses):.2f} to {max(losses):.2f})"]
+        for probe in ("patch", "linear", "knn"):
+            row.append(_mean_and_range([run["probes"][probe] for run in variants[name]]))
+        rows.append(row)
+    heads = ["", "prediction loss", "digit behind a patch, linear", "scene, linear", "scene, kNN"]
+    return _table(heads, rows)
+
+
 def public_ijepa(results: Results) -> list[str]:
     """The public I-JEPA code beside `cifar10_ijepa`."""
     public = results.read("recipes/public_ijepa.json")
@@ -380,6 +404,7 @@ def _moved(asked: int, distinct: int, least: int | None) -> list[str]:
 
 TABLES: dict[str, Callable[..., list[str]]] = {
     "demo": demo,
+    "learning": learning,
     "cifar10": cifar10,
     "public_ijepa": public_ijepa,
     "operators": operators,

@@ -142,6 +142,7 @@ EVERY_OPTION: list[dict[str, Any]] = [
     {"pool": "attention", "similarity": "softplus", "tau": 0.5},
     {"per_caption": True, "text_mlp_residual": True},
     {"per_caption": True, "pool": "attention", "text_mlp_ratio": 1.0},
+    {"text_layers": [1]},
     {"conditioning": "mean_words"},
     {"conditioning": "adaln"},
     {"conditioning": "feature"},
@@ -326,6 +327,8 @@ def test_errors() -> None:
         build(conditioning="clip")
     with pytest.raises(ValueError, match=r"text_heads: expected .* of predictor_dim 24, got 5"):
         build(text_heads=5)
+    with pytest.raises(ValueError, match=r"text_layers: expected different blocks from 0 to 1"):
+        build(text_layers=[2])
     model, given = build(), batch()
     given["images"] = given["images"][:2]
     for method in (model, model.similarity_map):

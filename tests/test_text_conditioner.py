@@ -121,6 +121,29 @@ def test_keys_and_values_of_all_layers_are_one_projection_of_the_words() -> None
     assert conditioning.keys[0].shape == (BATCH, CAPTIONS, WORDS, DIM)
 
 
+def test_text_attention_after_some_blocks_only() -> None:
+    whole, last = build(), build(after=[1])
+    of_last = {
+        name.replace("layers.1.", "layers.0."): value
+        for name, value in whole.state_dict().items()
+        if not name.startswith("layers.0.")
+    }
+    of_last["keys_values.weight"] = of_last["keys_values.weight"][2 * DIM :]
+    last.load_state_dict(of_last)
+    text, x = captions(), tokens()
+    of_both, of_one = whole(text), last(text)
+    assert of_one(0, x) is x
+    torch.testing.assert_close(of_one(1, x), of_both(1, x))
+    assert len(of_one.queries) == 1
+    torch.testing.assert_close(of_one.sparsity(), of_both.sparsity())
+
+
+@pytest.mark.parametrize("after", [[], [2], [-1], [0, 0]], ids=str)
+def test_blocks_that_text_attention_cannot_follow(after: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"after: expected different blocks from 0 to 1, .* got"):
+        build(after=after)
+
+
 def test_regularisers_are_means_over_layers() -> None:
     from jepa_fast import ops
 

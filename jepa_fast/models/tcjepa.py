@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from jepa_fast.models.ijepa import (
 )
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.attention import check_heads
-from jepa_fast.nn.text_conditioner import CONDITIONERS, Captions, WordConditioner, WordConditioning
+from jepa_fast.nn.text_conditioner import (
+    CONDITIONERS,
+    Captions,
+    WordConditioner,
+    WordConditioning,
+    check_layers,
+)
 from jepa_fast.nn.vit import encode_patches
 from jepa_fast.ranges import phase
 
@@ -43,7 +50,7 @@ class TCJepa(IJepa):
         conditioning: ``"words"`` for TC-JEPA, or a caption-level baseline: ``"mean_words"`` (tokens
             attend to captions, each the mean of its words), ``"adaln"``, ``"feature"`` (both by the
             mean caption) or ``"append"`` (all words join the predictor's sequences).
-        text_heads: heads of the text attention; this and the next seven, up to the regularisers'
+        text_heads: heads of the text attention; this and the next eight, up to the regularisers'
             weights, are for ``"words"`` and ``"mean_words"``, see
             :class:`~jepa_fast.nn.text_conditioner.WordConditioner`.
         text_scale: of its scores; None: one over the square root of a head's width. The paper's
@@ -55,6 +62,7 @@ class TCJepa(IJepa):
         similarity: ``"relu"``, or ``"softplus"`` for ``O = softplus(cos / tau)``, which still has a
             gradient once all cosines are negative.
         tau: positive.
+        text_layers: the predictor blocks that text attention follows, from 0; None: all.
         sparsity_weight, consistency_weight: of the regularisers.
         loss: prediction loss; ``"l2_norm"`` is the paper's, others as in ``IJepa``.
         normalize_target: LayerNorm on the teacher's tokens (the paper does not say).
@@ -81,6 +89,7 @@ class TCJepa(IJepa):
         text_mlp_residual: bool = False,
         similarity: str = "relu",
         tau: float = 0.1,
+        text_layers: Sequence[int] | None = None,
         sparsity_weight: float = 0.1,
         consistency_weight: float = 0.5,
         loss: str = "l2_norm",
@@ -104,6 +113,7 @@ class TCJepa(IJepa):
         options: dict[str, Any] = {}
         if issubclass(CONDITIONERS[conditioning], WordConditioner):
             check_heads(text_heads, predictor_dim, "text_heads", "predictor_dim")
+            blocks = len(self.predictor.predictor_blocks)
             options = {
                 "num_heads": text_heads,
                 "scale": text_scale,
@@ -113,6 +123,7 @@ class TCJepa(IJepa):
                 "mlp_residual": text_mlp_residual,
                 "similarity": similarity,
                 "tau": tau,
+                "after": check_layers(text_layers, blocks, "text_layers"),
             }
         self.conditioner = CONDITIONERS[conditioning](
             predictor_dim, len(self.predictor.predictor_blocks), text_dim, **options

@@ -148,6 +148,7 @@ class WordConditioner(nn.Module):
         mlp_residual: add the MLP's input to its output before the LayerNorm.
         similarity: ``"relu"`` for O = relu(cos), ``"softplus"`` for O = softplus(cos / tau).
         tau: positive.
+        after: the predictor blocks that are followed by text attention, from 0; None: all.
 
     Raises:
         ValueError: an unknown name, or sizes that do not fit.
@@ -167,8 +168,10 @@ class WordConditioner(nn.Module):
         mlp_residual: bool = False,
         similarity: str = "relu",
         tau: float = 0.1,
+        after: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self.after = check_layers(after, depth)
         if pool not in POOLS:
             raise ValueError(f"pool: expected one of {POOLS}, got {pool!r}")
         check_similarity("WordConditioner", similarity, tau)
@@ -179,9 +182,9 @@ class WordConditioner(nn.Module):
         self.per_caption = per_caption
         self.similarity = similarity
         self.tau = tau
-        self.keys_values = nn.Linear(text_dim, depth * 2 * dim, bias=False)
+        self.keys_values = nn.Linear(text_dim, len(self.after) * 2 * dim, bias=False)
         self.layers = nn.ModuleList(
-            _WordLayer(dim, int(dim * mlp_ratio), mlp_residual, pool) for _ in range(depth)
+            _WordLayer(dim, int(dim * mlp_ratio), mlp_residual, pool) for _ in self.after
         )
         init_transformer(self, ())
         for linear in self.modules():
@@ -205,6 +208,23 @@ class WordConditioner(nn.Module):
             token_mask,
             share_of_batch(lambda: _count_pairs(captions.word_mask, token_mask)),
         )
+
+
+def check_layers(after: Sequence[int] | None, depth: int, argument: str = "after") -> list[int]:
+    """Those of a predictor's `depth` blocks that text attention follows, in order.
+
+    Raises:
+        ValueError: none, one that does not exist, or one twice.
+    """
+    if after is None:
+        return list(range(depth))
+    found = sorted(after)
+    if not found or found[0] < 0 or found[-1] >= depth or len(set(found)) < len(found):
+        raise ValueError(
+            f"{argument}: expected different blocks from 0 to {depth - 1}, at least one, "
+            f"got {list(after)}"
+        )
+    return found
 
 
 def _count_pairs(word_mask: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -244,7 +264,7 @@ class WordConditioning(Conditioning):
     """One forward pass of a :class:`WordConditioner`.
 
     Attributes:
-        keys, values: a tensor ``[B, C, S, d]`` a layer.
+        keys, values: a tensor ``[B, C, S, d]`` for each block that text attention follows.
         word_mask: ``[B, C, S]`` bool.
         token_mask: ``[R, T]`` bool or None.
         share: what the regularisers, means over pairs of caption and token, are multiplied by.
@@ -264,6 +284,9 @@ class WordConditioning(Conditioning):
     def __call__(self, layer: int, tokens: Tensor) -> Tensor:
         """As :meth:`Conditioning.__call__`."""
         c = self.conditioner
+        if layer not in c.after:
+            return tokens
+        layer = c.after.index(layer)
         of_layer: Any = c.layers[layer]
         query = of_layer.query(tokens)
         pool_here = c.per_caption or c.pool == "attention"
