@@ -187,17 +187,18 @@ struct Images {
     return masks.token == nullptr || masks.token[sequence(b, p) * length + place(p)];
   }
 
-  // The words of keys or values for one head, as panels [panels][W][32].
-  void read_words(float* to, const Rows& from, int64_t b, int64_t head) const {
+  // `count` words of keys or values for one head, into rows of panels [panels][W][32].
+  void read_words(
+      float* to, const Rows& from, int64_t b, int64_t head, int64_t first, int64_t count) const {
     const Words& found = words[b];
-    for (int64_t w = 0; w < found.size(); ++w) {
-      from.read(
-          to + w * kPanel,
-          found.size() * kPanel,
-          from.at(b, found.caption[w], found.place[w], head * width),
-          width,
-          1.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t w = first + i;
+      const char* row = from.at(b, found.caption[w], found.place[w], head * width);
+      from.read(to + i * kPanel, found.size() * kPanel, row, width, 1.0f);
     }
+  }
+  void read_words(float* to, const Rows& from, int64_t b, int64_t head) const {
+    read_words(to, from, b, head, 0, words[b].size());
   }
 
   // `count` tokens, into rows of panels that are `panel_stride` apart.
