@@ -38,6 +38,19 @@ def reference_backward(
     return [x.contiguous() for x in grads]
 
 
+_FOLDER = "jepa_fast.ops.patch_word_consistency"
+_CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def _unsupported_cpu(q_layers: Sequence[Tensor], *arguments: Any) -> list[str]:
+    dtype = q_layers[0].dtype
+    return [] if dtype in _CPU_DTYPES else [f"computes in float32, got {dtype} queries"]
+
+
+def _unsupported_cpu_backward(grad: Tensor, *arguments: Any) -> list[str]:
+    return _unsupported_cpu(*arguments)
+
+
 _OPTIONS = (
     "Tensor[] q_layers, Tensor[] k_layers, Tensor? word_mask, Tensor? caption_mask, "
     "Tensor? token_mask, int num_heads, str similarity, float tau, str backend"
@@ -47,13 +60,17 @@ FORWARD = Operator(
     f"patch_word_consistency({_OPTIONS}) -> Tensor",
     fake=_fake,
     backends={
-        "reference": Backend(
-            "jepa_fast.ops.patch_word_consistency.reference:patch_word_consistency"
-        )
+        "cpu": Backend(f"{_FOLDER}.native:patch_word_consistency", _unsupported_cpu),
+        "reference": Backend(f"{_FOLDER}.reference:patch_word_consistency"),
     },
 )
 BACKWARD = Operator(
     f"patch_word_consistency_backward(Tensor grad, {_OPTIONS}) -> Tensor[]",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:reference_backward")},
+    backends={
+        "cpu": Backend(
+            f"{_FOLDER}.native:patch_word_consistency_backward", _unsupported_cpu_backward
+        ),
+        "reference": Backend(f"{__name__}:reference_backward"),
+    },
 )

@@ -1,0 +1,276 @@
+// Images' tokens and the words of their captions as rows of panels: what kernels that compare the two
+// read and write. Words that a mask leaves out are left out here, so that the W words of an image lie
+// side by side and nothing else knows of masks.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "../common/floating.h"
+#include "clones.h"
+#include "pages.h"
+#include "panel_product.h"
+
+namespace jepa_fast {
+// Clones are of one file each: those of several files would not link.
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kSlots = 16;  // floats of the widest vector
+constexpr float kEpsilon = 1e-8f;  // vectors shorter than this count as this long in a cosine
+
+int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// A row of any floating dtype (or of bytes), times `scale`, into one row of each panel.
+template <typename From>
+JEPA_FAST_CLONES void read_row(
+    float* to, int64_t panel_stride, const void* row, int64_t width, float scale) {
+  const From* from = static_cast<const From*>(row);
+  for (; width > 0; width -= kPanel, from += kPanel, to += panel_stride) {
+    if (width >= kPanel) {
+      for (int64_t j = 0; j < kPanel; ++j) to[j] = static_cast<float>(from[j]) * scale;
+    } else {
+      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<float>(from[j]) * scale;
+      for (int64_t j = width; j < kPanel; ++j) to[j] = 0;
+    }
+  }
+}
+
+template <typename To>
+JEPA_FAST_CLONES void write_row(void* row, const float* from, int64_t width) {
+  To* to = static_cast<To*>(row);
+  for (int64_t j = 0; j < width; ++j) to[j] = static_cast<To>(from[j]);
+}
+
+template <typename T>
+JEPA_FAST_CLONES void add_rows(void* row, const void* base, const float* from, int64_t width) {
+  T* to = static_cast<T*>(row);
+  const T* residual = static_cast<const T*>(base);
+  for (int64_t j = 0; j < width; ++j) {
+    to[j] = static_cast<T>(static_cast<Compute<T>>(residual[j]) + static_cast<Compute<T>>(from[j]));
+  }
+}
+
+// A tensor [A, C, D] or [A, B, C, D] whose last dimension has no gaps.
+struct Rows {
+  char* data;
+  int64_t outer, middle, inner, item;  // bytes from one to the next
+  void (*read)(float*, int64_t, const void*, int64_t, float);
+  void (*write)(void*, const float*, int64_t);
+  void (*add)(void*, const void*, const float*, int64_t);
+
+  explicit Rows(const Tensor& tensor) : data(static_cast<char*>(tensor.data_ptr())) {
+    item = static_cast<int64_t>(tensor.element_size());
+    outer = tensor.stride(0) * item;
+    middle = tensor.dim() == 4 ? tensor.stride(1) * item : 0;
+    inner = tensor.stride(tensor.dim() - 2) * item;
+    const auto choose = [this](auto type) {
+      using T = typename decltype(type)::type;
+      read = &read_row<T>;
+      write = &write_row<T>;
+      add = &add_rows<T>;
+    };
+    if (tensor.scalar_type() == ScalarType::Byte) {
+      choose(Type<uint8_t>{});
+    } else {
+      visit_floating(tensor.scalar_type(), choose);
+    }
+  }
+
+  char* at(int64_t a, int64_t b, int64_t c, int64_t column) const {
+    return data + a * outer + b * middle + c * inner + column * item;
+  }
+};
+
+// One over the length of each of `rows` rows of panels.
+JEPA_FAST_CLONES void inverse_lengths(
+    float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t panels) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float squares[kPanel] = {};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float* row = from + panel * panel_stride + i * kPanel;
+      for (int64_t j = 0; j < kPanel; ++j) squares[j] += row[j] * row[j];
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < kPanel; ++j) sum += static_cast<double>(squares[j]);
+    const float length = static_cast<float>(std::sqrt(sum));
+    to[i] = 1.0f / (length < kEpsilon ? kEpsilon : length);
+  }
+}
+
+// Up to 32 rows of panels as the columns of one panel [width, 32], zero in those that are missing.
+JEPA_FAST_CLONES void transpose(
+    float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t width) {
+  for (int64_t first = 0; first < width; first += kPanel) {
+    const float* panel = from + first / kPanel * panel_stride;
+    const int64_t count = std::min(kPanel, width - first);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = to + (first + i) * kPanel;
+      for (int64_t j = 0; j < rows; ++j) row[j] = panel[j * kPanel + i];
+      for (int64_t j = rows; j < kPanel; ++j) row[j] = 0;
+    }
+  }
+}
+
+// Memory of whole vectors. What it holds does not matter yet, or is 0 where its size is given.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) {
+    reserve(size);
+    std::fill(data(), data() + size, 0.0f);
+  }
+
+  void reserve(int64_t size) {
+    if (size <= size_) return;
+    data_.reset(static_cast<float*>(::operator new(size * sizeof(float), kAligned)));
+    expect_writes(data_.get(), size * static_cast<int64_t>(sizeof(float)));
+    size_ = size;
+  }
+  float* data() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAligned{kSlots * sizeof(float)};
+  struct Delete {
+    void operator()(float* data) const { ::operator delete(data, kAligned); }
+  };
+
+  std::unique_ptr<float, Delete> data_;
+  int64_t size_ = 0;
+};
+
+// The words of an image that exist, caption by caption.
+struct Words {
+  std::vector<int64_t> caption, place;  // of each word
+  std::vector<int64_t> first;           // [C + 1]: the words of a caption
+  std::vector<int64_t> there;           // captions that have words
+  int64_t slots = 0;                    // of every caption, whole vectors of them
+
+  int64_t size() const { return static_cast<int64_t>(place.size()); }
+  int64_t count(int64_t n) const { return first[n + 1] - first[n]; }
+};
+
+struct Masks {
+  const bool *word, *caption, *token;  // null: all; contiguous
+
+  static const bool* data(const std::optional<Tensor>& mask) {
+    return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  }
+};
+
+// The sizes of a call, and which tokens and words count. An image's tokens are those of all its
+// sequences, one sequence after the other.
+struct Images {
+  int64_t batch, length, tokens, captions, words_each, heads, width;
+  Masks masks;
+  std::vector<Words> words;
+  double pairs = 0;  // of a caption and a token that counts
+
+  Images(const Tensor& queries, const Tensor& keys, Masks masks, int64_t heads)
+      : batch(keys.size(0)),
+        length(queries.size(1)),
+        tokens(queries.size(0) / std::max<int64_t>(1, batch) * length),
+        captions(keys.size(1)),
+        words_each(keys.size(2)),
+        heads(heads),
+        width(keys.size(3) / heads),
+        masks(masks),
+        words(batch) {
+    for (int64_t b = 0; b < batch; ++b) {
+      find_words(b);
+      int64_t counted = 0;
+      for (int64_t p = 0; p < tokens; ++p) counted += counts(b, p);
+      pairs += static_cast<double>(counted) * static_cast<double>(words[b].there.size());
+    }
+    pairs = std::max(1.0, pairs);
+  }
+
+  int64_t panels() const { return panels_of(width); }
+  int64_t token_panels() const { return panels_of(tokens); }
+  int64_t sequence(int64_t b, int64_t p) const { return p / length * batch + b; }
+  int64_t place(int64_t p) const { return p % length; }
+
+  bool counts(int64_t b, int64_t p) const {
+    return masks.token == nullptr || masks.token[sequence(b, p) * length + place(p)];
+  }
+
+  // `count` words of keys or values for one head, into rows of panels [panels][W][32].
+  void read_words(
+      float* to, const Rows& from, int64_t b, int64_t head, int64_t first, int64_t count) const {
+    const Words& found = words[b];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t w = first + i;
+      const char* row = from.at(b, found.caption[w], found.place[w], head * width);
+      from.read(to + i * kPanel, found.size() * kPanel, row, width, 1.0f);
+    }
+  }
+  void read_words(float* to, const Rows& from, int64_t b, int64_t head) const {
+    read_words(to, from, b, head, 0, words[b].size());
+  }
+
+  // `count` tokens, into rows of panels that are `panel_stride` apart.
+  void read_tokens(
+      float* to,
+      int64_t panel_stride,
+      const Rows& from,
+      int64_t b,
+      int64_t caption,
+      int64_t first,
+      int64_t count,
+      int64_t column,
+      int64_t columns,
+      float factor) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t p = first + i;
+      const char* row = from.at(sequence(b, p), caption, place(p), column);
+      from.read(to + i * kPanel, panel_stride, row, columns, factor);
+    }
+  }
+
+  // Zeros in the words that are left out.
+  void clear_absent(const Rows& to, int64_t b, int64_t column, int64_t columns) const {
+    const Words& found = words[b];
+    if (found.size() == captions * words_each) return;
+    int64_t next = 0;
+    for (int64_t n = 0; n < captions; ++n) {
+      for (int64_t w = 0; w < words_each; ++w) {
+        if (next < found.size() && found.caption[next] == n && found.place[next] == w) {
+          ++next;
+        } else {
+          std::memset(to.at(b, n, w, column), 0, columns * to.item);
+        }
+      }
+    }
+  }
+
+ private:
+  void find_words(int64_t b) {
+    Words& found = words[b];
+    found.first.assign(1, 0);
+    for (int64_t n = 0; n < captions; ++n) {
+      const int64_t caption = b * captions + n;
+      if (masks.caption == nullptr || masks.caption[caption]) {
+        for (int64_t w = 0; w < words_each; ++w) {
+          if (masks.word != nullptr && !masks.word[caption * words_each + w]) continue;
+          found.caption.push_back(n);
+          found.place.push_back(w);
+        }
+      }
+      found.first.push_back(found.size());
+      if (found.count(n) > 0) found.there.push_back(n);
+      found.slots = std::max(found.slots, (found.count(n) + kSlots - 1) / kSlots * kSlots);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace jepa_fast
