@@ -30,7 +30,8 @@ JEPA_FAST_CLONES void to_unit_length(
     float* x, int64_t panel_stride, int64_t rows, int64_t panels, const float* length) {
   for (int64_t panel = 0; panel < panels; ++panel, x += panel_stride) {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < kPanel; ++j) x[i * kPanel + j] /= length[i];
+      const float of_row = length[i];
+      for (int64_t j = 0; j < kPanel; ++j) x[i * kPanel + j] /= of_row;
     }
   }
 }
@@ -53,11 +54,11 @@ JEPA_FAST_CLONES void through_length(
     double sum = 0;
     for (int64_t j = 0; j < kPanel; ++j) sum += static_cast<double>(products[j]);
     // A row that is too short was not divided by its own length.
-    const float along = length[i] > kEpsilon ? static_cast<float>(sum) : 0.0f;
+    const float of_row = length[i], along = of_row > kEpsilon ? static_cast<float>(sum) : 0.0f;
     for (int64_t panel = 0; panel < panels; ++panel) {
       float* g = grad + (panel * kPanel + i) * kPanel;
       const float* u = unit + panel * panel_stride + i * kPanel;
-      for (int64_t j = 0; j < kPanel; ++j) g[j] = (g[j] - along * u[j]) / length[i];
+      for (int64_t j = 0; j < kPanel; ++j) g[j] = (g[j] - along * u[j]) / of_row;
     }
   }
 }
