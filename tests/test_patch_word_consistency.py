@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from backends import backends, needs_native
 from samples import Sample, normal
+from tolerance import assert_as_accurate
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.errors import BackendError
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("patch_word_consistency", "patch_word_consistency_backward")
+each_backend = backends(REGISTERED["patch_word_consistency"].backends)
 
 
 def _masks(batch: int, captions: int, words: int, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -141,16 +147,139 @@ def test_equal_layers_are_consistent() -> None:
     assert float(ops.patch_word_consistency(**inputs)) < 1e-7
 
 
+# Sizes that no tile divides, masks, and keys that are views of one projection.
+CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "one wide head": ({"layers": 2, "tokens": 19, "words": 21, "width": 384}, {}),
+    "heads of 24": ({"layers": 2, "words": 17, "width": 192}, {"num_heads": 8}),
+    "heads of 80": ({"layers": 2, "width": 240}, {"num_heads": 3}),
+    "a head of 96": ({"layers": 3, "tokens": 18, "words": 37, "width": 96}, {}),
+    "many captions": ({"layers": 2, "captions": 16, "tokens": 1, "width": 96}, {}),
+    "long captions": ({"layers": 2, "captions": 2, "words": 128, "tokens": 1, "width": 96}, {}),
+    "24 layers": ({"layers": 24, "tokens": 2, "captions": 1, "words": 1, "width": 80}, {}),
+    "one layer": ({"layers": 1}, {}),
+    "softplus": ({"layers": 2}, {"similarity": "softplus", "tau": 0.3}),
+    "softplus, heads": (
+        {"layers": 2, "width": 96},
+        {"num_heads": 3, "similarity": "softplus", "tau": 0.05},
+    ),
+}
+
+
+def _layers(
+    layers: int,
+    batch: int = 2,
+    blocks: int = 2,
+    tokens: int = 5,
+    captions: int = 3,
+    words: int = 6,
+    width: int = 128,
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    rows = blocks * batch
+    projected = torch.randn(batch, captions, words, 2 * layers, width, generator=generator)
+    return {
+        "q_layers": [torch.randn(rows, tokens, width, generator=generator) for _ in range(layers)],
+        "k_layers": list(projected.unbind(3)[::2]),
+        "word_mask": torch.rand(batch, captions, words, generator=generator) < 0.7,
+        "caption_mask": torch.rand(batch, captions, generator=generator) < 0.8,
+        "token_mask": torch.rand(rows, tokens, generator=generator) < 0.8,
+    }
+
+
+def _run(inputs: dict[str, Any], device: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Loss and gradients, on the CPU."""
+    there = {n: x.to(device) for n, x in inputs.items() if isinstance(x, Tensor)}
+    q, k = ([x.to(device, dtype) for x in inputs[n]] for n in ("q_layers", "k_layers"))
+    leaves = [x.detach().requires_grad_() for x in (*q, *k)]
+    loss = ops.patch_word_consistency(leaves[: len(q)], leaves[len(q) :], **there, **options)
+    grads = torch.autograd.grad(3 * loss, leaves)
+    return [x.detach().cpu() for x in (loss, *grads)]
+
+
+@each_backend
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_as_accurate_as_eager(
+    case: str,
+    dtype: torch.dtype,
+    masked: bool,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    sizes, options = CASES[case]
+    inputs = _layers(**sizes)
+    for name in ("q_layers", "k_layers"):
+        inputs[name] = [x.to(dtype) for x in inputs[name]]
+    if not masked:
+        inputs = {n: x for n, x in inputs.items() if isinstance(x, list)}
+    got = _run(inputs, device, dtype, backend=backend, **options)
+    assert {run for run in backends_run if run[1] == backend} == {(n, backend) for n in OPERATORS}
+    eager = _run(inputs, "cpu", dtype, backend="reference", **options)
+    exact = _run(inputs, "cpu", torch.float64, backend="reference", **options)
+    for mine, theirs, truth in zip(got, eager, exact, strict=True):
+        assert_as_accurate(mine, theirs, truth)
+
+
+@each_backend
+def test_nan_is_not_hidden(backend: str, device: str) -> None:
+    inputs = _layers(2)
+    inputs["token_mask"][0, 0] = inputs["word_mask"][0, 0, 0] = inputs["caption_mask"][0, 0] = True
+    inputs["q_layers"][1][0, 0, 0] = math.nan
+    loss, *grads = _run(inputs, device, torch.float32, backend=backend)
+    assert loss.isnan()
+    assert grads[1][0, 0].isnan().all()
+
+
+@each_backend
+def test_runs_are_bit_identical(backend: str, device: str) -> None:
+    first, second = (_run(_layers(3), device, torch.float32, backend=backend) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@each_backend
+def test_layers_of_any_strides(backend: str, device: str) -> None:
+    inputs = _layers(2, width=8)
+    strided = dict(inputs)
+    for name in ("q_layers", "k_layers"):
+        # Each layer by other strides, and an address that no 16 bytes begin at.
+        strided[name] = [
+            x.transpose(0, 1).contiguous().transpose(0, 1)
+            if i
+            else torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+            for i, x in enumerate(inputs[name])
+        ]
+    results = []
+    for each in (inputs, strided):
+        leaves = [
+            x.to(device).as_strided(x.shape, x.stride()) if x.is_contiguous() else x.to(device)
+            for x in (*each["q_layers"], *each["k_layers"])
+        ]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        masks = {n: x.to(device) for n, x in each.items() if isinstance(x, Tensor)}
+        loss = ops.patch_word_consistency(leaves[:2], leaves[2:], backend=backend, **masks)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@each_backend
 @pytest.mark.parametrize("filler", [1e4, float("nan")])
-def test_padding_is_not_read(filler: float) -> None:
+def test_padding_is_not_read(filler: float, backend: str, device: str) -> None:
     results = []
     for value in (0.0, filler):
         inputs = _inputs()
         missing = ~(inputs["word_mask"] & inputs["caption_mask"][..., None])
         for k in inputs["k_layers"]:
             k[missing] = value
+        inputs = {
+            n: x.to(device) if isinstance(x, Tensor) else [y.to(device) for y in x]
+            for n, x in inputs.items()
+        }
         leaves = [x.requires_grad_() for x in (*inputs["q_layers"], *inputs["k_layers"])]
-        loss = ops.patch_word_consistency(**inputs)
+        loss = ops.patch_word_consistency(**inputs, backend=backend)
         loss.backward()
         assert not any(k.grad[missing].any() for k in inputs["k_layers"])
         results.append((loss, *(x.grad for x in leaves)))
@@ -158,14 +287,16 @@ def test_padding_is_not_read(filler: float) -> None:
         assert torch.equal(got, want)
 
 
-def test_no_captions_at_all() -> None:
-    inputs = _inputs()
+@each_backend
+@pytest.mark.parametrize("sizes", [{}, {"batch": 0}, {"tokens": 0}], ids=str)
+def test_nothing_to_compare(
+    sizes: dict[str, int], backend: str, device: str, poisoned_memory: None
+) -> None:
+    """No captions, no images, no tokens."""
+    inputs = _layers(2, **sizes)
     inputs["caption_mask"][:] = False
-    leaves = [x.requires_grad_() for x in (*inputs["q_layers"], *inputs["k_layers"])]
-    loss = ops.patch_word_consistency(**inputs)
-    loss.backward()
-    assert loss == 0
-    assert not any(x.grad.any() for x in leaves)
+    results = _run(inputs, device, torch.float32, backend=backend)
+    assert not any(x.any() for x in results)
 
 
 def test_bfloat16_in_float32_inside() -> None:
@@ -174,6 +305,141 @@ def test_bfloat16_in_float32_inside() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = ops.patch_word_consistency(**inputs)
     assert torch.equal(loss, ops.patch_word_consistency(**wide))
+
+
+# What the C++ kernel does by tiles of 32 tokens, blocks of words, and an image a thread.
+
+
+def _assert_rows_agree(got: Tensor, exact: Tensor) -> None:
+    """By each row's own length: the gradients of short vectors may be of any size."""
+    error, size = (
+        x.reshape(-1, x.shape[-1] if x.ndim else 1).norm(dim=1) for x in (got - exact, exact)
+    )
+    assert bool((error <= 3e-6 * size).all())
+
+
+@needs_native
+@pytest.mark.parametrize("similarity", ["relu", "softplus"])
+@pytest.mark.parametrize(
+    ("batch", "blocks", "tokens", "captions", "words", "width", "layers", "heads"),
+    [
+        (1, 4, 25, 8, 31, 96, 12, 1),
+        (3, 2, 33, 3, 21, 63, 3, 1),
+        (2, 3, 7, 40, 2, 80, 2, 4),
+        (5, 1, 32, 1, 32, 32, 3, 1),
+        (1, 1, 70, 2, 100, 40, 24, 2),
+        (1, 1, 33, 2, 100, 40, 4, 20),
+    ],
+    ids=str,
+)
+def test_tiles(
+    batch: int,
+    blocks: int,
+    tokens: int,
+    captions: int,
+    words: int,
+    width: int,
+    layers: int,
+    heads: int,
+    similarity: str,
+    poisoned_memory: None,
+) -> None:
+    inputs = _layers(layers, batch, blocks, tokens, captions, words, width)
+    inputs["caption_mask"][batch - 1] = batch == 1
+    options = {"num_heads": heads, "similarity": similarity, "tau": 0.2}
+    got = _run(inputs, "cpu", torch.float32, backend="cpu", **options)
+    exact = _run(inputs, "cpu", torch.float64, backend="reference", **options)
+    for mine, truth in zip(got, exact, strict=True):
+        _assert_rows_agree(mine, truth)
+
+
+@needs_native
+@pytest.mark.parametrize("similarity", ["relu", "softplus"])
+def test_heads_of_one_number(similarity: str, poisoned_memory: None) -> None:
+    """Every direction is 1 or -1: many deviations are 0, and no gradient is left."""
+    inputs = _layers(4, tokens=40, words=50, width=7)
+    options = {"num_heads": 7, "similarity": similarity, "tau": 0.2}
+    got = _run(inputs, "cpu", torch.float32, backend="cpu", **options)
+    exact = _run(inputs, "cpu", torch.float64, backend="reference", **options)
+    for mine, truth in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+def test_every_image_without_captions_is_left_out(poisoned_memory: None) -> None:
+    """Of the first as of the last: zeros for it, and for the others what they have alone."""
+    inputs = _layers(3, batch=4, tokens=20)
+    inputs["caption_mask"][0] = inputs["caption_mask"][3] = False
+    inputs["caption_mask"][1:3] = True
+    loss, *grads = _run(inputs, "cpu", torch.float32, backend="cpu")
+    rows = [r for r in range(8) if r % 4 in (1, 2)]
+    alone = {n: inputs[n][1:3] for n in ("word_mask", "caption_mask")}
+    alone["token_mask"] = inputs["token_mask"][rows]
+    alone["q_layers"] = [q[rows] for q in inputs["q_layers"]]
+    alone["k_layers"] = [k[1:3] for k in inputs["k_layers"]]
+    want, *want_grads = _run(alone, "cpu", torch.float32, backend="cpu")
+    torch.testing.assert_close(loss, want)
+    for i, (got, kept) in enumerate(zip(grads, want_grads, strict=True)):
+        there = rows if i < 3 else [1, 2]
+        torch.testing.assert_close(got[there], kept)
+        absent = [r for r in range(len(got)) if r not in there]
+        assert not got[absent].any()
+
+
+@needs_native
+@pytest.mark.parametrize("similarity", ["relu", "softplus"])
+def test_rows_without_a_direction(similarity: str) -> None:
+    """Zero, and shorter than what counts as a length: not divided by their own."""
+    inputs = _layers(3, width=12)
+    for x in (inputs["q_layers"][0], inputs["k_layers"][1]):
+        flat = x.view(-1, 12) if x.is_contiguous() else x.flatten(0, 2)
+        flat[::3] = 0
+        flat[1::3] *= 1e-9
+        x.copy_(flat.view(x.shape))
+    got = _run(inputs, "cpu", torch.float32, backend="cpu", similarity=similarity)
+    exact = _run(inputs, "cpu", torch.float64, backend="reference", similarity=similarity)
+    for mine, truth in zip(got, exact, strict=True):
+        _assert_rows_agree(mine, truth)
+
+
+@needs_native
+def test_rows_with_gaps_and_an_upstream_of_stride_0() -> None:
+    inputs = _layers(2)
+    want = _run(inputs, "cpu", torch.float32, backend="cpu")
+    for name in ("q_layers", "k_layers"):
+        inputs[name] = [torch.stack([x, x], -1)[..., 0] for x in inputs[name]]
+    for name in ("word_mask", "token_mask"):
+        inputs[name] = inputs[name].mT.contiguous().mT
+    q, k = inputs.pop("q_layers"), inputs.pop("k_layers")
+    leaves = [x.requires_grad_() for x in (*q, *k)]
+    loss = ops.patch_word_consistency(q, k, **inputs, backend="cpu")
+    grads = torch.autograd.grad(loss, leaves, torch.full((1,), 3.0).expand(2)[1])
+    assert all(map(torch.equal, (loss, *grads), want))
+
+
+@pytest.fixture
+def any_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (3, 1), (2, 3)])
+def test_the_number_of_threads_changes_no_bit(batch: int, heads: int, any_threads: None) -> None:
+    inputs = _layers(4, batch, blocks=4, tokens=30, captions=4, words=40, width=96)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(_run(inputs, "cpu", torch.float32, num_heads=heads, backend="cpu"))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@needs_native
+def test_cpu_kernel_refuses_float64() -> None:
+    with pytest.raises(BackendError, match=r"cpu: computes in float32, got torch\.float64 layers"):
+        ops.patch_word_consistency(**_inputs(dtype=torch.float64), backend="cpu")
 
 
 @pytest.mark.parametrize(

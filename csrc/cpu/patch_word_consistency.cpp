@@ -24,11 +24,14 @@
 namespace jepa_fast {
 namespace {
 
-JEPA_FAST_CLONES void scale_each_row(
-    float* x, int64_t panel_stride, int64_t rows, int64_t panels, const float* factor) {
+// Divided, not multiplied by one over the length: a row of one number becomes 1 or -1, and rows that
+// are alike in all layers stay so.
+JEPA_FAST_CLONES void to_unit_length(
+    float* x, int64_t panel_stride, int64_t rows, int64_t panels, const float* length) {
   for (int64_t panel = 0; panel < panels; ++panel, x += panel_stride) {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < kPanel; ++j) x[i * kPanel + j] *= factor[i];
+      const float of_row = length[i];
+      for (int64_t j = 0; j < kPanel; ++j) x[i * kPanel + j] /= of_row;
     }
   }
 }
@@ -40,7 +43,7 @@ JEPA_FAST_CLONES void through_length(
     int64_t panel_stride,
     int64_t rows,
     int64_t panels,
-    const float* inverse) {
+    const float* length) {
   for (int64_t i = 0; i < rows; ++i) {
     float products[kPanel] = {};
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -51,11 +54,11 @@ JEPA_FAST_CLONES void through_length(
     double sum = 0;
     for (int64_t j = 0; j < kPanel; ++j) sum += static_cast<double>(products[j]);
     // A row that is too short was not divided by its own length.
-    const float along = inverse[i] < 1.0f / kEpsilon ? static_cast<float>(sum) : 0.0f;
+    const float of_row = length[i], along = of_row > kEpsilon ? static_cast<float>(sum) : 0.0f;
     for (int64_t panel = 0; panel < panels; ++panel) {
       float* g = grad + (panel * kPanel + i) * kPanel;
       const float* u = unit + panel * panel_stride + i * kPanel;
-      for (int64_t j = 0; j < kPanel; ++j) g[j] = (g[j] - along * u[j]) * inverse[i];
+      for (int64_t j = 0; j < kPanel; ++j) g[j] = (g[j] - along * u[j]) / of_row;
     }
   }
 }
@@ -172,8 +175,8 @@ struct Gradients {
 // One thread's memory, and which of an image's rows it holds.
 struct Scratch {
   Buffer cosines, similar, grad;
-  Buffer transposed, row;      // [slices][width][32] of a panel of tokens
-  Buffer queries, inverse;     // [panels][tokens][32], [tokens] of a slice
+  Buffer transposed, row;          // [slices][width][32] of a panel of tokens
+  Buffer queries, lengths;         // [panels][tokens][32], [tokens] of a slice
   int64_t panel = -1, slice = -1;  // counted over all images
 };
 
@@ -187,7 +190,7 @@ class Image {
     gradients_ = gradients;
     image_ = b;
     keys_.reserve(call.slices * call.panels() * words() * kPanel);
-    inverse_keys_.reserve(call.slices * words());
+    key_lengths_.reserve(call.slices * words());
     if (gradients != nullptr) {
       slopes_.reserve(call.slices * call.token_panels() * words() * kPanel);
     }
@@ -203,7 +206,7 @@ class Image {
     float* const rows = keys(slice, 0, first);
     const Rows& from = call.k[slice / call.heads];
     call.read_words(rows, from, image_, slice % call.heads, first, count);
-    to_unit_length(rows, words() * kPanel, count, inverse_keys(slice, first));
+    divide_by_length(rows, words() * kPanel, count, key_lengths(slice, first));
   }
 
   // Returns the sum of the deviations of the tokens that count, unless there are gradients.
@@ -273,12 +276,12 @@ class Image {
 
  private:
   void read_tokens(
-      float* to, int64_t stride, int64_t slice, int64_t first, int64_t count, float* inverse) const {
+      float* to, int64_t stride, int64_t slice, int64_t first, int64_t count, float* length) const {
     const Call& call = *call_;
     const Rows& from = call.q[slice / call.heads];
     const int64_t column = slice % call.heads * call.width;
     call.read_tokens(to, stride, from, image_, 0, first, count, column, call.width, 1.0f);
-    to_unit_length(to, stride, count, inverse);
+    divide_by_length(to, stride, count, length);
   }
 
   void read_transposed(int64_t panel, Scratch& scratch) const {
@@ -290,9 +293,9 @@ class Image {
     scratch.transposed.reserve(call.slices * call.width * kPanel);
     float* const rows = scratch.row.data();
     const int64_t first = panel * kPanel, count = std::min(kPanel, call.tokens - first);
-    float inverse[kPanel];
+    float length[kPanel];
     for (int64_t slice = 0; slice < call.slices; ++slice) {
-      read_tokens(rows, stride, slice, first, count, inverse);
+      read_tokens(rows, stride, slice, first, count, length);
       float* const to = scratch.transposed.data() + slice * call.width * kPanel;
       transpose(to, rows, stride, count, call.width);
     }
@@ -304,11 +307,11 @@ class Image {
     if (scratch.slice == of_all) return;
     scratch.slice = of_all;
     scratch.queries.reserve(call.panels() * stride);
-    scratch.inverse.reserve(call.tokens);
+    scratch.lengths.reserve(call.tokens);
     for (int64_t first = 0; first < call.tokens; first += kPanel) {
       const int64_t count = std::min(kPanel, call.tokens - first);
       float* const rows = scratch.queries.data() + first * kPanel;
-      read_tokens(rows, stride, slice, first, count, scratch.inverse.data() + first);
+      read_tokens(rows, stride, slice, first, count, scratch.lengths.data() + first);
     }
   }
 
@@ -321,8 +324,8 @@ class Image {
       multiply_transposed(left, keys(slice, f, 0), columns_of(f), grad + f * kPanel * kPanel);
     }
     const float* const queries = scratch.queries.data() + first * kPanel;
-    const float* const inverse = scratch.inverse.data() + first;
-    through_length(grad, queries, call.tokens * kPanel, count, call.panels(), inverse);
+    const float* const length = scratch.lengths.data() + first;
+    through_length(grad, queries, call.tokens * kPanel, count, call.panels(), length);
     const Rows& to = gradients_->dq[slice / call.heads];
     write_rows(to, slice, count, grad, [&](int64_t i, int64_t column) {
       return to.at(call.sequence(image_, first + i), 0, call.place(first + i), column);
@@ -339,9 +342,9 @@ class Image {
       const float* const right = scratch.queries.data() + f * call.tokens * kPanel;
       multiply(left, right, columns_of(f), grad + f * kPanel * kPanel);
     }
-    const float* const inverse = inverse_keys(slice, first);
+    const float* const length = key_lengths(slice, first);
     through_length(
-        grad, keys(slice, 0, first), words() * kPanel, count, call.panels(), inverse);
+        grad, keys(slice, 0, first), words() * kPanel, count, call.panels(), length);
     const Rows& to = gradients_->dk[slice / call.heads];
     const Words& found = call.words[image_];
     write_rows(to, slice, count, grad, [&](int64_t i, int64_t column) {
@@ -365,9 +368,9 @@ class Image {
     return scratch.grad.data();
   }
 
-  void to_unit_length(float* rows, int64_t stride, int64_t count, float* inverse) const {
-    inverse_lengths(inverse, rows, stride, count, call_->panels());
-    scale_each_row(rows, stride, count, call_->panels(), inverse);
+  void divide_by_length(float* rows, int64_t stride, int64_t count, float* length) const {
+    lengths(length, rows, stride, count, call_->panels());
+    to_unit_length(rows, stride, count, call_->panels(), length);
   }
 
   int64_t words() const { return call_->words[image_].size(); }
@@ -376,8 +379,8 @@ class Image {
   float* keys(int64_t slice, int64_t f, int64_t w) const {
     return keys_.data() + ((slice * call_->panels() + f) * words() + w) * kPanel;
   }
-  float* inverse_keys(int64_t slice, int64_t w) const {
-    return inverse_keys_.data() + slice * words() + w;
+  float* key_lengths(int64_t slice, int64_t w) const {
+    return key_lengths_.data() + slice * words() + w;
   }
   float* slopes(int64_t slice, int64_t panel) const {
     return slopes_.data() + (slice * call_->token_panels() + panel) * words() * kPanel;
@@ -386,40 +389,57 @@ class Image {
   const Call* call_ = nullptr;
   const Gradients* gradients_ = nullptr;
   int64_t image_ = 0;
-  Buffer keys_, inverse_keys_;  // [slices][panels][W][32], [slices][W]
+  Buffer keys_, key_lengths_;  // [slices][panels][W][32], [slices][W]
   Buffer slopes_;               // [slices][token panels][W][32]
 };
+
+// How many of `count` items a thread takes at least, if all of them take so many multiplications.
+int64_t grain_of(int64_t count, int64_t multiplications) {
+  constexpr int64_t kWorthAThread = 2'000'000;
+  const int64_t threads = std::max<int64_t>(1, multiplications / kWorthAThread);
+  return std::max<int64_t>(1, (count + threads - 1) / threads);
+}
 
 // Runs all images, with what the tiles return in `sums`, unless null: an image a thread while that
 // keeps all threads at work, the rest one after the other.
 void run(const Call& call, const Gradients* gradients, double* sums) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t whole = call.batch / threads * threads;
-  // `phase(count, each)` calls each(i, scratch) for i up to count.
+  const auto product = [&](int64_t b) {
+    return call.slices * call.width * call.tokens * call.words[b].size();
+  };
+  // `phase(count, multiplications, each)` calls each(i, scratch) for i up to count.
   const auto run_image = [&](Image& image, int64_t b, auto&& phase) {
     image.reserve(call, b, gradients);
-    phase(image.parts_of_keys(), [&](int64_t i, Scratch&) { image.read_keys(i); });
-    phase(call.tiles(), [&](int64_t i, Scratch& scratch) {
+    const int64_t reading = product(b) / 64;  // takes about as long
+    phase(image.parts_of_keys(), reading, [&](int64_t i, Scratch&) { image.read_keys(i); });
+    phase(call.tiles(), product(b), [&](int64_t i, Scratch& scratch) {
       const double sum = image.compare(i, scratch);
       if (sums != nullptr) sums[b * call.tiles() + i] = sum;
     });
     if (gradients == nullptr) return;
-    phase(image.parts(), [&](int64_t i, Scratch& scratch) { image.write(i, scratch); });
+    phase(image.parts(), 2 * product(b), [&](int64_t i, Scratch& scratch) {
+      image.write(i, scratch);
+    });
     for (int64_t layer = 0; layer < call.layers; ++layer) image.clear_absent(layer);
   };
-  torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
+  int64_t of_whole = 0;
+  for (int64_t b = 0; b < whole; ++b) of_whole += product(b);
+  const int64_t grain = grain_of(whole, of_whole);
+  torch::stable::parallel_for(0, whole, grain, [&](int64_t begin, int64_t end) {
     Image image;
     Scratch scratch;
     for (int64_t b = begin; b < end; ++b) {
-      run_image(image, b, [&](int64_t count, auto&& each) {
+      run_image(image, b, [&](int64_t count, int64_t, auto&& each) {
         for (int64_t i = 0; i < count; ++i) each(i, scratch);
       });
     }
   });
   Image image;
   for (int64_t b = whole; b < call.batch; ++b) {
-    run_image(image, b, [&](int64_t count, auto&& each) {
-      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    run_image(image, b, [&](int64_t count, int64_t multiplications, auto&& each) {
+      const int64_t grain = grain_of(count, multiplications);
+      torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         Scratch scratch;
         for (int64_t i = begin; i < end; ++i) each(i, scratch);
       });

@@ -27,6 +27,13 @@ namespace {
 
 enum Pool : int64_t { kMax, kMean, kNone };
 
+// One over the length of each of `rows` rows of panels.
+void inverse_lengths(
+    float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t panels) {
+  lengths(to, from, panel_stride, rows, panels);
+  for (int64_t i = 0; i < rows; ++i) to[i] = 1.0f / to[i];
+}
+
 // What the passes over a caption's scores [words, 32] need beside them.
 struct Lengths {
   const float *inverse_key, *inverse_query;  // [words], [32]

@@ -91,8 +91,8 @@ struct Rows {
   }
 };
 
-// One over the length of each of `rows` rows of panels.
-JEPA_FAST_CLONES void inverse_lengths(
+// The length of each of `rows` rows of panels, kEpsilon at least.
+JEPA_FAST_CLONES void lengths(
     float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t panels) {
   for (int64_t i = 0; i < rows; ++i) {
     float squares[kPanel] = {};
@@ -103,7 +103,7 @@ JEPA_FAST_CLONES void inverse_lengths(
     double sum = 0;
     for (int64_t j = 0; j < kPanel; ++j) sum += static_cast<double>(squares[j]);
     const float length = static_cast<float>(std::sqrt(sum));
-    to[i] = 1.0f / (length < kEpsilon ? kEpsilon : length);
+    to[i] = length < kEpsilon ? kEpsilon : length;
   }
 }
 

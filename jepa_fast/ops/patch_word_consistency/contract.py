@@ -44,7 +44,7 @@ _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 def _unsupported_cpu(q_layers: Sequence[Tensor], *arguments: Any) -> list[str]:
     dtype = q_layers[0].dtype
-    return [] if dtype in _CPU_DTYPES else [f"computes in float32, got {dtype} queries"]
+    return [] if dtype in _CPU_DTYPES else [f"computes in float32, got {dtype} layers"]
 
 
 def _unsupported_cpu_backward(grad: Tensor, *arguments: Any) -> list[str]:
