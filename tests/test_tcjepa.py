@@ -356,8 +356,9 @@ def test_defaults_follow_the_paper() -> None:
     assert isinstance(model, IJepa)
 
 
-def test_compiles_without_a_break() -> None:
-    model, given = build(predictor_depth=1), batch()
+@pytest.mark.parametrize("per_caption", [False, True])
+def test_compiles_without_a_break(per_caption: bool) -> None:
+    model, given = build(predictor_depth=1, per_caption=per_caption), batch()
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda **text: model(masks=MASKS, **text).loss, backend="aot_eager", fullgraph=True

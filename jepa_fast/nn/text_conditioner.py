@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.per_caption import pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.ops.text_cross_attention.api import check_similarity
 
@@ -266,41 +267,44 @@ class WordConditioning(Conditioning):
         c = self.conditioner
         of_layer: Any = c.layers[layer]
         query = of_layer.query(tokens)
-        pool_here = c.per_caption or c.pool == "attention"
-        y, sparsity = ops.text_cross_attention(
-            query,
-            self.keys[layer],
-            self.values[layer],
-            tokens,
-            self.word_mask,
-            num_heads=c.num_heads,
-            scale=c.scale,
-            pool="none" if pool_here else c.pool,
-            token_mask=self.token_mask,
-            similarity=c.similarity,
-            tau=c.tau,
-        )
+        arguments = (query, self.keys[layer], self.values[layer], tokens, self.word_mask)
+        options: dict[str, Any] = {
+            "num_heads": c.num_heads,
+            "scale": c.scale,
+            "similarity": c.similarity,
+            "tau": c.tau,
+        }
+        if c.per_caption:
+            y, sparsity = pool_per_caption(
+                *arguments,
+                self.token_mask,
+                of_layer.mlp,
+                of_layer.norm,
+                of_layer.pool_query,
+                mlp_residual=of_layer.mlp_residual,
+                pool=c.pool,
+                **options,
+            )
+        else:
+            pool = "none" if c.pool == "attention" else c.pool
+            y, sparsity = ops.text_cross_attention(
+                *arguments, pool=pool, token_mask=self.token_mask, **options
+            )
+            if c.pool == "attention":
+                y = self._pooled(y, of_layer.pool_query)
+            y = of_layer(y)
         self.queries.append(query)
         self.sparsities.append(sparsity)
-        if c.per_caption:
-            y = of_layer(y)
-        if pool_here:
-            y = self._pooled(y, of_layer.pool_query)
-        return y if c.per_caption else of_layer(y)
+        return y
 
-    def _pooled(self, y: Tensor, pool_query: Tensor | None) -> Tensor:
-        """``[R, C, T, d]`` over the captions that are there, to ``[R, T, d]``."""
+    def _pooled(self, y: Tensor, pool_query: Tensor) -> Tensor:
+        """Attention over the captions that are there, from ``[R, C, T, d]`` to ``[R, T, d]``."""
         present = self.word_mask.any(2)
         # Without captions every y_n is the same, and so is any pool over them.
         present = present | ~present.any(1, keepdim=True)
         present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
-        if self.conditioner.pool == "max":
-            return y.masked_fill(~present, -torch.inf).amax(1)
-        if pool_query is None:
-            weights = present / present.sum(1, keepdim=True)
-        else:
-            scores = (y * pool_query).sum(-1, keepdim=True)
-            weights = scores.masked_fill(~present, -torch.inf).softmax(1)
+        scores = (y * pool_query).sum(-1, keepdim=True)
+        weights = scores.masked_fill(~present, -torch.inf).softmax(1)
         return (y * weights.to(y.dtype)).sum(1)
 
     def sparsity(self) -> Tensor:
