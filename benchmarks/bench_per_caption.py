@@ -1,7 +1,8 @@
 """The per-caption reading of TC-JEPA's conditioner: attention, MLP and LayerNorm a caption, pool.
 
 `eager` and `compile` have all captions at once, on the plain attention; `at_once` has them so on
-our operator. Ours takes a few at a time and computes each once more in the backward pass.
+our operator. Ours, from some size on, takes a few at a time and computes each once more in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -17,22 +18,13 @@ from plain import PLAIN, TOLERANCE, Compiled, compiled, drawn_words, values
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.attention import Mlp
-from jepa_fast.nn.per_caption import pool_per_caption
+from jepa_fast.nn.text_conditioner import WordConditioner, WordConditioning
 from jepa_fast.perf import Case, Race, benchmark
 
 _SMALL = {"B": 2, "M": 2, "T": 38, "C": 3, "S": 16, "d": 96}
 _JUMP = 1e-3
 """How far off gradients may be besides: of captions that are equal but for rounding the maximum
 picks one, in ours not always eager's."""
-_OPTIONS: dict[str, Any] = {
-    "mlp_residual": False,
-    "num_heads": 1,
-    "scale": None,
-    "pool": "max",
-    "similarity": "relu",
-    "tau": 0.1,
-}
 
 
 @benchmark(
@@ -44,7 +36,7 @@ _OPTIONS: dict[str, Any] = {
     ]
 )
 def bench_per_caption(case: Case, device: str) -> Race:
-    """Forward and backward of a layer, from its query, keys and values on."""
+    """Forward and backward of a layer, on keys and values that are there."""
     word_mask = drawn_words(case["B"], case["C"], case["S"], device)
     layer = _Layer(case).to(device)
     grad = values(case["M"] * case["B"], case["T"], case["d"], device=device, seed=4)
@@ -53,7 +45,7 @@ def bench_per_caption(case: Case, device: str) -> Race:
         with torch.autocast(device, torch.bfloat16, enabled=layer.halved):
             pooled, sparsity = way(layer, word_mask)
         upstream = [grad.to(pooled.dtype), torch.ones_like(sparsity)]
-        names, inputs = zip(*layer.named_parameters(), strict=True)
+        names, inputs = zip(*layer.learned(), strict=True)
         grads = torch.autograd.grad([pooled, sparsity], inputs, upstream)
         return {"pooled": pooled.detach(), "sparsity": sparsity.detach()} | dict(
             zip(names, grads, strict=True)
@@ -85,42 +77,37 @@ def bench_per_caption(case: Case, device: str) -> Race:
 
 
 class _Layer(nn.Module):
-    """What comes into a layer, and its weights; all with a gradient."""
+    """What comes into a layer, and its weights."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        width, dtype = case["d"], case.dtype
-        tokens = (case["M"] * case["B"], case["T"], width)
-        words = (case["B"], case["C"], case["S"], width)
-        self.halved = dtype == "bfloat16"
-        self.query = nn.Parameter(values(*tokens, dtype=dtype))
-        self.keys = nn.Parameter(values(*words, dtype=dtype, seed=1))
-        self.values = nn.Parameter(values(*words, dtype=dtype, seed=2))
-        self.tokens = nn.Parameter(values(*tokens, seed=3))
+        words = (case["B"], case["C"], case["S"], case["d"])
+        self.halved = case.dtype == "bfloat16"
+        self.keys = nn.Parameter(values(*words, dtype=case.dtype, seed=1))
+        self.values = nn.Parameter(values(*words, dtype=case.dtype, seed=2))
+        self.tokens = nn.Parameter(values(case["M"] * case["B"], case["T"], case["d"], seed=3))
         with seeded():
-            self.mlp, self.norm = Mlp(width, 4 * width), nn.LayerNorm(width, eps=1e-6)
+            self.conditioner = WordConditioner(case["d"], 1, 1, per_caption=True)
+        self.conditioner.keys_values.requires_grad_(False)  # it has made keys and values
+
+    def learned(self) -> list[tuple[str, nn.Parameter]]:
+        """All that takes a gradient, by name."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
 
 def _ours(layer: _Layer, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-    return pool_per_caption(
-        layer.query,
-        layer.keys,
-        layer.values,
-        layer.tokens,
-        word_mask,
-        None,
-        layer.mlp,
-        layer.norm,
-        None,
-        **_OPTIONS,
-    )
+    words = ([layer.keys], [layer.values], word_mask)
+    conditioning = WordConditioning(layer.conditioner, *words, token_mask=None, share=1.0)
+    pooled = conditioning(0, layer.tokens)
+    return pooled, conditioning.sparsity()
 
 
 def _at_once(
     layer: _Layer, word_mask: Tensor, attention: Callable[..., Any] = PLAIN["text_cross_attention"]
 ) -> tuple[Tensor, Tensor]:
-    words = (layer.query, layer.keys, layer.values, layer.tokens, word_mask)
-    y, sparsity = attention(*words, pool="none")
-    z = layer.norm(layer.mlp(y))
+    of_layer: Any = layer.conditioner.layers[0]
+    words = (layer.keys, layer.values, layer.tokens, word_mask)
+    y, sparsity = attention(of_layer.query(layer.tokens), *words, pool="none")
+    z = of_layer.norm(of_layer.mlp(y))
     there = word_mask.any(2).repeat(y.shape[0] // len(word_mask), 1)[:, :, None, None]
     return z.masked_fill(~there, -torch.inf).amax(1), sparsity

@@ -135,7 +135,7 @@ def text_cross_attention_cost(case: Case, backward: bool, present: int) -> Cost:
 
 
 def per_caption_cost(case: Case, present: int) -> Cost:
-    """The products of `text_cross_attention`, and an MLP four times as wide for each caption.
+    """A query, `text_cross_attention`, and an MLP four times as wide for each caption.
 
     Forward and backward; nothing is computed twice. A caption's y_n and all that follows them up to
     the pool move nowhere.
@@ -145,9 +145,10 @@ def per_caption_cost(case: Case, present: int) -> Cost:
     """
     width, tokens = case["d"], case["B"] * case["M"] * case["T"]
     attention = text_cross_attention_cost(case, True, present)
-    weights = (2 * 4 * width**2 + 7 * width) * _WIDE
-    mlp = 3 * 2 * _product(tokens * case["C"], width, 4 * width)
-    return attention + Cost(weights, weights, mlp)
+    weights = (9 * width**2 + 7 * width) * _WIDE
+    mlp = 2 * _product(tokens * case["C"], width, 4 * width)
+    query = _product(tokens, width, width)
+    return attention + Cost(weights, weights, 3 * (mlp + query))
 
 
 def patch_word_consistency_cost(case: Case, backward: bool, present: int) -> Cost:

@@ -256,13 +256,13 @@ def test_results_repeat_bit_for_bit(pool: str) -> None:
 
 
 def conditioned(
-    pool: str = "max", captions: int = 8, words: int = 16
+    pool: str = "max", captions: int = 8, words: int = 16, rows: int = 8
 ) -> tuple[Any, Tensor, Captions]:
-    """A conditioner of width 64 with an MLP four times as wide."""
+    """A conditioner of width 64 with an MLP four times as wide, and rows of 32 tokens."""
     torch.manual_seed(0)
     conditioner = WordConditioner(64, 1, 48, per_caption=True, pool=pool)
     text = Captions.of(torch.randn(2, captions, words, 48), images=2, text_dim=48)
-    return conditioner, torch.randn(8, 32, 64, requires_grad=True), text
+    return conditioner, torch.randn(rows, 32, 64, requires_grad=True), text
 
 
 @each_pool
@@ -272,7 +272,7 @@ def test_a_twentieth_of_the_memory_is_saved_for_the_backward_pass(
     saved = {}
     for way in (pool_per_caption, at_once):
         monkeypatch.setattr("jepa_fast.nn.text_conditioner.pool_per_caption", way)
-        conditioner, tokens, text = conditioned(pool)
+        conditioner, tokens, text = conditioned(pool, rows=100)
         conditioning = conditioner(text)
         storages: dict[int, int] = {}
 
@@ -291,10 +291,43 @@ def test_a_twentieth_of_the_memory_is_saved_for_the_backward_pass(
     assert 0 < saved[pool_per_caption] <= saved[at_once] / 20
 
 
+def test_few_tokens_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same results, of equal captions, too; from 64 MiB on in chunks."""
+    calls = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return pool_per_caption(*arguments, **options)
+
+    monkeypatch.setattr("jepa_fast.nn.text_conditioner.pool_per_caption", recorded)
+    for pool in ("max", "mean", "attention"):
+        conditioner, tokens, text = conditioned(pool)
+        same = Captions(text.words[:, [0, 0, 2, 2, 0]], text.word_mask[:, :5])
+        found = []
+        for limit in (2**26, 0):
+            monkeypatch.setattr(per_caption, "AT_ONCE", limit)
+            conditioning = conditioner(same)
+            out = conditioning(0, tokens)
+            loss = out.square().sum() + conditioning.sparsity()
+            inputs = [tokens, *conditioning.keys, *conditioning.values]
+            inputs += [p for p in conditioner.parameters() if p.requires_grad]
+            found.append([out, *torch.autograd.grad(loss, inputs)])
+            assert len(calls) == (limit == 0)
+        calls.clear()
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    # 8 captions of 704 numbers in four bytes: 2979 tokens are the first that are too many.
+    mlp = conditioner.layers[0].mlp
+    assert not per_caption.is_worthwhile(torch.empty(1, 2978, 64), 8, mlp)
+    assert per_caption.is_worthwhile(torch.empty(1, 2979, 64), 8, mlp)
+
+
 def test_peak_memory_is_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(captions: int, at_once: int) -> float:
         """Beyond what was there before, in hidden layers of one caption."""
         monkeypatch.setitem(per_caption.CHUNK_ROWS, "cpu", at_once * 8 * 32)
+        monkeypatch.setattr(per_caption, "AT_ONCE", 0)
         conditioner, tokens, text = conditioned(captions=captions, words=2)
         conditioning = conditioner(text)
 

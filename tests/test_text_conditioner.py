@@ -98,11 +98,18 @@ def oracle(conditioner: WordConditioner, text: Captions, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pool", ["max", "mean", "attention"])
-@pytest.mark.parametrize("per_caption", [False, True])
+@pytest.mark.parametrize(("per_caption", "at_once"), [(False, 0), (True, 0), (True, 2**30)])
 @pytest.mark.parametrize(
     "more", [{}, {"num_heads": 2, "scale": 1.0, "mlp_residual": True, "mlp_ratio": 1.5}], ids=str
 )
-def test_values(pool: str, per_caption: bool, more: dict[str, Any]) -> None:
+def test_values(
+    pool: str,
+    per_caption: bool,
+    at_once: int,
+    more: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jepa_fast.nn.per_caption.AT_ONCE", at_once)
     conditioner = build(pool=pool, per_caption=per_caption, **more)
     x, _ = run(conditioner, captions(), tokens())
     torch.testing.assert_close(

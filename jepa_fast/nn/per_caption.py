@@ -39,7 +39,20 @@ from jepa_fast.ops.text_cross_attention.reference import (
 CHUNK_ROWS = {"cpu": 4096, "cuda": 65536}
 """By the device's type: how many rows, of a token and a caption each, the MLP gets at once."""
 
+AT_ONCE = 64 * 2**20
+"""Bytes that all captions at once may keep for the backward pass. Up to there that is faster."""
+
 _BYTE = 256  # captions that a uint8 tells apart
+
+
+def is_worthwhile(tokens: Tensor, captions: int, mlp: Mlp) -> bool:
+    """Whether all captions at once would keep more than ``AT_ONCE``: ``[R, T, d]`` tokens for each.
+
+    Of a caption y_n, the hidden layer before and after its GELU, the MLP's output and LayerNorm's.
+    """
+    numbers = 3 * mlp.fc1.in_features + 2 * mlp.fc1.out_features
+    rows = tokens.shape[0] * tokens.shape[1] * captions
+    return rows * numbers * tokens.element_size() > AT_ONCE
 
 
 def pool_per_caption(

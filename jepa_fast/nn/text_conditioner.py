@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
-from jepa_fast.nn.per_caption import pool_per_caption
+from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.ops.text_cross_attention.api import check_similarity
 
@@ -132,6 +132,9 @@ class WordConditioner(nn.Module):
 
     Without captions ``y = x`` takes the place of all y_n. The keys and values of all layers depend
     on the words alone: one GEMM makes them, and the M sequences of an image share them.
+
+    With ``per_caption``, where much would be kept for the backward pass, captions go through a few
+    at a time and are computed once more in it: :func:`jepa_fast.nn.per_caption.pool_per_caption`.
 
     W_Q, W_K and W_V start with standard deviation ``1 / sqrt(inputs)`` (the paper does not say):
     with I-JEPA's 0.02 the attention of a narrow predictor is uniform, and stays so for a long time.
@@ -274,7 +277,7 @@ class WordConditioning(Conditioning):
             "similarity": c.similarity,
             "tau": c.tau,
         }
-        if c.per_caption:
+        if c.per_caption and is_worthwhile(tokens, self.word_mask.shape[1], of_layer.mlp):
             y, sparsity = pool_per_caption(
                 *arguments,
                 self.token_mask,
@@ -286,25 +289,38 @@ class WordConditioning(Conditioning):
                 **options,
             )
         else:
-            pool = "none" if c.pool == "attention" else c.pool
+            pool_here = c.per_caption or c.pool == "attention"
+            pool = "none" if pool_here else c.pool
             y, sparsity = ops.text_cross_attention(
                 *arguments, pool=pool, token_mask=self.token_mask, **options
             )
-            if c.pool == "attention":
+            if c.per_caption:
+                y = of_layer(y)
+            if pool_here:
                 y = self._pooled(y, of_layer.pool_query)
-            y = of_layer(y)
+            if not c.per_caption:
+                y = of_layer(y)
         self.queries.append(query)
         self.sparsities.append(sparsity)
         return y
 
-    def _pooled(self, y: Tensor, pool_query: Tensor) -> Tensor:
-        """Attention over the captions that are there, from ``[R, C, T, d]`` to ``[R, T, d]``."""
+    def _pooled(self, y: Tensor, pool_query: Tensor | None) -> Tensor:
+        """``[R, C, T, d]`` over the captions that are there, to ``[R, T, d]``."""
         present = self.word_mask.any(2)
         # Without captions every y_n is the same, and so is any pool over them.
         present = present | ~present.any(1, keepdim=True)
         present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
-        scores = (y * pool_query).sum(-1, keepdim=True)
-        weights = scores.masked_fill(~present, -torch.inf).softmax(1)
+        if self.conditioner.pool == "max":
+            # Not amax, whose gradient is shared out where captions tie: the lowest wins.
+            highest, *others = y.masked_fill(~present, -torch.inf).unbind(1)
+            for other in others:
+                highest = torch.where(other > highest, other, highest)
+            return highest
+        if pool_query is None:
+            weights = present.to(y.dtype) / present.sum(1, keepdim=True)
+        else:
+            scores = (y * pool_query).sum(-1, keepdim=True)
+            weights = scores.masked_fill(~present, -torch.inf).softmax(1)
         return (y * weights.to(y.dtype)).sum(1)
 
     def sparsity(self) -> Tensor:
