@@ -21,6 +21,7 @@ from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
+from jepa_fast.nn.words import dequantize_words
 from jepa_fast.ops.text_cross_attention.api import check_similarity
 
 POOLS = ("max", "mean", "attention")
@@ -47,17 +48,24 @@ class Captions:
         *,
         images: int,
         text_dim: int,
+        scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Captions:
         """Captions from what a text encoder gives.
 
         Args:
-            words: ``[B, C, S, Dt]`` floating.
+            words: ``[B, C, S, Dt]`` floating, in any dtype; float8_e4m3fn with a scale.
             word_mask: ``[B, C, S]`` bool, False at padding; None: every word is there.
             caption_mask: ``[B, C]`` bool, False at padding; None: every caption is there.
             images, text_dim: B and Dt, which the words must have.
+            scale: ``[B, C, S]``, what float8 words are multiplied by, as from
+                :func:`jepa_fast.nn.words.quantize_words`; None for words in other dtypes.
+            dtype: what reads the words, whose dtype they get. Under autocast they keep theirs, but
+                for float8 words, which get autocast's. None: float8 becomes float32.
 
         Raises:
-            TypeError: the words are no tensor, or a mask is not bool.
+            TypeError: the words are no floating tensor, in float8 without a scale or have a scale
+                in another dtype; or a mask is not bool.
             ValueError: a shape does not fit.
         """
         if not isinstance(words, Tensor):
@@ -75,6 +83,7 @@ class Captions:
                 f"words: expected [{images}, C, S, {text_dim}] (images, captions, words, text_dim) "
                 f"with at least one caption and one word, got {list(words.shape)}; {fix}"
             )
+        words = _readable(words, scale, dtype)
         for name, mask, shape in (
             ("word_mask", word_mask, words.shape[:3]),
             ("caption_mask", caption_mask, words.shape[:2]),
@@ -98,6 +107,25 @@ class Captions:
     def image_vectors(self) -> Tensor:
         """The mean of each image's caption vectors, ``[B, Dt]``, zero without captions."""
         return _masked_mean(*self.caption_vectors())
+
+
+def _readable(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    if not words.dtype.is_floating_point:
+        raise TypeError(
+            f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
+            "token ids, see jepa_fast.interop"
+        )
+    device = words.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if scale is not None:
+        wanted = torch.get_autocast_dtype(device) if autocast else dtype
+        return dequantize_words(words, scale, wanted or torch.float32)
+    if words.dtype.itemsize == 1:
+        raise TypeError(
+            f"words: expected a word_scale with {words.dtype}, got none; "
+            "jepa_fast.nn.words.quantize_words makes both"
+        )
+    return words if autocast or dtype is None else words.to(dtype)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
