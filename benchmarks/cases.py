@@ -134,6 +134,23 @@ def text_cross_attention_cost(case: Case, backward: bool, present: int) -> Cost:
     return forward + Cost(features + _WIDE, inputs + features, 4 * product)
 
 
+def per_caption_cost(case: Case, present: int) -> Cost:
+    """A query, `text_cross_attention`, and an MLP four times as wide for each caption.
+
+    Forward and backward; nothing is computed twice. A caption's y_n and all that follows them up to
+    the pool move nowhere.
+
+    Args:
+        present: words of the batch that are no padding.
+    """
+    width, tokens = case["d"], case["B"] * case["M"] * case["T"]
+    attention = text_cross_attention_cost(case, True, present)
+    weights = (9 * width**2 + 7 * width) * _WIDE
+    mlp = 2 * _product(tokens * case["C"], width, 4 * width)
+    query = _product(tokens, width, width)
+    return attention + Cost(weights, weights, 3 * (mlp + query))
+
+
 def patch_word_consistency_cost(case: Case, backward: bool, present: int) -> Cost:
     """One product a layer, two in the backward pass, which needs only the signs of the others.
 

@@ -11,6 +11,7 @@ from vit_oracle import block_oracle, layer_norm, linear, predictor_oracle, vit_o
 
 from jepa_fast import IJepa, TCJepa
 from jepa_fast.masks import BlockMasks
+from jepa_fast.nn import per_caption
 from jepa_fast.nn.text_conditioner import CONDITIONERS
 from jepa_fast.nn.vit import VisionTransformer
 
@@ -149,6 +150,12 @@ EVERY_OPTION: list[dict[str, Any]] = [
     {"conditioning": "append"},
 ]
 each_option = pytest.mark.parametrize("options", EVERY_OPTION, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def captions_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few tokens there are."""
+    monkeypatch.setattr(per_caption, "AT_ONCE", 0)
 
 
 @each_option
@@ -359,8 +366,13 @@ def test_defaults_follow_the_paper() -> None:
     assert isinstance(model, IJepa)
 
 
-def test_compiles_without_a_break() -> None:
-    model, given = build(predictor_depth=1), batch()
+@pytest.mark.parametrize("options", [{}, {"per_caption": True}], ids=str)
+@pytest.mark.parametrize("at_once", [0, 2**30])
+def test_compiles_without_a_break(
+    options: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_caption, "AT_ONCE", at_once)
+    model, given = build(predictor_depth=1, **options), batch()
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda **text: model(masks=MASKS, **text).loss, backend="aot_eager", fullgraph=True

@@ -17,6 +17,7 @@ from jepa_fast.nn.text_conditioner import (
     WordAppender,
     WordConditioner,
 )
+from jepa_fast.perf.memory import peak_allocation
 
 BATCH, BLOCKS, TOKENS, DIM, DEPTH = 3, 2, 4, 8, 2
 CAPTIONS, WORDS, TEXT_DIM = 3, 5, 6
@@ -98,11 +99,18 @@ def oracle(conditioner: WordConditioner, text: Captions, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pool", ["max", "mean", "attention"])
-@pytest.mark.parametrize("per_caption", [False, True])
+@pytest.mark.parametrize(("per_caption", "at_once"), [(False, 0), (True, 0), (True, 2**30)])
 @pytest.mark.parametrize(
     "more", [{}, {"num_heads": 2, "scale": 1.0, "mlp_residual": True, "mlp_ratio": 1.5}], ids=str
 )
-def test_values(pool: str, per_caption: bool, more: dict[str, Any]) -> None:
+def test_values(
+    pool: str,
+    per_caption: bool,
+    at_once: int,
+    more: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jepa_fast.nn.per_caption.AT_ONCE", at_once)
     conditioner = build(pool=pool, per_caption=per_caption, **more)
     x, _ = run(conditioner, captions(), tokens())
     torch.testing.assert_close(
@@ -179,6 +187,22 @@ def test_statistics_of_the_first_images() -> None:
     for got, want in zip(few, alone.statistics(100), strict=True):
         torch.testing.assert_close(got, want)
     assert all(0 < float(x) < 1 for x in few)
+
+
+def test_statistics_take_the_memory_of_a_layer_and_of_the_images_asked_for() -> None:
+    def peak(depth: int, images: int, blocks: int) -> int:
+        conditioning = WordConditioner(16, depth, TEXT_DIM)(
+            Captions.of(torch.randn(images, 8, 32, TEXT_DIM), images=images, text_dim=TEXT_DIM)
+        )
+        for layer in range(depth):
+            conditioning(layer, torch.randn(blocks * images, 64, 16))
+        conditioning.statistics(2)
+        return peak_allocation(lambda: conditioning.statistics(2))
+
+    few = peak(1, 2, 1)
+    assert few > 2 * 64 * 8 * 32 * 4  # the scores of two images
+    assert peak(5, 2, 1) < 1.01 * few
+    assert peak(1, 12, 3) == few
 
 
 @pytest.mark.parametrize("name", CONDITIONERS)

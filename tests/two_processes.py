@@ -24,6 +24,7 @@ RUNS = {
     for name, overrides in {
         "ijepa": (),
         "tcjepa": ("model.method=tcjepa", *UNEVEN),
+        "per_caption": ("model.method=tcjepa", "model.per_caption=true", *UNEVEN),
         "tijepa": (*TIJEPA, *UNEVEN, "model.vicreg=[25,25,1]"),
         "cross_modal": (*TIJEPA, *UNEVEN, "model.objective=cross_modal"),
         "mixture": ("model.method=probijepa",),

@@ -139,16 +139,20 @@ class TCJepa(IJepa):
         words: Tensor,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
     ) -> JepaOutput:
         """One training step's loss.
 
         Args:
             images: ``[B, 3, H, W]``.
             masks: context and target blocks of every image, on the images' device.
-            words: ``[B, C, S, text_dim]``, the words of C captions an image.
+            words: ``[B, C, S, text_dim]``, the words of C captions an image, in any floating dtype:
+                they are cast to that of the conditioner's weights, or to autocast's.
             word_mask: ``[B, C, S]`` bool, False at padding; None: every word is there.
             caption_mask: ``[B, C]`` bool, False at padding; None: every caption is there. Images
                 without captions are fine: their tokens go through the predictor without text.
+            word_scale: ``[B, C, S]``, what words in float8 are multiplied by; both come from
+                :func:`jepa_fast.nn.words.quantize_words`. None for words in other dtypes.
 
         Returns:
             Loss; prediction and target ``[M * B, Kt, D]``, block-major; metrics: collapse numbers,
@@ -159,9 +163,7 @@ class TCJepa(IJepa):
             TypeError, ValueError: masks, images or captions that do not fit.
         """
         masks = self._masks_of(images, masks)
-        captions = Captions.of(
-            words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
-        )
+        captions = self._captions(images, words, word_mask, caption_mask, word_scale)
         teacher = self.encode(images)
         check_patch_count(teacher, masks)
         prediction, text = self._predict_with_text(images, masks, captions)
@@ -201,6 +203,7 @@ class TCJepa(IJepa):
         words: Tensor,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
     ) -> Tensor:
         """Which patches go with which words: the similarity O, averaged over layers and heads.
 
@@ -209,7 +212,7 @@ class TCJepa(IJepa):
             masks: None: the predictor gets all patches as context and predicts nothing. Otherwise
                 as in :meth:`forward`: what it makes of context and masked patches, averaged over
                 the sequences that a patch is in; zero for patches that are in none.
-            words, word_mask, caption_mask: as in :meth:`forward`.
+            words, word_mask, caption_mask, word_scale: as in :meth:`forward`.
 
         Returns:
             ``[B, C, N, S]`` float32, zero at words that are not there.
@@ -225,9 +228,7 @@ class TCJepa(IJepa):
         masks = self._masks_of(images, masks)
         if isinstance(masks, PackedMasks):
             raise TypeError("masks: expected padded masks for a map, got PackedMasks")
-        captions = Captions.of(
-            words, word_mask, caption_mask, images=images.shape[0], text_dim=self.text_dim
-        )
+        captions = self._captions(images, words, word_mask, caption_mask, word_scale)
         _, text = self._predict_with_text(images, masks, captions)
         if not isinstance(text, WordConditioning) or text.word_mask.shape != words.shape[:3]:
             raise ValueError("similarity_map: needs a model with conditioning='words'")
@@ -243,6 +244,24 @@ class TCJepa(IJepa):
             member = member & of_image.flatten(1)[:, None]
         share = member / member.sum(-1, keepdim=True).clamp_min(1)
         return share[:, None].to(of_tokens.dtype) @ of_tokens
+
+    def _captions(
+        self,
+        images: Tensor,
+        words: Tensor,
+        word_mask: Tensor | None,
+        caption_mask: Tensor | None,
+        word_scale: Tensor | None,
+    ) -> Captions:
+        return Captions.of(
+            words,
+            word_mask,
+            caption_mask,
+            images=images.shape[0],
+            text_dim=self.text_dim,
+            scale=word_scale,
+            dtype=next(self.conditioner.parameters()).dtype,
+        )
 
     def _predict_with_text(
         self, images: Tensor, masks: BlockMasks | PackedMasks, captions: Captions

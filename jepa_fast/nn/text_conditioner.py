@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
+from jepa_fast.nn.words import dequantize_words
 from jepa_fast.ops.text_cross_attention.api import check_similarity
 
 POOLS = ("max", "mean", "attention")
@@ -46,17 +48,24 @@ class Captions:
         *,
         images: int,
         text_dim: int,
+        scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Captions:
         """Captions from what a text encoder gives.
 
         Args:
-            words: ``[B, C, S, Dt]`` floating.
+            words: ``[B, C, S, Dt]`` floating, in any dtype; float8_e4m3fn with a scale.
             word_mask: ``[B, C, S]`` bool, False at padding; None: every word is there.
             caption_mask: ``[B, C]`` bool, False at padding; None: every caption is there.
             images, text_dim: B and Dt, which the words must have.
+            scale: ``[B, C, S]``, what float8 words are multiplied by, as from
+                :func:`jepa_fast.nn.words.quantize_words`; None for words in other dtypes.
+            dtype: what reads the words, whose dtype they get. Under autocast they keep theirs, but
+                for float8 words, which get autocast's. None: float8 becomes float32.
 
         Raises:
-            TypeError: the words are no tensor, or a mask is not bool.
+            TypeError: the words are no floating tensor, in float8 without a scale or have a scale
+                in another dtype; or a mask is not bool.
             ValueError: a shape does not fit.
         """
         if not isinstance(words, Tensor):
@@ -74,6 +83,7 @@ class Captions:
                 f"words: expected [{images}, C, S, {text_dim}] (images, captions, words, text_dim) "
                 f"with at least one caption and one word, got {list(words.shape)}; {fix}"
             )
+        words = _readable(words, scale, dtype)
         for name, mask, shape in (
             ("word_mask", word_mask, words.shape[:3]),
             ("caption_mask", caption_mask, words.shape[:2]),
@@ -97,6 +107,25 @@ class Captions:
     def image_vectors(self) -> Tensor:
         """The mean of each image's caption vectors, ``[B, Dt]``, zero without captions."""
         return _masked_mean(*self.caption_vectors())
+
+
+def _readable(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    if not words.dtype.is_floating_point:
+        raise TypeError(
+            f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
+            "token ids, see jepa_fast.interop"
+        )
+    device = words.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if scale is not None:
+        wanted = torch.get_autocast_dtype(device) if autocast else dtype
+        return dequantize_words(words, scale, wanted or torch.float32)
+    if words.dtype.itemsize == 1:
+        raise TypeError(
+            f"words: expected a word_scale with {words.dtype}, got none; "
+            "jepa_fast.nn.words.quantize_words makes both"
+        )
+    return words if autocast or dtype is None else words.to(dtype)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -131,6 +160,9 @@ class WordConditioner(nn.Module):
 
     Without captions ``y = x`` takes the place of all y_n. The keys and values of all layers depend
     on the words alone: one GEMM makes them, and the M sequences of an image share them.
+
+    With ``per_caption``, where much would be kept for the backward pass, captions go through a few
+    at a time and are computed once more in it: :func:`jepa_fast.nn.per_caption.pool_per_caption`.
 
     W_Q, W_K and W_V start with standard deviation ``1 / sqrt(inputs)`` (the paper does not say):
     with I-JEPA's 0.02 the attention of a narrow predictor is uniform, and stays so for a long time.
@@ -289,27 +321,39 @@ class WordConditioning(Conditioning):
         layer = c.after.index(layer)
         of_layer: Any = c.layers[layer]
         query = of_layer.query(tokens)
-        pool_here = c.per_caption or c.pool == "attention"
-        y, sparsity = ops.text_cross_attention(
-            query,
-            self.keys[layer],
-            self.values[layer],
-            tokens,
-            self.word_mask,
-            num_heads=c.num_heads,
-            scale=c.scale,
-            pool="none" if pool_here else c.pool,
-            token_mask=self.token_mask,
-            similarity=c.similarity,
-            tau=c.tau,
-        )
+        arguments = (query, self.keys[layer], self.values[layer], tokens, self.word_mask)
+        options: dict[str, Any] = {
+            "num_heads": c.num_heads,
+            "scale": c.scale,
+            "similarity": c.similarity,
+            "tau": c.tau,
+        }
+        if c.per_caption and is_worthwhile(tokens, self.word_mask.shape[1], of_layer.mlp):
+            y, sparsity = pool_per_caption(
+                *arguments,
+                self.token_mask,
+                of_layer.mlp,
+                of_layer.norm,
+                of_layer.pool_query,
+                mlp_residual=of_layer.mlp_residual,
+                pool=c.pool,
+                **options,
+            )
+        else:
+            pool_here = c.per_caption or c.pool == "attention"
+            pool = "none" if pool_here else c.pool
+            y, sparsity = ops.text_cross_attention(
+                *arguments, pool=pool, token_mask=self.token_mask, **options
+            )
+            if c.per_caption:
+                y = of_layer(y)
+            if pool_here:
+                y = self._pooled(y, of_layer.pool_query)
+            if not c.per_caption:
+                y = of_layer(y)
         self.queries.append(query)
         self.sparsities.append(sparsity)
-        if c.per_caption:
-            y = of_layer(y)
-        if pool_here:
-            y = self._pooled(y, of_layer.pool_query)
-        return y if c.per_caption else of_layer(y)
+        return y
 
     def _pooled(self, y: Tensor, pool_query: Tensor | None) -> Tensor:
         """``[R, C, T, d]`` over the captions that are there, to ``[R, T, d]``."""
@@ -318,9 +362,13 @@ class WordConditioning(Conditioning):
         present = present | ~present.any(1, keepdim=True)
         present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
         if self.conditioner.pool == "max":
-            return y.masked_fill(~present, -torch.inf).amax(1)
+            # Not amax, whose gradient is shared out where captions tie: the lowest wins.
+            highest, *others = y.masked_fill(~present, -torch.inf).unbind(1)
+            for other in others:
+                highest = torch.where(other > highest, other, highest)
+            return highest
         if pool_query is None:
-            weights = present / present.sum(1, keepdim=True)
+            weights = present.to(y.dtype) / present.sum(1, keepdim=True)
         else:
             scores = (y * pool_query).sum(-1, keepdim=True)
             weights = scores.masked_fill(~present, -torch.inf).softmax(1)

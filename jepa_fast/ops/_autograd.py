@@ -38,7 +38,7 @@ def recomputed_gradients(
     leaves = [
         tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needs, strict=True)
     ]
-    with _recording():
+    with recording():
         outputs = function(*leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         reached = [
@@ -57,7 +57,7 @@ def recomputed_gradients(
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Lets autograd record, which operators called by compiled code are otherwise below."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:

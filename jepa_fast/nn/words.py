@@ -1,0 +1,71 @@
+"""Word vectors in a byte a number, for caches: float8 with a scale a word."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST_EXPONENT = -126  # of a normal float32
+
+
+def quantize_words(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Words in ``torch.float8_e4m3fn``, each with a scale of its own: ``words = fp8 * scale``.
+
+    Scales are powers of two, the lowest with which the word's largest number fits, so that
+    multiplying by them rounds nothing. A number is off by at most 1/16 of itself, or by 2^-17 of
+    the largest of its word if that is more (1e-35, of smaller words). A word of zeros has scale 1.
+
+    Meant for caches: whether all numbers are finite is read on the host.
+
+    Args:
+        words: ``[..., Dt]`` in float16, bfloat16, float32 or float64, such as ``[B, C, S, Dt]``.
+
+    Returns:
+        ``[..., Dt]`` float8_e4m3fn, and the scales ``[...]`` float32.
+
+    Raises:
+        TypeError: the words are not floating, or in float8 already.
+        ValueError: a number is infinite or NaN, or too large for float32.
+    """
+    if not words.dtype.is_floating_point or words.dtype.itemsize == 1:
+        raise TypeError(f"words: expected float16, bfloat16, float32 or float64, got {words.dtype}")
+    wide = words.float()
+    if not bool(wide.isfinite().all()):
+        raise ValueError(
+            "words: expected finite numbers within float32's range, got inf or NaN; look at what "
+            "the text encoder gave (float16 overflows in T5: run it in bfloat16 or float32)"
+        )
+    largest = wide.abs().amax(-1)
+    # largest = mantissa * 2^exponent with a mantissa in [0.5, 1), and 448 = 0.875 * 2^9.
+    mantissa, exponent = torch.frexp(largest)
+    exponent = exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
+    exponent = exponent.clamp_min(_SMALLEST_EXPONENT)
+    exponent = exponent.masked_fill(largest == 0, 0)
+    scale = (exponent + 127 << 23).view(torch.float32)  # the bits of 2^exponent: ldexp may round
+    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What :func:`quantize_words` made smaller: ``words * scale``.
+
+    Args:
+        words: ``[..., Dt]`` float8_e4m3fn.
+        scale: ``[...]`` floating, one a word.
+        dtype: of the result. Scales that are powers of two round in no dtype, within its range.
+
+    Returns:
+        ``[..., Dt]`` in ``dtype``.
+
+    Raises:
+        TypeError: the words are not in float8_e4m3fn, or the scale is not floating.
+        ValueError: there is not one scale a word.
+    """
+    if words.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"words: expected torch.float8_e4m3fn with a scale, got {words.dtype}")
+    if not scale.dtype.is_floating_point:
+        raise TypeError(f"word_scale: expected a floating dtype, got {scale.dtype}")
+    if scale.shape != words.shape[:-1]:
+        raise ValueError(
+            f"word_scale: expected one a word, {list(words.shape[:-1])}, got {list(scale.shape)}"
+        )
+    return words.to(dtype) * scale[..., None].to(dtype)

@@ -1,0 +1,166 @@
+"""Words as caches keep them: in half precision, and in float8 with a scale a word."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_tcjepa import MASKS, batch, build
+from torch import Tensor
+
+from jepa_fast.nn.text_conditioner import Captions
+from jepa_fast.nn.words import dequantize_words, quantize_words
+
+FP8 = torch.float8_e4m3fn
+
+
+def words_of_all_sizes() -> Tensor:
+    """[2, 3, 7, 64]: numbers of a word down to 2^-30 of its largest, words of all magnitudes."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 7)
+    normal = torch.randn(*shape, 64, generator=generator)
+    fine = torch.rand(*shape, 64, generator=generator).mul(-30).exp2()
+    coarse = torch.linspace(-100, 120, math.prod(shape)).exp2().view(*shape, 1)
+    return normal.clamp(-3, 3) * fine * coarse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_number_is_near(dtype: torch.dtype) -> None:
+    words = words_of_all_sizes().to(dtype)
+    fp8, scale = quantize_words(words)
+    assert fp8.dtype == FP8
+    assert fp8.shape == words.shape
+    assert scale.dtype == torch.float32
+    assert scale.shape == words.shape[:-1]
+    words = words.double()
+    largest = words.abs().amax(-1, keepdim=True)
+    error = (dequantize_words(fp8, scale, torch.float64) - words).abs()
+    assert (error <= torch.maximum(words.abs() / 16, largest * 2**-17)).all()
+    assert (error > words.abs() / 40).any()  # the bound is no looser than it has to be
+
+
+def test_scales_are_the_lowest_powers_of_two_that_fit() -> None:
+    words = torch.tensor([448.0, 448.1, 224.0, 224.1, 1.0, 2.0**-100, 3e38])[:, None]
+    fp8, scale = quantize_words(words)
+    assert scale.tolist() == [1.0, 2.0, 0.5, 1.0, 2.0**-8, 2.0**-108, 2.0**120]
+    torch.testing.assert_close(dequantize_words(fp8, scale), words, rtol=1 / 16, atol=0.0)
+    powers = torch.arange(-110, 119).double().exp2().float()[:, None]
+    fp8, scale = quantize_words(powers)
+    assert torch.equal(dequantize_words(fp8, scale), powers)
+
+
+def test_no_dtype_rounds_what_is_dequantized() -> None:
+    fp8, scale = quantize_words(torch.randn(5, 64))
+    exact = dequantize_words(fp8, scale, torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = dequantize_words(fp8, scale, dtype)
+        assert got.dtype == dtype
+        assert torch.equal(got.double(), exact)
+
+
+def test_zeros_stay() -> None:
+    fp8, scale = quantize_words(torch.zeros(2, 3, 8))
+    assert torch.equal(scale, torch.ones(2, 3))
+    assert torch.equal(dequantize_words(fp8, scale), torch.zeros(2, 3, 8))
+    tiny = torch.full((1, 4), 1e-44)  # less than any float8 of the lowest scale
+    fp8, scale = quantize_words(tiny)
+    assert float(scale) == 2.0**-126
+    assert torch.equal(dequantize_words(fp8, scale), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    words = torch.randn(2, 3, 8)
+    words[1, 2, 5] = bad
+    with pytest.raises(ValueError, match=r"words: expected finite numbers .* got inf or NaN"):
+        quantize_words(words)
+    with pytest.raises(ValueError, match="within float32's range"):
+        quantize_words(torch.full((1, 2), 1e300, dtype=torch.float64))
+
+
+def test_errors() -> None:
+    fp8, scale = quantize_words(torch.randn(2, 3, 4, 5))
+    for wrong in (fp8, torch.ones(2, 5, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="words: expected float16, bfloat16, float32"):
+            quantize_words(wrong)
+    with pytest.raises(
+        TypeError, match=r"words: expected torch.float8_e4m3fn .* got torch.float32"
+    ):
+        dequantize_words(fp8.float(), scale)
+    with pytest.raises(TypeError, match=r"word_scale: expected a floating dtype, got torch.int64"):
+        dequantize_words(fp8, scale.long())
+    with pytest.raises(ValueError, match=r"one a word, \[2, 3, 4\], got \[2, 3\]"):
+        dequantize_words(fp8, scale[..., 0])
+    sizes = {"images": 2, "text_dim": 5}
+    with pytest.raises(TypeError, match=r"words: expected a word_scale with torch.float8_e4m3fn"):
+        Captions.of(fp8, **sizes)
+    with pytest.raises(TypeError, match=r"words: expected torch.float8_e4m3fn with a scale"):
+        Captions.of(fp8.float(), scale=scale, **sizes)
+    with pytest.raises(TypeError, match=r"words: expected floating vectors, got torch.int64"):
+        Captions.of(torch.ones(2, 3, 4, 5, dtype=torch.int64), **sizes)
+
+
+each_conditioning = pytest.mark.parametrize(
+    "conditioning", ["words", "mean_words", "adaln", "feature", "append"]
+)
+
+
+@each_conditioning
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_float32_model_reads_words_of_any_dtype(conditioning: str, dtype: torch.dtype) -> None:
+    model, given = build(conditioning=conditioning), batch()
+    given["words"] = given["words"].to(dtype)
+    out = model(masks=MASKS, **given)
+    out.loss.backward()
+    want = model(masks=MASKS, **{**given, "words": given["words"].float()})
+    assert torch.equal(out.loss, want.loss)
+    assert all(p.grad is not None for _, p in model.trainable_parameters())
+
+
+@each_conditioning
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_reads_words_in_float8(conditioning: str, autocast: bool) -> None:
+    model, given = build(conditioning=conditioning), batch()
+    fp8, scale = quantize_words(given["words"])
+    exact = {**given, "words": dequantize_words(fp8, scale)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(masks=MASKS, **{**given, "words": fp8}, word_scale=scale)
+        want = model(masks=MASKS, **exact)
+    # Under autocast means are of bfloat16 words, where those of float32 ones are not.
+    torch.testing.assert_close(out.loss, want.loss, rtol=0.02 if autocast else 0.0, atol=0.0)
+    out.loss.backward()
+    near = model(masks=MASKS, **given).loss
+    torch.testing.assert_close(out.loss, near, rtol=0.1, atol=0.0)
+
+
+def test_float32_words_are_not_copied() -> None:
+    words = torch.randn(2, 3, 4, 5)
+    captions = Captions.of(words, images=2, text_dim=5, dtype=torch.float32)
+    assert captions.words is words
+    with torch.autocast("cpu", torch.bfloat16):
+        half = words.half()
+        assert Captions.of(half, images=2, text_dim=5, dtype=torch.float32).words is half
+        fp8, scale = quantize_words(words)
+        read = Captions.of(fp8, images=2, text_dim=5, scale=scale, dtype=torch.float32).words
+    assert read.dtype == torch.bfloat16
+
+
+def test_maps_take_float8_words() -> None:
+    model, given = build(), batch()
+    fp8, scale = quantize_words(given["words"])
+    arguments: Any = (given["images"], None)
+    got = model.similarity_map(*arguments, fp8, word_scale=scale)
+    want = model.similarity_map(*arguments, dequantize_words(fp8, scale))
+    assert torch.equal(got, want)
+
+
+def test_compiles_with_float8_words() -> None:
+    model, given = build(predictor_depth=1), batch()
+    given["words"], given["word_scale"] = quantize_words(given["words"])
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda **text: model(masks=MASKS, **text).loss, backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(**given), model(masks=MASKS, **given).loss)
