@@ -132,7 +132,10 @@ def inverse_lengths_kernel(
     offset = outer * outer_stride + (row - outer * inner) * inner_stride
     e = tl.arange(0, BLOCK)
     x = tl.load(
-        _layer(table + FIRST, layer, DTYPE) + part % HEADS * E + offset[:, None] + e[None, :],
+        _layer(table + FIRST, layer, DTYPE)
+        + (part % HEADS).to(tl.int64) * E
+        + offset[:, None]
+        + e[None, :],
         mask=exists[:, None] & (e < E)[None, :],
         other=0.0,
     )
@@ -199,7 +202,7 @@ def _layer_similarity(
             if E % CHUNK != 0:
                 q_mask = q_mask & (e < E)[None, :]
                 k_mask = k_mask & (e < E)[:, None]
-            column = head * E + e
+            column = tl.cast(head, tl.int64) * E + e
             q = tl.load(queries + q_offset[:, None] + column[None, :], mask=q_mask, other=0.0)
             k = tl.load(keys + k_offset[None, :] + column[:, None], mask=k_mask, other=0.0)
             cosine = tl.dot(q, k, cosine, input_precision="ieee")
@@ -265,8 +268,8 @@ def deviations_kernel(
         if not SIGNS:
             tl.store(losses + tile, 0.0)
         return
-    p = t * TOKENS + tl.arange(0, TOKENS)
-    j = w * WORDS + tl.arange(0, WORDS)
+    p = t.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    j = w.to(tl.int64) * WORDS + tl.arange(0, WORDS)
     q_number, q_offset, _, q_counts = _tokens(
         p, image, token_mask, batch, sequences, tokens, q_sequence_stride, q_token_stride, MASKED
     )
@@ -385,12 +388,12 @@ def gradients_kernel(
     """
     part = tl.program_id(0) % (LAYERS * HEADS)
     layer = part // HEADS
-    head = part % HEADS
+    head = (part % HEADS).to(tl.int64)
     tile = tl.program_id(0) // (LAYERS * HEADS)
     group_image = (tile // row_tiles).to(tl.int64)
     image = first_image + group_image
     there = tl.load(present + image)
-    first_row = tile % row_tiles * ROWS
+    first_row = (tile % row_tiles).to(tl.int64) * ROWS
     i = first_row + tl.arange(0, ROWS)
     q = _layer(table, layer, DTYPE) + head * E
     k = _layer(table + LAYERS, layer, DTYPE) + head * E
