@@ -379,6 +379,7 @@ def gradients_kernel(
     LOW: tl.constexpr,  # a head's columns, the first LOW and the next HIGH: powers of 2, HIGH or 0
     HIGH: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # how many columns to take; None: those that exist
 ):
     """Gradients of a layer's head at some of its rows x, tokens, over all columns y, words; with
     OF_KEYS the other way round:
@@ -423,11 +424,11 @@ def gradients_kernel(
         g_high = tl.zeros([ROWS, HIGH], tl.float32)
     x_scale = tl.load(x_inverse + number, mask=counts, other=0.0)
     if not KNOWN:
-        x_low = _rows(xs, offset, counts, low, E)
+        x_low = _rows(xs, offset, counts, low, E, "")
         if HIGH > 0:
-            x_high = _rows(xs, offset, counts, high, E)
+            x_high = _rows(xs, offset, counts, high, E, "")
 
-    for first in tl.range(0, end, COLUMNS, num_stages=STAGES):
+    for first in tl.range(0, end if WHOLE is None else WHOLE, COLUMNS, num_stages=STAGES):
         j = first + tl.arange(0, COLUMNS)
         if OF_KEYS:
             y_number, y_offset, _, y_counts = _tokens(
@@ -441,9 +442,9 @@ def gradients_kernel(
             )
             place = signs + i.to(tl.int64)[:, None] * signs_words + j[None, :]
         y_scale = tl.load(y_inverse + y_number, mask=y_counts, other=0.0)
-        y_low = _rows(ys, y_offset, y_counts, low, E)
+        y_low = _rows(ys, y_offset, y_counts, low, E, "")
         if HIGH > 0:
-            y_high = _rows(ys, y_offset, y_counts, high, E)
+            y_high = _rows(ys, y_offset, y_counts, high, E, "")
 
         # Beyond what counts these are any numbers, small ones, of which nothing remains.
         higher = tl.load(above + place)
@@ -492,7 +493,7 @@ def gradients_kernel(
 
 
 @triton.jit
-def _rows(x, offset, counts, e, E: tl.constexpr, EVICT: tl.constexpr = ""):
+def _rows(x, offset, counts, e, E: tl.constexpr, EVICT: tl.constexpr):
     """[rows, columns e], zero in rows that do not count."""
     mask = counts[:, None] & (e < E)[None, :]
     return tl.load(x + offset[:, None] + e[None, :], mask=mask, other=0.0, eviction_policy=EVICT)
@@ -760,7 +761,8 @@ def _launch_gradients(
     of_keys: bool,
 ) -> None:
     """Gradients of the queries, or the keys, of these images."""
-    tiles = triton.cdiv(call.words if of_keys else call.tokens, config["rows"])
+    rows, whole = (call.words, call.tokens) if of_keys else (call.tokens, call.words)
+    tiles = triton.cdiv(rows, config["rows"])
     low, high = _two_powers(call.head_dim)
     launch(
         gradients_kernel,
@@ -783,6 +785,8 @@ def _launch_gradients(
             "LOW": low,
             "HIGH": high,
             "STAGES": config["num_stages"],
+            # Interpreted loops take no number from a tensor; what does not count adds nothing.
+            "WHOLE": whole if triton.knobs.runtime.interpret else None,
         },
         config["num_warps"],
     )
