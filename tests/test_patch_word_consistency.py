@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
 import pytest
 import torch
+from backends import backends
 from samples import Sample, normal
+from tolerance import assert_as_accurate
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("patch_word_consistency", "patch_word_consistency_backward")
+each_backend = backends(REGISTERED["patch_word_consistency"].backends)
 
 
 def _masks(batch: int, captions: int, words: int, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -141,16 +146,167 @@ def test_equal_layers_are_consistent() -> None:
     assert float(ops.patch_word_consistency(**inputs)) < 1e-7
 
 
+# Sizes that no tile divides, masks, and keys that are views of one projection.
+CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "one wide head": ({"layers": 2, "tokens": 19, "words": 21, "width": 384}, {}),
+    "heads of 24": ({"layers": 2, "words": 17, "width": 192}, {"num_heads": 8}),
+    "heads of 80": ({"layers": 2, "width": 240}, {"num_heads": 3}),
+    "a head of 96": ({"layers": 3, "tokens": 18, "words": 37, "width": 96}, {}),
+    "many captions": ({"layers": 2, "captions": 16, "tokens": 1, "width": 96}, {}),
+    "long captions": ({"layers": 2, "captions": 2, "words": 128, "tokens": 1, "width": 96}, {}),
+    "24 layers": ({"layers": 24, "tokens": 2, "captions": 1, "words": 1, "width": 80}, {}),
+    "one layer": ({"layers": 1}, {}),
+    "softplus": ({"layers": 2}, {"similarity": "softplus", "tau": 0.3}),
+    "softplus, heads": (
+        {"layers": 2, "width": 96},
+        {"num_heads": 3, "similarity": "softplus", "tau": 0.05},
+    ),
+}
+
+
+def _layers(
+    layers: int,
+    batch: int = 2,
+    blocks: int = 2,
+    tokens: int = 5,
+    captions: int = 3,
+    words: int = 6,
+    width: int = 128,
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    rows = blocks * batch
+    projected = torch.randn(batch, captions, words, 2 * layers, width, generator=generator)
+    return {
+        "q_layers": [torch.randn(rows, tokens, width, generator=generator) for _ in range(layers)],
+        "k_layers": list(projected.unbind(3)[::2]),
+        "word_mask": torch.rand(batch, captions, words, generator=generator) < 0.7,
+        "caption_mask": torch.rand(batch, captions, generator=generator) < 0.8,
+        "token_mask": torch.rand(rows, tokens, generator=generator) < 0.8,
+    }
+
+
+def _run(inputs: dict[str, Any], device: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Loss and gradients, on the CPU."""
+    there = {n: x.to(device) for n, x in inputs.items() if isinstance(x, Tensor)}
+    q, k = ([x.to(device, dtype) for x in inputs[n]] for n in ("q_layers", "k_layers"))
+    leaves = [x.detach().requires_grad_() for x in (*q, *k)]
+    loss = ops.patch_word_consistency(leaves[: len(q)], leaves[len(q) :], **there, **options)
+    grads = torch.autograd.grad(3 * loss, leaves)
+    return [x.detach().cpu() for x in (loss, *grads)]
+
+
+@each_backend
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_as_accurate_as_eager(
+    case: str,
+    dtype: torch.dtype,
+    masked: bool,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    if dtype == torch.bfloat16 and (backend, device) == ("triton", "cpu"):
+        pytest.skip("products of bfloat16 are wrong in Triton's interpreter")
+    sizes, options = CASES[case]
+    inputs = _layers(**sizes)
+    for name in ("q_layers", "k_layers"):
+        inputs[name] = [x.to(dtype) for x in inputs[name]]
+    if not masked:
+        inputs = {n: x for n, x in inputs.items() if isinstance(x, list)}
+    got = _run(inputs, device, dtype, backend=backend, **options)
+    assert {run for run in backends_run if run[1] == backend} == {(n, backend) for n in OPERATORS}
+    eager = _run(inputs, "cpu", dtype, backend="reference", **options)
+    exact = _run(inputs, "cpu", torch.float64, backend="reference", **options)
+    for mine, theirs, truth in zip(got, eager, exact, strict=True):
+        assert_as_accurate(mine, theirs, truth)
+
+
+@each_backend
+def test_nan_is_not_hidden(backend: str, device: str) -> None:
+    inputs = _layers(2)
+    inputs["token_mask"][0, 0] = inputs["word_mask"][0, 0, 0] = inputs["caption_mask"][0, 0] = True
+    inputs["q_layers"][1][0, 0, 0] = math.nan
+    loss, *grads = _run(inputs, device, torch.float32, backend=backend)
+    assert loss.isnan()
+    assert grads[1][0, 0].isnan().all()
+
+
+@each_backend
+def test_runs_are_bit_identical(backend: str, device: str) -> None:
+    first, second = (_run(_layers(3), device, torch.float32, backend=backend) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@each_backend
+def test_layers_of_any_strides(backend: str, device: str) -> None:
+    inputs = _layers(2, width=8)
+    strided = dict(inputs)
+    for name in ("q_layers", "k_layers"):
+        # Each layer by other strides, and an address that no 16 bytes begin at.
+        strided[name] = [
+            x.transpose(0, 1).contiguous().transpose(0, 1)
+            if i
+            else torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+            for i, x in enumerate(inputs[name])
+        ]
+    results = []
+    for each in (inputs, strided):
+        leaves = [
+            x.to(device).as_strided(x.shape, x.stride()) if x.is_contiguous() else x.to(device)
+            for x in (*each["q_layers"], *each["k_layers"])
+        ]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        masks = {n: x.to(device) for n, x in each.items() if isinstance(x, Tensor)}
+        loss = ops.patch_word_consistency(leaves[:2], leaves[2:], backend=backend, **masks)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.tier1
+def test_signs_are_found_for_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _layers(2)
+    want = _run(inputs, "cpu", torch.float32, backend="triton")
+    module = importlib.import_module("jepa_fast.ops.patch_word_consistency.triton")
+    monkeypatch.setattr(module, "_SIGNS_AT_ONCE", 8 * 32 * 32)
+    got = _run(inputs, "cpu", torch.float32, backend="triton")
+    assert all(map(torch.equal, got, want))
+
+
+def test_what_triton_does_not_take() -> None:
+    def why_not(layers: int = 2, width: int = 4, dtype: torch.dtype = torch.float32) -> list[str]:
+        q, k = torch.zeros(2, 3, width, dtype=dtype), torch.zeros(1, 1, 2, width, dtype=dtype)
+        arguments = ([q] * layers, [k] * layers, None, None, None, 1, "relu", 0.1)
+        of_backward = REGISTERED[OPERATORS[1]].backends["triton"].unsupported
+        found = REGISTERED[OPERATORS[0]].backends["triton"].unsupported(*arguments)
+        assert of_backward(torch.ones(()), *arguments) == found
+        return found
+
+    assert why_not() == why_not(layers=24) == why_not(width=512) == []
+    assert why_not(layers=25) == ["takes at most 24 layers, got 25"]
+    assert why_not(width=513) == ["takes heads of width 512 at most, got 513"]
+    (reason,) = why_not(dtype=torch.float64)
+    assert reason == "takes float32, bfloat16 and float16 layers, got torch.float64"
+
+
+@each_backend
 @pytest.mark.parametrize("filler", [1e4, float("nan")])
-def test_padding_is_not_read(filler: float) -> None:
+def test_padding_is_not_read(filler: float, backend: str, device: str) -> None:
     results = []
     for value in (0.0, filler):
         inputs = _inputs()
         missing = ~(inputs["word_mask"] & inputs["caption_mask"][..., None])
         for k in inputs["k_layers"]:
             k[missing] = value
+        inputs = {
+            n: x.to(device) if isinstance(x, Tensor) else [y.to(device) for y in x]
+            for n, x in inputs.items()
+        }
         leaves = [x.requires_grad_() for x in (*inputs["q_layers"], *inputs["k_layers"])]
-        loss = ops.patch_word_consistency(**inputs)
+        loss = ops.patch_word_consistency(**inputs, backend=backend)
         loss.backward()
         assert not any(k.grad[missing].any() for k in inputs["k_layers"])
         results.append((loss, *(x.grad for x in leaves)))
@@ -158,14 +314,16 @@ def test_padding_is_not_read(filler: float) -> None:
         assert torch.equal(got, want)
 
 
-def test_no_captions_at_all() -> None:
-    inputs = _inputs()
+@each_backend
+@pytest.mark.parametrize("sizes", [{}, {"batch": 0}, {"tokens": 0}], ids=str)
+def test_nothing_to_compare(
+    sizes: dict[str, int], backend: str, device: str, poisoned_memory: None
+) -> None:
+    """No captions, no images, no tokens."""
+    inputs = _layers(2, **sizes)
     inputs["caption_mask"][:] = False
-    leaves = [x.requires_grad_() for x in (*inputs["q_layers"], *inputs["k_layers"])]
-    loss = ops.patch_word_consistency(**inputs)
-    loss.backward()
-    assert loss == 0
-    assert not any(x.grad.any() for x in leaves)
+    results = _run(inputs, device, torch.float32, backend=backend)
+    assert not any(x.any() for x in results)
 
 
 def test_bfloat16_in_float32_inside() -> None:

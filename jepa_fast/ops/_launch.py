@@ -133,10 +133,11 @@ def _case(
             aligned = value % _ALIGNED == 0
         if aligned:
             divisible.append(name)
+    signature.update(dict.fromkeys(constants, "constexpr"))
     return CompileCase(
         name=kernel.fn.__name__,
         kernel=kernel,
-        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        signature={name: signature[name] for name in kernel.arg_names},  # compiled by position
         constants=constants,
         divisible=tuple(divisible),
         num_warps=num_warps,

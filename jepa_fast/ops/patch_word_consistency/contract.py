@@ -38,6 +38,35 @@ def reference_backward(
     return [x.contiguous() for x in grads]
 
 
+def _unsupported_forward(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    *options: Any,
+) -> list[str]:
+    reasons = []
+    if q_layers[0].dtype not in _DTYPES:
+        reasons.append(f"takes float32, bfloat16 and float16 layers, got {q_layers[0].dtype}")
+    if len(q_layers) > _MOST_LAYERS:
+        reasons.append(f"takes at most {_MOST_LAYERS} layers, got {len(q_layers)}")
+    head_dim = q_layers[0].shape[2] // num_heads
+    if head_dim > _WIDEST_HEAD:
+        reasons.append(f"takes heads of width {_WIDEST_HEAD} at most, got {head_dim}")
+    return reasons
+
+
+def _unsupported_backward(grad: Tensor, *arguments: Any) -> list[str]:
+    return _unsupported_forward(*arguments)
+
+
+_FOLDER = "jepa_fast.ops.patch_word_consistency"
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_MOST_LAYERS = 24  # whose signs fit into the bits that the kernels keep of a pair
+_WIDEST_HEAD = 512
+
 _OPTIONS = (
     "Tensor[] q_layers, Tensor[] k_layers, Tensor? word_mask, Tensor? caption_mask, "
     "Tensor? token_mask, int num_heads, str similarity, float tau, str backend"
@@ -47,13 +76,17 @@ FORWARD = Operator(
     f"patch_word_consistency({_OPTIONS}) -> Tensor",
     fake=_fake,
     backends={
-        "reference": Backend(
-            "jepa_fast.ops.patch_word_consistency.reference:patch_word_consistency"
-        )
+        "triton": Backend(f"{_FOLDER}.triton:patch_word_consistency", _unsupported_forward),
+        "reference": Backend(f"{_FOLDER}.reference:patch_word_consistency"),
     },
 )
 BACKWARD = Operator(
     f"patch_word_consistency_backward(Tensor grad, {_OPTIONS}) -> Tensor[]",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:reference_backward")},
+    backends={
+        "triton": Backend(
+            f"{_FOLDER}.triton:patch_word_consistency_backward", _unsupported_backward
+        ),
+        "reference": Backend(f"{__name__}:reference_backward"),
+    },
 )
