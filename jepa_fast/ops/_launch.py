@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from jepa_fast.ops import _configs
-from jepa_fast.ops._compile import CompileCase
+from jepa_fast.ops._compile import ARCHITECTURES, CompileCase
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -34,6 +35,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 _ALIGNED = 16
 _recorded: list[CompileCase] | None = None
@@ -45,6 +47,8 @@ def launch(
     arguments: dict[str, Tensor | int | float | None],
     constants: dict[str, Any],
     num_warps: int,
+    num_stages: int = 3,
+    **options: int,
 ) -> None:
     """Launches a kernel on the device of its first argument; nothing where the grid is empty.
 
@@ -54,15 +58,33 @@ def launch(
         arguments: by the kernel's names, tensors and numbers; None where one is left out.
         constants: the kernel's `tl.constexpr` arguments.
         num_warps: of a program.
+        num_stages: how many iterations of its loops are under way at once.
+        options: further ones of the compiler: `maxnreg`.
     """
     if _recorded is not None:
-        _recorded.append(_case(kernel, arguments, constants, num_warps))
+        case = _case(kernel, arguments, constants, num_warps)
+        _recorded.append(replace(case, num_stages=num_stages, options=options))
         return
     if 0 in grid:
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device_of(tensor):
-        kernel[grid](**arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        kernel[grid](
+            **arguments,
+            **constants,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=False,
+            **options,
+        )
+
+
+def loop_bound(number: int) -> Any:
+    """A loop's bound that is known at the launch alone, as an argument of the kernel.
+
+    The interpreter of Triton 3.6 takes no loops to numbers, only to constants.
+    """
+    return tl.constexpr(number) if triton.knobs.runtime.interpret else number
 
 
 def row_warps(block: int, *tensors: Tensor) -> int:
@@ -76,6 +98,8 @@ def recorded_cases(
 ) -> list[CompileCase]:
     """What calls of launchers launch, for every GPU whose configs are shipped.
 
+    An architecture with configs of its own (`sm_100.json`) is left out of the default's cases.
+
     Args:
         folder: of the configs.
         calls: by name, `"gather_patches-bfloat16"`, launchers with arguments on the CPU, of which
@@ -85,7 +109,12 @@ def recorded_cases(
         narrow: names of calls whose rows do not allow 16 bytes at once.
     """
     found = []
-    for gpu in _configs.shipped(folder):
+    shipped = _configs.shipped(folder)
+    others = tuple(each for each in ARCHITECTURES if f"sm_{each}" not in shipped)
+    for gpu in shipped:
+        architectures = others if gpu == "default" else None
+        if gpu.startswith("sm_"):
+            architectures = (int(gpu.removeprefix("sm_")),)
         for name, call in calls.items():
             operator, _, rest = name.partition("-")
             with _configs.pretend(gpu), _recording() as cases:
@@ -96,7 +125,9 @@ def recorded_cases(
                 kernel = f"-{case.name}" if len(cases) > 1 else ""
                 number = f"-{launches[case.name]}" if launches[case.name] > 1 else ""
                 case_name = f"{operator}-{gpu}-{rest}{kernel}{number}"
-                found.append(replace(case, name=case_name, wide=name not in narrow))
+                wide = name not in narrow
+                case = replace(case, name=case_name, wide=wide, architectures=architectures)
+                found.append(case)
     return found
 
 
@@ -133,7 +164,7 @@ def _case(
             aligned = value % _ALIGNED == 0
         if aligned:
             divisible.append(name)
-    signature.update(dict.fromkeys(constants, "constexpr"))
+    signature |= dict.fromkeys(constants, "constexpr")
     return CompileCase(
         name=kernel.fn.__name__,
         kernel=kernel,
