@@ -23,7 +23,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     (configs / "NVIDIA_H200.json").write_text(json.dumps({"small": {"block": 8}}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     _configs._lookup.cache_clear()
     yield configs
     _configs._lookup.cache_clear()
@@ -40,17 +39,6 @@ def test_a_miss_falls_back_and_says_so_once(folder: Path, caplog: pytest.LogCapt
     assert "some_op has no launch config for large on NVIDIA H200" in record.getMessage()
     with pytest.raises(KeyError, match="huge"):
         _configs.lookup(folder, "huge", gpu)
-
-
-def test_an_architecture_comes_before_the_default(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (folder / "sm_90.json").write_text(json.dumps({"small": {"block": 3}, "large": {"block": 4}}))
-    gpu = torch.device("cuda", 0)
-    with caplog.at_level(logging.WARNING):
-        assert _configs.lookup(folder, "small", gpu) == {"block": 8}
-        assert _configs.lookup(folder, "large", gpu) == {"block": 4}
-    assert not caplog.records
 
 
 def test_the_interpreter_takes_the_default_in_silence(

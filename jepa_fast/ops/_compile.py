@@ -30,7 +30,6 @@ class CompileCase:
         num_warps, num_stages, fp_fusion: as at the launch.
         wide: whether its loads and stores of tensor data are all of 16 bytes.
         options: further ones of the compiler, as at the launch: `{"maxnreg": 128}`.
-        architectures: that it is launched on; None: on any.
     """
 
     name: str
@@ -43,14 +42,9 @@ class CompileCase:
     fp_fusion: bool = True
     wide: bool = True
     options: dict[str, Any] = field(default_factory=dict)
-    architectures: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return self.name
-
-    def is_for(self, architecture: int) -> bool:
-        """Whether it is launched on this architecture."""
-        return self.architectures is None or architecture in self.architectures
 
     def compile(self, architecture: int) -> Any:
         """The compiled kernel; its `asm` has "ttgir", "ptx" and "cubin"."""

@@ -1,8 +1,8 @@
 """Launch configs of Triton kernels: looked up, never searched for at run time.
 
 `ops/<op>/configs/<GPU name>.json` maps a key that the operator chooses (dtypes, shape bucket) to a
-config. Where the GPU has no file, or its file no such key, that of its architecture, `sm_100.json`,
-is next, and `default.json` the heuristic at the end; that is said once.
+config. Where the GPU has no file, or its file no such key, `default.json` is the heuristic; that is
+said once.
 """
 
 from __future__ import annotations
@@ -46,13 +46,9 @@ def lookup(folder: Path, key: str, device: torch.device) -> Config:
 @functools.cache
 def _lookup(folder: Path, key: str, device: torch.device) -> Config:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
-    names = [gpu.replace(" ", "_")]
-    if device.type == "cuda":
-        names.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
-    for name in names:
-        found = read(folder, name)
-        if key in found:
-            return found[key]
+    tuned = read(folder, gpu.replace(" ", "_"))
+    if key in tuned:
+        return tuned[key]
     if device.type == "cuda":
         _logger.warning(
             "%s has no launch config for %s on %s: the default is used; "

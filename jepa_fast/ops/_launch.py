@@ -7,7 +7,7 @@ they would have launched into `CompileCase`s, so that what is tested is what is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_fast.ops import _configs
-from jepa_fast.ops._compile import ARCHITECTURES, CompileCase
+from jepa_fast.ops._compile import CompileCase
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -79,6 +79,14 @@ def launch(
         )
 
 
+def most_registers(config: _configs.Config) -> dict[str, int]:
+    """The compiler's option for `registers` of a config, the most of a thread, where it has that.
+
+    Left alone, ptxas sometimes spills registers for the sake of occupancy.
+    """
+    return {"maxnreg": config["registers"]} if "registers" in config else {}
+
+
 def loop_bound(number: int) -> Any:
     """A loop's bound that is known at the launch alone, as an argument of the kernel.
 
@@ -98,8 +106,6 @@ def recorded_cases(
 ) -> list[CompileCase]:
     """What calls of launchers launch, for every GPU whose configs are shipped.
 
-    An architecture with configs of its own (`sm_100.json`) is left out of the default's cases.
-
     Args:
         folder: of the configs.
         calls: by name, `"gather_patches-bfloat16"`, launchers with arguments on the CPU, of which
@@ -109,12 +115,7 @@ def recorded_cases(
         narrow: names of calls whose rows do not allow 16 bytes at once.
     """
     found = []
-    shipped = _configs.shipped(folder)
-    others = tuple(each for each in ARCHITECTURES if f"sm_{each}" not in shipped)
-    for gpu in shipped:
-        architectures = others if gpu == "default" else None
-        if gpu.startswith("sm_"):
-            architectures = (int(gpu.removeprefix("sm_")),)
+    for gpu in _configs.shipped(folder):
         for name, call in calls.items():
             operator, _, rest = name.partition("-")
             with _configs.pretend(gpu), _recording() as cases:
@@ -125,10 +126,24 @@ def recorded_cases(
                 kernel = f"-{case.name}" if len(cases) > 1 else ""
                 number = f"-{launches[case.name]}" if launches[case.name] > 1 else ""
                 case_name = f"{operator}-{gpu}-{rest}{kernel}{number}"
-                wide = name not in narrow
-                case = replace(case, name=case_name, wide=wide, architectures=architectures)
-                found.append(case)
+                found.append(replace(case, name=case_name, wide=name not in narrow))
     return found
+
+
+def distinct(cases: Iterable[CompileCase], known: Iterable[CompileCase] = ()) -> list[CompileCase]:
+    """The cases without those that compile to what another before them does, or one of `known`."""
+    seen = {_compiled_from(case) for case in known}
+    found = []
+    for case in cases:
+        key = _compiled_from(case)
+        if key not in seen:
+            seen.add(key)
+            found.append(case)
+    return found
+
+
+def _compiled_from(case: CompileCase) -> str:
+    return repr(replace(case, name=case.kernel.fn.__name__, kernel=None))
 
 
 @contextmanager

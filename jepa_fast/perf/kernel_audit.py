@@ -108,7 +108,7 @@ def audit(
 
 
 def compile_all(cases: Sequence[CompileCase], targets: Sequence[str]) -> list[CompiledKernel]:
-    """Every case for every chip that it is launched on.
+    """Every case for every chip.
 
     Raises:
         BuildFailed: one does not compile, or cannot be read.
@@ -117,12 +117,7 @@ def compile_all(cases: Sequence[CompileCase], targets: Sequence[str]) -> list[Co
 
     if triton.knobs.runtime.interpret:
         raise BuildFailed("TRITON_INTERPRET=1 keeps Triton from compiling: run without it")
-    both = [
-        (case, target)
-        for case in cases
-        for target in targets
-        if case.is_for(int(target.removeprefix("sm_")))
-    ]
+    both = [(case, target) for case in cases for target in targets]
     # Reading takes longer than compiling, and is another process's work.
     scratch = tempfile.TemporaryDirectory(prefix="jepa_fast_audit_")
     with scratch as folder, ThreadPoolExecutor(max_workers=2) as readers:

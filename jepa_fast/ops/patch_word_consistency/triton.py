@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jepa_fast.ops import _configs
 from jepa_fast.ops._compile import CompileCase
-from jepa_fast.ops._launch import TRITON_DTYPES, launch, recorded_cases
+from jepa_fast.ops._launch import TRITON_DTYPES, distinct, launch, most_registers, recorded_cases
 from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.perf.race import Cost
 
@@ -109,7 +109,7 @@ def _words(j, image, order, present, words, image_stride, word_stride):
 
 @triton.jit
 def inverse_lengths_kernel(
-    table,  # of it LAYERS addresses of [outer, inner, HEADS * E] by the strides below
+    table,  # [LAYERS] addresses of [outer, inner, HEADS * E] by the strides below
     inverse,  # [LAYERS, HEADS, rows]
     rows,  # outer * inner
     inner,
@@ -119,7 +119,6 @@ def inverse_lengths_kernel(
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
     E: tl.constexpr,
-    FIRST: tl.constexpr,  # of the addresses
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -132,7 +131,7 @@ def inverse_lengths_kernel(
     offset = outer * outer_stride + (row - outer * inner) * inner_stride
     e = tl.arange(0, BLOCK)
     x = tl.load(
-        _layer(table + FIRST, layer, DTYPE)
+        _layer(table, layer, DTYPE)
         + (part % HEADS).to(tl.int64) * E
         + offset[:, None]
         + e[None, :],
@@ -631,8 +630,8 @@ class _Call:
             "order": order,
             "present": valid.sum((1, 2), dtype=torch.int32),
             "token_mask": order if token_mask is None else token_mask,
-            "q_inverse": _inverse_lengths(table, q, 0, constants),
-            "k_inverse": _inverse_lengths(table, k, len(q_layers), constants),
+            "q_inverse": _inverse_lengths(table, q, constants),
+            "k_inverse": _inverse_lengths(table[len(q_layers) :], k, constants),
             "batch": batch,
             "sequences": sequences,
             "tokens": tokens,
@@ -693,8 +692,8 @@ def _addresses(tensors: Sequence[Tensor]) -> Tensor:
     return table
 
 
-def _inverse_lengths(table: Tensor, x: Tensor, first: int, constants: dict[str, Any]) -> Tensor:
-    """[L, h, rows] float32 of layers like `x` [outer, inner, d], the table's from `first` on."""
+def _inverse_lengths(table: Tensor, x: Tensor, constants: dict[str, Any]) -> Tensor:
+    """[L, h, rows] float32 of the table's first layers, which are like `x` [outer, inner, d]."""
     outer, inner, _ = x.shape
     rows = outer * inner
     inverse = table.new_empty(constants["LAYERS"], constants["HEADS"], rows, dtype=torch.float32)
@@ -712,7 +711,7 @@ def _inverse_lengths(table: Tensor, x: Tensor, first: int, constants: dict[str, 
             "outer_stride": x.stride(0),
             "inner_stride": x.stride(1),
         },
-        {**constants, "FIRST": first, "BLOCK": block, "ROWS": at_once},
+        {**constants, "BLOCK": block, "ROWS": at_once},
         config["num_warps"],
     )
     return inverse
@@ -748,6 +747,7 @@ def _launch_deviations(
             "STAGES": config["num_stages"],
         },
         config["num_warps"],
+        **most_registers(config),
     )
 
 
@@ -789,6 +789,7 @@ def _launch_gradients(
             "WHOLE": whole if triton.knobs.runtime.interpret else None,
         },
         config["num_warps"],
+        **most_registers(config),
     )
 
 
@@ -811,54 +812,33 @@ def _two_powers(head_dim: int) -> tuple[int, int]:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The predictors of the papers, of one head and of many, and every dtype."""
+    """Every config, and with it each dtype and every option once: not their product."""
 
-    def call(
-        dtype: torch.dtype,
-        width: int,
-        heads: int,
-        backward: bool,
-        similarity: str = "relu",
-        masked: bool = False,
-    ) -> object:
+    def call(dtype: torch.dtype, width: int, heads: int, plain: bool, backward: bool) -> object:
         tokens, batch, layers = torch.empty(4, 48, width, dtype=dtype), 2, 12
         q = [torch.empty_like(tokens) for _ in range(layers)]
         k = torch.empty(batch, 2, 64, 2 * layers, width, dtype=dtype).unbind(3)[::2]
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if masked else None
-        options = (None, None, mask, heads, similarity, 0.1)
+        mask = None if plain else torch.ones(tokens.shape[:2], dtype=torch.bool)
+        options = (None, None, mask, heads, "relu" if plain else "softplus", 0.1)
         if backward:
             return patch_word_consistency_backward(torch.ones(()), q, k, *options)
         return patch_word_consistency(q, k, *options)
 
-    brain, half, single = torch.bfloat16, torch.float16, torch.float32
     calls: dict[str, Callable[[], object]] = {}
-    for operator, backward in (
-        ("patch_word_consistency", False),
-        ("patch_word_consistency_backward", True),
-    ):
-        for dtype, width, heads in (
-            (brain, 384, 1),
-            (brain, 384, 16),
-            (brain, 384, 6),
-            (brain, 480, 6),
-            (brain, 384, 4),
-            (half, 384, 1),
-            (single, 384, 1),
-            (single, 384, 6),
+    for backward in (False, True):
+        for dtype, width, heads, plain in (
+            (torch.bfloat16, 384, 1, True),  # TC-JEPA's
+            (torch.bfloat16, 384, 16, False),
+            (torch.float16, 480, 6, True),
+            (torch.float32, 384, 1, False),
+            (torch.float32, 384, 6, True),
         ):
+            operator = f"patch_word_consistency{'_backward' if backward else ''}"
             key = f"{operator}-{str(dtype).removeprefix('torch.')}-{width}-{heads}"
-            calls[key] = partial(call, dtype, width, heads, backward)
-        calls[f"{operator}-bfloat16-384-1-softplus-masked"] = partial(
-            call, brain, 384, 1, backward, "softplus", True
-        )
+            key += "" if plain else "-softplus-masked"
+            calls[key] = partial(call, dtype, width, heads, plain, backward)
     # All read numbers a row: of words in their order, and lengths.
-    cases = recorded_cases(CONFIGS, calls, narrow=frozenset(calls))
-    # Both passes, and calls that differ in other things, find lengths alike: once is enough.
-    different = {
-        (each.kernel.fn.__name__, str(each.signature), str(each.constants), each.divisible): each
-        for each in reversed(cases)
-    }
-    return list(reversed(different.values()))
+    return distinct(recorded_cases(CONFIGS, calls, narrow=frozenset(calls)))
 
 
 def traffic_cases() -> list[TrafficCase]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from jepa_fast.ops import _configs
 from jepa_fast.ops._compile import CompileCase
-from jepa_fast.ops._launch import launch, loop_bound, recorded_cases
+from jepa_fast.ops._launch import distinct, launch, loop_bound, most_registers, recorded_cases
 from jepa_fast.ops._rows import without_gaps
 from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.ops.text_cross_attention.reference import empty_outputs, score_scale
@@ -317,7 +317,7 @@ def text_cross_attention(
     batch, captions, words = k.shape[:3]
     q, k, v, residual = map(without_gaps, (q, k, v, residual))
     config = config_for("forward", q, num_heads, words)
-    inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads, config)
+    inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads)
     patches = rows // max(batch, 1) * tokens
     tiles = triton.cdiv(patches, config["tokens"])
     partial_sums = q.new_empty(batch * num_heads * tiles, dtype=torch.float32)
@@ -361,10 +361,10 @@ def describe_words(
     caption_mask: Tensor | None,
     token_mask: Tensor | None,
     num_heads: int,
-    config: _configs.Config,
 ) -> tuple[Tensor, Tensor]:
     """Inverse lengths of the words [B, C, h, S], 0 where there is none; pairs a caption [B, C]."""
     batch, captions, words = k.shape[:3]
+    config = config_for("forward", q, num_heads, words)
     if token_mask is None:
         counted = torch.full((batch,), q[::batch, :, 0].numel() if batch else 0, device=q.device)
     else:
@@ -407,12 +407,12 @@ def config_for(kernel: str, q: Tensor, num_heads: int, words: int | None = None)
 
 
 def launch_options(config: _configs.Config) -> dict[str, int]:
-    """Warps, stages and, where a config says so, the most registers a thread.
-
-    Left alone, ptxas sometimes spills registers for the sake of occupancy.
-    """
-    options = {"num_warps": config["warps"], "num_stages": config["stages"]}
-    return options | ({"maxnreg": config["registers"]} if "registers" in config else {})
+    """Warps, stages and, where a config says so, the most registers a thread."""
+    return {
+        "num_warps": config["warps"],
+        "num_stages": config["stages"],
+        **most_registers(config),
+    }
 
 
 def head_constants(q: Tensor, num_heads: int, config: _configs.Config) -> dict[str, int]:
@@ -460,29 +460,44 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def compile_cases() -> list[CompileCase]:
-    """TC-JEPA's head of width 384, several heads, every pool, and long captions, in bfloat16."""
+COMPILED: tuple[tuple[str, torch.dtype, int, int, str, str, bool], ...] = (
+    ("1x384-max", torch.bfloat16, 1, 64, "max", "relu", True),  # TC-JEPA's
+    ("1x384-128-words-none", torch.bfloat16, 1, 128, "none", "relu", True),
+    ("16x24-mean", torch.float16, 16, 64, "mean", "softplus", False),
+    ("3x128-128-words-max", torch.float16, 3, 128, "max", "relu", True),
+)
+"""Names of compile cases; their dtype, heads, words, pool, similarity, and whether masked: every
+config, and with it each dtype and every option once, not their product."""
 
-    def call(heads: int, words: int, pool: str, similarity: str, masked: bool) -> object:
-        q = torch.empty(16, 116, 384, dtype=torch.bfloat16)
-        k = torch.empty(4, 8, words, 384, dtype=torch.bfloat16)
-        of_words = torch.ones(k.shape[:3], dtype=torch.bool) if masked else None
-        of_captions = torch.ones(k.shape[:2], dtype=torch.bool) if masked else None
-        of_tokens = torch.ones(q.shape[:2], dtype=torch.bool) if masked else None
+
+def compiled_inputs(
+    dtype: torch.dtype, words: int, masked: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Queries, keys and the masks of a compile case."""
+    q, k = torch.empty(16, 116, 384, dtype=dtype), torch.empty(4, 8, words, 384, dtype=dtype)
+    if not masked:
+        return q, k, (None, None, None)
+    of_words, of_captions = (torch.ones(k.shape[:n], dtype=torch.bool) for n in (3, 2))
+    return q, k, (of_words, of_captions, torch.ones(q.shape[:2], dtype=torch.bool))
+
+
+def compile_cases() -> list[CompileCase]:
+    """Those of `COMPILED`."""
+
+    def call(
+        dtype: torch.dtype, heads: int, words: int, pool: str, similarity: str, masked: bool
+    ) -> object:
+        q, k, masks = compiled_inputs(dtype, words, masked)
         residual = torch.empty(q.shape)
         return text_cross_attention(
-            q, k, k, residual, of_words, of_captions, of_tokens, heads, None, pool, similarity, 0.1
+            q, k, k, residual, *masks, heads, None, pool, similarity, tau=0.1
         )
 
     calls: dict[str, Callable[[], object]] = {
-        "text_cross_attention-1x384-max": partial(call, 1, 64, "max", "relu", True),
-        "text_cross_attention-1x384-128-words-none": partial(call, 1, 128, "none", "relu", True),
-        "text_cross_attention-6x64-mean": partial(call, 6, 64, "mean", "softplus", True),
-        "text_cross_attention-3x128-128-words-max": partial(call, 3, 128, "max", "relu", True),
-        "text_cross_attention-16x24-max": partial(call, 16, 64, "max", "relu", False),
+        f"text_cross_attention-{case[0]}": partial(call, *case[1:]) for case in COMPILED
     }
     # What belongs to single words and tokens takes narrow accesses beside those of rows.
-    return recorded_cases(CONFIGS, calls, narrow=frozenset(calls))
+    return distinct(recorded_cases(CONFIGS, calls, narrow=frozenset(calls)))
 
 
 def traffic_cases() -> list[TrafficCase]:

@@ -17,13 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_fast.ops._compile import CompileCase
-from jepa_fast.ops._launch import launch, loop_bound, recorded_cases
+from jepa_fast.ops._launch import distinct, launch, loop_bound, recorded_cases
 from jepa_fast.ops._rows import without_gaps
 from jepa_fast.ops._traffic import TrafficCase
 from jepa_fast.ops.text_cross_attention.reference import score_scale
 from jepa_fast.ops.text_cross_attention.triton import (
+    COMPILED,
     CONFIGS,
     block_of_words,
+    compiled_inputs,
     config_for,
     describe_words,
     head_constants,
@@ -35,6 +37,7 @@ from jepa_fast.ops.text_cross_attention.triton import (
     strides,
     token_offsets,
 )
+from jepa_fast.ops.text_cross_attention.triton import compile_cases as forward_cases
 from jepa_fast.perf.race import Cost
 
 
@@ -163,13 +166,12 @@ def text_cross_attention_dq_kernel(
         inverse_k = tl.load(lengths, mask=word_there, other=0.0)
         valid = inverse_k > 0.0
         here = tl.max(inverse_k, 0) > 0.0
-        key = ()
         score = tl.zeros([TOKENS, WORDS], tl.float32)
         dshare = tl.zeros([TOKENS, WORDS], tl.float32)
         for c in tl.static_range(CHUNKS):
             # What stands at missing words is not read: it could be NaN.
-            key += (load_chunk(keys, valid, c, CHUNK, HEAD),)
-            score = tl.dot(query[c], tl.trans(key[c]), score, input_precision="ieee")
+            key = load_chunk(keys, valid, c, CHUNK, HEAD)
+            score = tl.dot(query[c], tl.trans(key), score, input_precision="ieee")
         for c in tl.static_range(CHUNKS):
             dy = load_gradient(
                 grads, winners, exists, n, share_of_caption, dtype, POOL, c, CHUNK, HEAD
@@ -197,7 +199,9 @@ def text_cross_attention_dq_kernel(
         dscore = dscore.to(dtype)
         new = ()
         for c in tl.static_range(CHUNKS):
-            new += (tl.dot(dscore, key[c], result[c], input_precision="ieee"),)
+            # Read once more: kept from above, they would take the registers of what is summed up.
+            key = load_chunk(keys, valid, c, CHUNK, HEAD)
+            new += (tl.dot(dscore, key, result[c], input_precision="ieee"),)
         result = new
         keys += k_caption_stride
         values += v_caption_stride
@@ -374,7 +378,7 @@ def text_cross_attention_backward(
     # Programs read the gradient many times, so it is best read in the narrow dtype.
     q, k, v, grad = map(without_gaps, (q, k, v, grad_features.to(q.dtype)))
     config = config_for("dq", q, num_heads, words)
-    inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads, config)
+    inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads)
     factor = grad_sparsity.float() / pairs.sum().clamp(min=1) / num_heads
     share = q
     if pool == "mean":
@@ -460,33 +464,24 @@ def text_cross_attention_backward(
 
 
 def compile_cases() -> list[CompileCase]:
-    """As the forward kernel's."""
+    """As the forward kernel's; the words are described as there."""
 
-    def call(heads: int, words: int, pool: str, similarity: str, masked: bool) -> object:
-        q = torch.empty(16, 116, 384, dtype=torch.bfloat16)
-        k = torch.empty(4, 8, words, 384, dtype=torch.bfloat16)
-        of_words = torch.ones(k.shape[:3], dtype=torch.bool) if masked else None
-        of_captions = torch.ones(k.shape[:2], dtype=torch.bool) if masked else None
-        of_tokens = torch.ones(q.shape[:2], dtype=torch.bool) if masked else None
+    def call(
+        dtype: torch.dtype, heads: int, words: int, pool: str, similarity: str, masked: bool
+    ) -> object:
+        q, k, masks = compiled_inputs(dtype, words, masked)
         grad = torch.empty((16, 8, 116, 384) if pool == "none" else q.shape)
+        winner = torch.zeros(q.shape, dtype=torch.uint8)
         return text_cross_attention_backward(
-            grad, torch.ones(()), torch.zeros(q.shape, dtype=torch.uint8), q, k, k,
-            of_words, of_captions, of_tokens, heads, None, pool, similarity, 0.1,
-        )  # fmt: skip
+            grad, torch.ones(()), winner, q, k, k, *masks, heads, None, pool, similarity, tau=0.1
+        )
 
     calls: dict[str, Callable[[], object]] = {
-        "text_cross_attention_backward-1x384-max": partial(call, 1, 64, "max", "relu", True),
-        "text_cross_attention_backward-1x384-128-words-none": partial(
-            call, 1, 128, "none", "relu", True
-        ),
-        "text_cross_attention_backward-6x64-mean": partial(call, 6, 64, "mean", "softplus", True),
-        "text_cross_attention_backward-3x128-128-words-max": partial(
-            call, 3, 128, "max", "relu", True
-        ),
-        "text_cross_attention_backward-16x24-max": partial(call, 16, 64, "max", "relu", False),
+        f"text_cross_attention_backward-{case[0]}": partial(call, *case[1:]) for case in COMPILED
     }
     # What belongs to single words and tokens takes narrow accesses beside those of rows.
-    return recorded_cases(CONFIGS, calls, narrow=frozenset(calls))
+    cases = recorded_cases(CONFIGS, calls, narrow=frozenset(calls))
+    return distinct(cases, known=forward_cases())
 
 
 def traffic_cases() -> list[TrafficCase]:
