@@ -25,12 +25,13 @@ _PLACES = (
 )
 
 
-def backends(names: Iterable[str]) -> Any:
+def backends(names: Iterable[str], on_gpu: bool = True) -> Any:
     """Parametrizes `backend` and `device` over the places where these backends run."""
     names = tuple(names)
-    return pytest.mark.parametrize(
-        ("backend", "device"), [place for place in _PLACES if place.values[0] in names]
-    )
+    places = [place for place in _PLACES if place.values[0] in names]
+    if not on_gpu:
+        places = [place for place in places if place.values[1] == "cpu"]
+    return pytest.mark.parametrize(("backend", "device"), places)
 
 
 def runs_cpu_kernel(parameters: Mapping[str, Any], samples: Iterable[Any]) -> bool:

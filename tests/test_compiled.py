@@ -115,6 +115,8 @@ def _broken_rules(kernel: CompiledKernel) -> list[str]:
     rules = {
         "spills registers": kernel.stack + kernel.local + mix.local_loads + mix.local_stores == 0,
         "cannot be launched: no block fits": kernel.occupancy != 0,
+        # Such as a product that a Triton takes wrongly, and with it all that follows.
+        "stores nothing: the compiler has dropped it": sum(mix.stores.values()) > 0,
     }
     if kernel.compiler == "nvcc":
         if not any(name in kernel.name for name in WITHOUT_ROWS):

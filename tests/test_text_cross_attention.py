@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backends import backends, needs_native
 from samples import Sample, normal
 from tolerance import assert_as_accurate
@@ -16,10 +17,14 @@ from torch import Tensor
 from jepa_fast import ops
 from jepa_fast.errors import BackendError
 from jepa_fast.ops._registry import OPERATORS as REGISTERED
-from jepa_fast.ops.text_cross_attention import reference
+from jepa_fast.ops.text_cross_attention import contract, reference
 
 OPERATORS = ("text_cross_attention", "text_cross_attention_backward")
-each_backend = backends(REGISTERED["text_cross_attention"].backends)
+# In float32, which Triton takes in the interpreter alone.
+each_backend = backends(REGISTERED["text_cross_attention"].backends, on_gpu=False)
+# What computes in float32 whatever the inputs; Triton's products are the tensor cores'.
+each_in_float32 = backends(["reference", "cpu"])
+in_triton = backends(["triton"])
 
 
 def _masks(batch: int, captions: int, words: int, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -348,7 +353,7 @@ def _large(
     return inputs
 
 
-@each_backend
+@each_in_float32
 @pytest.mark.parametrize(
     "options",
     [
@@ -396,7 +401,7 @@ def test_as_accurate_as_eager(
         assert_as_accurate(one, plain, right)
 
 
-@each_backend
+@each_in_float32
 @pytest.mark.parametrize("pool", ["max", "mean", "none"])
 @pytest.mark.parametrize(
     ("batch", "blocks", "tokens", "captions", "words", "width", "heads"),
@@ -433,7 +438,7 @@ def test_sizes(
         torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-5)
 
 
-@each_backend
+@each_in_float32
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_as_accurate_as_eager_in_low_precision(
@@ -527,17 +532,24 @@ def test_the_number_of_threads_changes_no_bit(
             assert torch.equal(got, want)
 
 
-@needs_native
+@backends(["cpu", "triton"])
 @pytest.mark.parametrize(
     ("rows", "tokens", "batch"), [(0, 5, 0), (0, 5, 2), (4, 0, 2)], ids=["B 0", "R 0", "T 0"]
 )
 @pytest.mark.parametrize("pool", ["max", "mean", "none"])
 def test_nothing_to_do(
-    rows: int, tokens: int, batch: int, pool: str, poisoned_memory: None
+    rows: int,
+    tokens: int,
+    batch: int,
+    pool: str,
+    backend: str,
+    device: str,
+    poisoned_memory: None,
 ) -> None:
-    q = torch.zeros(rows, tokens, 8, requires_grad=True)
-    k, v = (torch.ones(batch, 3, 4, 8, requires_grad=True) for _ in range(2))
-    features, sparsity = ops.text_cross_attention(q, k, v, q, pool=pool, backend="cpu")
+    like: Any = {"dtype": torch.float16, "device": device, "requires_grad": True}
+    q = torch.zeros(rows, tokens, 8, **like)
+    k, v = (torch.ones(batch, 3, 4, 8, **like) for _ in range(2))
+    features, sparsity = ops.text_cross_attention(q, k, v, q, pool=pool, backend=backend)
     assert features.numel() == 0
     assert sparsity == 0
     (features.sum() + sparsity).backward()
@@ -565,7 +577,7 @@ def test_backward_by_hand_is_autograd_of_the_reference() -> None:
             torch.testing.assert_close(got, want)
 
 
-@each_backend
+@each_in_float32
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_in_float32_inside(dtype: torch.dtype, backend: str, device: str) -> None:
     inputs = _inputs(dtype, device)
@@ -643,3 +655,215 @@ def test_too_many_captions_for_a_byte() -> None:
     with pytest.raises(ValueError, match="at most 256 captions, got 257"):
         ops.text_cross_attention(q, k, k, q)
     assert ops.text_cross_attention(q, k, k, q, pool="mean")[0].shape == (1, 1, 2)
+
+
+# Triton against float64: as accurate as plain PyTorch in the same dtype.
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor,
+    caption_mask: Tensor,
+    token_mask: Tensor,
+    num_heads: int,
+    pool: str,
+    similarity: str,
+    winner: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Everything in the dtype of the inputs; a winner says which captions to take for "max"."""
+    batch = k.shape[0]
+    queries, before = (x.unflatten(0, (-1, batch)) for x in (q, residual))
+    valid = word_mask & caption_mask[:, :, None]  # [B, C, S]
+    captions = valid.any(2)
+    queries, keys, values = (
+        x.unflatten(-1, (num_heads, -1))
+        for x in (queries, k.masked_fill(~valid[..., None], 0), v.masked_fill(~valid[..., None], 0))
+    )
+    there = valid[None, :, None, :, None]
+    scores = torch.einsum("mbthe,bcshe->mbhcts", queries, keys) * keys.shape[-1] ** -0.5
+    attention = scores.masked_fill(~there, torch.finfo(q.dtype).min / 2).softmax(-1)
+    y = torch.einsum("mbhcts,bcshe->mbcthe", attention, values).flatten(-2)  # [M, B, C, T, d]
+    if pool == "none":
+        features = before[:, :, None] + y
+    elif pool == "mean":
+        features = before + y.sum(2) / captions.sum(1).clamp_min(1)[None, :, None, None]
+    elif winner is None:
+        highest = y.masked_fill(~captions[None, :, :, None, None], -torch.inf).amax(2)
+        features = before + highest.masked_fill(~captions.any(1)[None, :, None, None], 0)
+    else:
+        features = (
+            before + y.gather(2, winner.unflatten(0, (-1, batch))[:, :, None].long())[:, :, 0]
+        )
+    lengths = [x.norm(dim=-1, keepdim=True).clamp_min(1e-8 if x.dtype != torch.half else 1e-4)
+               for x in (queries, keys)]  # fmt: skip
+    cosine = torch.einsum("mbthe,bcshe->mbhcts", queries / lengths[0], keys / lengths[1])
+    found = cosine.relu() if similarity == "relu" else F.softplus(cosine / 0.1)
+    found = (found * there).sum(-1).to(torch.promote_types(q.dtype, torch.float32)).mean(2)
+    pairs = captions[None, :, :, None] & token_mask.unflatten(0, (-1, batch))[:, :, None]
+    return features.flatten(0, 1), (found * pairs).sum() / pairs.sum().clamp_min(1)
+
+
+def _drawn(
+    dtype: torch.dtype,
+    device: str,
+    tokens: int,
+    captions: int,
+    words: int,
+    width: int,
+    batch: int = 3,
+) -> dict[str, Any]:
+    """Ragged inputs with NaN at all padding."""
+    floating: Any = {
+        "dtype": torch.float32,
+        "generator": torch.Generator().manual_seed(7),
+        "grad": False,
+    }
+    rows = 2 * batch
+    inputs = {
+        "q": normal(rows, tokens, width, **floating),
+        "k": normal(batch, captions, words, width, **floating),
+        "v": normal(batch, captions, words, width, **floating),
+        "residual": normal(rows, tokens, width, **floating),
+        **_masks(batch, captions, words, rows, tokens),
+    }
+    missing = ~(inputs["word_mask"] & inputs["caption_mask"][..., None])
+    for name in ("k", "v"):
+        inputs[name][missing] = float("nan")
+    return {
+        name: (x.to(dtype) if x.is_floating_point() else x).to(device) for name, x in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"tokens": 21, "captions": 3, "words": 20, "width": 96}, (1, "max", "relu")),
+        ({"tokens": 17, "captions": 2, "words": 64, "width": 48}, (2, "mean", "softplus")),
+        ({"tokens": 9, "captions": 3, "words": 5, "width": 80}, (1, "none", "relu")),
+        ({"tokens": 3, "captions": 2, "words": 100, "width": 64}, (2, "max", "softplus")),
+        ({"tokens": 7, "captions": 2, "words": 33, "width": 384}, (1, "max", "relu")),
+        ({"tokens": 40, "captions": 1, "words": 1, "width": 15}, (3, "max", "relu")),
+        ({"tokens": 2, "captions": 2, "words": 3, "width": 500}, (1, "mean", "relu")),
+        ({"tokens": 2, "captions": 16, "words": 2, "width": 32}, (1, "max", "relu")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@in_triton
+def test_triton_is_as_accurate_as_eager(
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+    sizes: dict[str, int],
+    options: tuple[int, str, str],
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    heads, pool, similarity = options
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("products of bfloat16 are wrong in Triton's interpreter")
+    if dtype == torch.float32 and device == "cuda":
+        pytest.skip("float32 is the reference's on a GPU")
+
+    def check(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+        if dtype == torch.float32:  # of the interpreter: that every term is right
+            torch.testing.assert_close(got, exact.float())
+        else:
+            assert_as_accurate(got, eager, exact)
+
+    inputs = _drawn(dtype, device, **sizes)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    more = (heads, None, pool, similarity, 0.1)
+    got = contract.FORWARD.call(*inputs.values(), *more, backend)
+    eager, exact = (_eager(*x.values(), *options) for x in (inputs, wide))
+    for each in zip(got, eager, exact, strict=False):
+        check(*each)
+
+    slope = torch.linspace(-1, 1, got[0].numel(), dtype=dtype, device=device)
+    upstream = (slope.view(got[0].shape), torch.full((), 3.0, device=device))
+    masks = tuple(inputs.values())[4:]
+    grads = contract.BACKWARD.call(
+        *upstream, got[2], *(inputs[n] for n in "qkv"), *masks, *more, backend
+    )
+    results = []
+    for x in (inputs, wide):
+        leaves = [x[n].requires_grad_() for n in "qkv"]
+        outputs = _eager(*x.values(), *options, got[2] if pool == "max" else None)
+        above = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+        results.append(torch.autograd.grad(outputs, leaves, above))
+    for each in zip(grads, *results, strict=True):
+        check(*each)
+    assert {name for _, name in backends_run} == {backend}
+
+
+@in_triton
+def test_triton_keeps_to_the_edges(backend: str, device: str) -> None:
+    """Ties go to the lowest caption, missing captions do not win, none leave the residual."""
+    inputs = _drawn(torch.float16, device, tokens=5, captions=3, words=4, width=12)
+    inputs["v"] = inputs["v"] - 1000
+    features, _ = ops.text_cross_attention(**inputs, backend=backend)
+    real = torch.arange(len(features)) % 3 != 2  # the last image has no captions
+    assert bool((features[real] < -900).all())
+    assert torch.equal(features[~real], inputs["residual"][~real])
+
+    for name in ("k", "v", "word_mask", "caption_mask"):
+        inputs[name] = inputs[name][:, :1].expand_as(inputs[name])
+    k, v = (inputs[name].contiguous().requires_grad_() for name in ("k", "v"))
+    features, _ = ops.text_cross_attention(**{**inputs, "k": k, "v": v}, backend=backend)
+    features.float().sum().backward()
+    assert bool(v.grad[:2, 0].any())
+    assert not v.grad[:, 1:].any()
+    assert not v.grad[2].any()
+
+
+@in_triton
+def test_triton_takes_any_strides(backend: str, device: str) -> None:
+    inputs = _drawn(torch.float16, device, tokens=5, captions=3, words=4, width=12)
+    results = []
+    for strided in (False, True):
+        taken = {
+            name: x.transpose(0, 1).contiguous().transpose(0, 1) if strided else x
+            for name, x in inputs.items()
+        }
+        leaves = [taken[name].detach().requires_grad_() for name in ("q", "k", "v", "residual")]
+        masks = [taken[name] for name in ("word_mask", "caption_mask", "token_mask")]
+        named = dict(zip(("word_mask", "caption_mask", "token_mask"), masks, strict=True))
+        features, sparsity = ops.text_cross_attention(*leaves, **named, backend=backend)
+        (features.float().sum() + sparsity).backward()  # an upstream gradient of stride 0
+        results.append((features, sparsity, *(x.grad for x in leaves)))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.tier2
+def test_products_are_the_tensor_cores_and_most_bytes_move_16_at_once() -> None:
+    pytest.importorskip("triton", reason="needs triton to compile its kernels")
+    from jepa_fast.ops.text_cross_attention import triton, triton_backward
+    from jepa_fast.perf.kernel_audit import TARGETS, compile_all
+
+    cases = [*triton.compile_cases(), *triton_backward.compile_cases()]
+    products = [case for case in cases if "1x384-max" in case.name and "describe" not in case.name]
+    kernels = compile_all(products, TARGETS)
+    assert len(kernels) == 3 * len(TARGETS)
+    for kernel in kernels:
+        mix = kernel.instructions
+        assert sum(mix.tensor_core.values()) > 0, kernel.name
+        narrow = sum(width * number for width, number in mix.loads.items() if width < 16)
+        assert 16 * mix.loads[16] > narrow, (kernel.name, kernel.chip, mix.loads)
+
+
+@in_triton
+def test_what_triton_does_not_take(backend: str, device: str) -> None:
+    for changes, reason in (
+        ({"dtype": torch.float64}, "got torch.float64"),
+        ({"words": 129}, "at most 128 words, got 129"),
+        ({"width": 513}, "heads of width 512 or less, got 513"),
+    ):
+        sizes = {"dtype": torch.float16, "words": 2, "width": 3, **changes}
+        q = torch.zeros(1, 1, sizes["width"], dtype=sizes["dtype"], device=device)
+        k = torch.zeros(1, 1, sizes["words"], sizes["width"], dtype=q.dtype, device=device)
+        with pytest.raises(BackendError, match=reason):
+            ops.text_cross_attention(q, k, k, q, backend=backend)

@@ -7,13 +7,14 @@ they would have launched into `CompileCase`s, so that what is tested is what is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -34,6 +35,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 _ALIGNED = 16
 _recorded: list[CompileCase] | None = None
@@ -45,6 +47,8 @@ def launch(
     arguments: dict[str, Tensor | int | float | None],
     constants: dict[str, Any],
     num_warps: int,
+    num_stages: int = 3,
+    **options: int,
 ) -> None:
     """Launches a kernel on the device of its first argument; nothing where the grid is empty.
 
@@ -54,15 +58,41 @@ def launch(
         arguments: by the kernel's names, tensors and numbers; None where one is left out.
         constants: the kernel's `tl.constexpr` arguments.
         num_warps: of a program.
+        num_stages: how many iterations of its loops are under way at once.
+        options: further ones of the compiler: `maxnreg`.
     """
     if _recorded is not None:
-        _recorded.append(_case(kernel, arguments, constants, num_warps))
+        case = _case(kernel, arguments, constants, num_warps)
+        _recorded.append(replace(case, num_stages=num_stages, options=options))
         return
     if 0 in grid:
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device_of(tensor):
-        kernel[grid](**arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        kernel[grid](
+            **arguments,
+            **constants,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=False,
+            **options,
+        )
+
+
+def most_registers(config: _configs.Config) -> dict[str, int]:
+    """The compiler's option for `registers` of a config, the most of a thread, where it has that.
+
+    Left alone, ptxas sometimes spills registers for the sake of occupancy.
+    """
+    return {"maxnreg": config["registers"]} if "registers" in config else {}
+
+
+def loop_bound(number: int) -> Any:
+    """A loop's bound that is known at the launch alone, as an argument of the kernel.
+
+    The interpreter of Triton 3.6 takes no loops to numbers, only to constants.
+    """
+    return tl.constexpr(number) if triton.knobs.runtime.interpret else number
 
 
 def row_warps(block: int, *tensors: Tensor) -> int:
@@ -100,6 +130,22 @@ def recorded_cases(
     return found
 
 
+def distinct(cases: Iterable[CompileCase], known: Iterable[CompileCase] = ()) -> list[CompileCase]:
+    """The cases without those that compile to what another before them does, or one of `known`."""
+    seen = {_compiled_from(case) for case in known}
+    found = []
+    for case in cases:
+        key = _compiled_from(case)
+        if key not in seen:
+            seen.add(key)
+            found.append(case)
+    return found
+
+
+def _compiled_from(case: CompileCase) -> str:
+    return repr(replace(case, name=case.kernel.fn.__name__, kernel=None))
+
+
 @contextmanager
 def _recording() -> Iterator[list[CompileCase]]:
     global _recorded
@@ -133,10 +179,11 @@ def _case(
             aligned = value % _ALIGNED == 0
         if aligned:
             divisible.append(name)
+    signature |= dict.fromkeys(constants, "constexpr")
     return CompileCase(
         name=kernel.fn.__name__,
         kernel=kernel,
-        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        signature={name: signature[name] for name in kernel.arg_names},  # compiled by position
         constants=constants,
         divisible=tuple(divisible),
         num_warps=num_warps,

@@ -38,18 +38,43 @@ def reference_backward(
     return [x.contiguous() for x in grads]
 
 
-_FOLDER = "jepa_fast.ops.patch_word_consistency"
-_CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+def _unsupported_triton(
+    q_layers: Sequence[Tensor],
+    k_layers: Sequence[Tensor],
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    *options: Any,
+) -> list[str]:
+    reasons = []
+    if q_layers[0].dtype not in _DTYPES:
+        reasons.append(f"takes float32, bfloat16 and float16 layers, got {q_layers[0].dtype}")
+    if len(q_layers) > _MOST_LAYERS:
+        reasons.append(f"takes at most {_MOST_LAYERS} layers, got {len(q_layers)}")
+    head_dim = q_layers[0].shape[2] // num_heads
+    if head_dim > _WIDEST_HEAD:
+        reasons.append(f"takes heads of width {_WIDEST_HEAD} at most, got {head_dim}")
+    return reasons
+
+
+def _unsupported_triton_backward(grad: Tensor, *arguments: Any) -> list[str]:
+    return _unsupported_triton(*arguments)
 
 
 def _unsupported_cpu(q_layers: Sequence[Tensor], *arguments: Any) -> list[str]:
     dtype = q_layers[0].dtype
-    return [] if dtype in _CPU_DTYPES else [f"computes in float32, got {dtype} layers"]
+    return [] if dtype in _DTYPES else [f"computes in float32, got {dtype} layers"]
 
 
 def _unsupported_cpu_backward(grad: Tensor, *arguments: Any) -> list[str]:
     return _unsupported_cpu(*arguments)
 
+
+_FOLDER = "jepa_fast.ops.patch_word_consistency"
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_MOST_LAYERS = 24  # whose signs fit into the bits that Triton's kernels keep of a pair
+_WIDEST_HEAD = 512
 
 _OPTIONS = (
     "Tensor[] q_layers, Tensor[] k_layers, Tensor? word_mask, Tensor? caption_mask, "
@@ -60,6 +85,7 @@ FORWARD = Operator(
     f"patch_word_consistency({_OPTIONS}) -> Tensor",
     fake=_fake,
     backends={
+        "triton": Backend(f"{_FOLDER}.triton:patch_word_consistency", _unsupported_triton),
         "cpu": Backend(f"{_FOLDER}.native:patch_word_consistency", _unsupported_cpu),
         "reference": Backend(f"{_FOLDER}.reference:patch_word_consistency"),
     },
@@ -68,6 +94,9 @@ BACKWARD = Operator(
     f"patch_word_consistency_backward(Tensor grad, {_OPTIONS}) -> Tensor[]",
     fake=_fake_backward,
     backends={
+        "triton": Backend(
+            f"{_FOLDER}.triton:patch_word_consistency_backward", _unsupported_triton_backward
+        ),
         "cpu": Backend(
             f"{_FOLDER}.native:patch_word_consistency_backward", _unsupported_cpu_backward
         ),

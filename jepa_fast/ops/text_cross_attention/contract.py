@@ -44,17 +44,59 @@ def _fake_backward(
 
 
 _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_NARROW_DTYPES = frozenset((torch.bfloat16, torch.float16))
+_MOST_WORDS = 128  # of a caption, whose words the Triton kernels take at once
+_WIDEST_HEAD = 512
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any) -> list[str]:
+def _cpu_unsupported(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any) -> list[str]:
     reasons = [] if q.dtype in _KERNEL_DTYPES else [f"computes in float32, got {q.dtype} queries"]
     return reasons + only_kernel_dtypes(residual)
 
 
-def _unsupported_backward(
+def _cpu_unsupported_backward(
     grad_features: Tensor, grad_sparsity: Tensor, winner: Tensor, q: Tensor, *rest: Any
 ) -> list[str]:
-    return _unsupported(q, q, q, grad_features)
+    return _cpu_unsupported(q, q, q, grad_features)
+
+
+def _triton_unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    *options: Any,
+) -> list[str]:
+    # The kernels' products are the tensor cores'. In float32 they would be slower than PyTorch's:
+    # only the interpreter takes it, for the tests.
+    served = _NARROW_DTYPES if q.device.type == "cuda" else _KERNEL_DTYPES
+    reasons = []
+    if q.dtype not in served:
+        reasons.append(f"takes q, k and v in bfloat16 and float16, got {q.dtype}")
+    if residual.dtype not in _KERNEL_DTYPES:
+        reasons.append(f"takes features in float32, bfloat16 and float16, got {residual.dtype}")
+    if k.shape[2] > _MOST_WORDS:
+        reasons.append(f"takes captions of at most {_MOST_WORDS} words, got {k.shape[2]}")
+    width = q.shape[2] // num_heads
+    if width > _WIDEST_HEAD:
+        reasons.append(f"takes heads of width {_WIDEST_HEAD} or less, got {width}")
+    return reasons
+
+
+def _triton_unsupported_backward(
+    grad_features: Tensor,
+    grad_sparsity: Tensor,
+    winner: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *options: Any,
+) -> list[str]:
+    return _triton_unsupported(q, k, v, grad_features, *options)
 
 
 # The default scale is worked out inside: outside, torch.compile would guard it and so the width.
@@ -68,7 +110,8 @@ FORWARD = Operator(
     "-> (Tensor features, Tensor sparsity, Tensor winner)",
     fake=_fake,
     backends={
-        "cpu": Backend(f"{_FOLDER}.native:text_cross_attention", _unsupported),
+        "triton": Backend(f"{_FOLDER}.triton:text_cross_attention", _triton_unsupported),
+        "cpu": Backend(f"{_FOLDER}.native:text_cross_attention", _cpu_unsupported),
         "reference": Backend(f"{_FOLDER}.reference:text_cross_attention"),
     },
 )
@@ -77,7 +120,13 @@ BACKWARD = Operator(
     f"Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backends={
-        "cpu": Backend(f"{_FOLDER}.native:text_cross_attention_backward", _unsupported_backward),
+        "triton": Backend(
+            f"{_FOLDER}.triton_backward:text_cross_attention_backward",
+            _triton_unsupported_backward,
+        ),
+        "cpu": Backend(
+            f"{_FOLDER}.native:text_cross_attention_backward", _cpu_unsupported_backward
+        ),
         "reference": Backend(f"{_FOLDER}.reference:text_cross_attention_backward"),
     },
 )
