@@ -11,9 +11,9 @@ JOBS   ?= auto
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml jepa_fast/ops/_build.py $(shell find csrc -type f)
 # Files that hold tests of a tier, or of CPU kernels; collecting all others would cost more than
-# running these.
-TIER1   = $(shell grep -l tier1 tests/test_*.py)
-TIER3   = $(shell grep -l tier3 tests/test_*.py)
+# running these. tests/backends.py marks what is parametrized by it.
+TIER1   = $(shell grep -lE "tier1|^from backends import .*\bbackends\b" tests/test_*.py)
+TIER3   = $(shell grep -lE "tier3|^from backends import .*\bbackends\b" tests/test_*.py)
 NATIVE_TESTS = $(shell grep -lE "^SAMPLES|mark\.native" tests/test_*.py)
 # The workers of pytest-xdist fill the cores; threads on top of them only fight.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
