@@ -292,7 +292,7 @@ def test_a_twentieth_of_the_memory_is_saved_for_the_backward_pass(
 
 
 def test_few_tokens_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same results, of equal captions, too; from 1 MiB on in chunks."""
+    """To the same results, of equal captions, too; from 2 MiB on in chunks."""
     calls = []
 
     def recorded(*arguments: Any, **options: Any) -> Any:
@@ -319,10 +319,10 @@ def test_few_tokens_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     monkeypatch.undo()
-    # 8 captions of 704 numbers in four bytes: 47 tokens are the first that are too many.
+    # 8 captions of 704 numbers in four bytes: 94 tokens are the first that are too many.
     mlp = conditioner.layers[0].mlp
-    assert not per_caption.is_worthwhile(torch.empty(1, 46, 64), 8, mlp)
-    assert per_caption.is_worthwhile(torch.empty(1, 47, 64), 8, mlp)
+    assert not per_caption.is_worthwhile(torch.empty(1, 93, 64), 8, mlp)
+    assert per_caption.is_worthwhile(torch.empty(1, 94, 64), 8, mlp)
 
 
 def test_peak_memory_is_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

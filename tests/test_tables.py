@@ -206,6 +206,22 @@ def test_power(invented: Copy) -> None:
     ]
 
 
+def test_learning(invented: Copy) -> None:
+    def run(loss: float, patch: float) -> dict[str, Any]:
+        return {"prediction_loss": loss, "probes": {"patch": patch, "linear": 0.5, "knn": 0.25}}
+
+    variants = {name: [run(3.0, 0.5)] for name in tables._LEARNING}
+    variants["tcjepa"] = [run(4.0, 0.7), run(5.0, 0.8), run(4.2, 0.75)]
+    invented.write("recipes/learning.json", {"variants": variants})
+    _, _, head, _, ijepa, tcjepa, *_ = invented.show("learning").splitlines()
+    assert head.split(" | ")[1:3] == ["prediction loss", "digit behind a patch, linear"]
+    assert ijepa == (
+        "| I-JEPA | 3.00 (3.00 to 3.00) | 50.0 % (50.0 to 50.0) | 50.0 % (50.0 to 50.0) | "
+        "25.0 % (25.0 to 25.0) |"
+    )
+    assert tcjepa.startswith("| TC-JEPA | 4.40 (4.00 to 5.00) | 75.0 % (70.0 to 80.0) | 50.0 %")
+
+
 def _packing_results(**more: Any) -> dict[str, Any]:
     ratios = {"ours": None, "padded": 0.8, "padded_static": 1.25, "packed_to_fit": 0.625}
     numbers = {
