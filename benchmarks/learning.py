@@ -3,7 +3,8 @@
 `python benchmarks/learning.py` trains each variant with several seeds, on the same scenes, for the
 same number of steps, from the same encoder, and probes the teachers. It writes
 benchmarks/results/recipes/learning.json, from which the README has its table. Each run is a process
-of one thread; finished ones are kept in --scratch, and the same command goes on from there.
+of one thread; finished ones of the same commit are kept in --scratch, and the same command goes on
+from there.
 """
 
 from __future__ import annotations
@@ -55,21 +56,20 @@ def main() -> None:
         default=ROOT / "benchmarks" / "results" / "recipes" / "learning.json",
     )
     options = parser.parse_args()
-    changed = uncommitted(ROOT)
-    options.scratch.mkdir(parents=True, exist_ok=True)
+    measured, changed = commit(ROOT), uncommitted(ROOT)
+    folder = options.scratch / f"{measured[:12]}-{options.images or 'all'}"
+    folder.mkdir(parents=True, exist_ok=True)
     # By seeds first: what was interrupted has all variants.
     wanted = [(name, seed) for seed in range(options.seeds) for name in VARIANTS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = list(
-            pool.map(lambda run: _run(options.scratch, *run, images=options.images), wanted)
-        )
+        found = list(pool.map(lambda run: _run(folder, *run, images=options.images), wanted))
     results: dict[str, Any] = {name: [] for name in VARIANTS}
     for (name, _), result in zip(wanted, found, strict=True):
         results[name].append(result)
     write_json(
         options.output,
         {
-            "commit": commit(ROOT),
+            "commit": measured,
             "uncommitted": changed,
             "versions": versions(),
             "steps": _one({result["step"] for result in found}),
@@ -109,7 +109,7 @@ def _run(scratch: Path, name: str, seed: int, images: int | None) -> dict[str, A
     folder = scratch / f"{name}-{seed}"
     probes = folder / "eval.json"
     if not probes.exists():
-        file = scratch / f"{name}.yaml"
+        file = scratch / f"{name}-{seed}.yaml"
         file.write_text(yaml.safe_dump(recipe(name, images)))
         _command("pretrain", str(file), f"seed={seed}", f"output={folder}", "--overwrite")
         _command("eval", str(folder))

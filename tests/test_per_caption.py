@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -323,6 +324,37 @@ def test_few_tokens_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = conditioner.layers[0].mlp
     assert not per_caption.is_worthwhile(torch.empty(1, 93, 64), 8, mlp)
     assert per_caption.is_worthwhile(torch.empty(1, 94, 64), 8, mlp)
+
+
+@pytest.mark.parametrize("limit", [0, 2**40], ids=["chunks", "at once"])
+@pytest.mark.parametrize("caption", [0, 1, 7])
+@each_pool
+def test_nan_of_a_caption_is_seen(
+    pool: str, caption: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_caption, "AT_ONCE", limit)
+    conditioner, tokens, text = conditioned(pool)
+    text.words[0, caption] = math.nan
+    out = conditioner(text)(0, tokens)
+    assert bool(out[::2].isnan().all())
+    assert not out[1::2].isnan().any()
+
+
+@pytest.mark.parametrize("limit", [0, 2**40], ids=["chunks", "at once"])
+def test_captions_that_are_not_there_have_no_score(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However high it would be."""
+    monkeypatch.setattr(per_caption, "AT_ONCE", limit)
+    conditioner, tokens, text = conditioned("attention", captions=2)
+    nn.init.normal_(conditioner.layers[0].pool_query, std=100.0)
+    for absent in (0, 1):
+        word_mask = text.word_mask.clone()
+        word_mask[:, absent] = False
+        conditioning = conditioner(Captions(text.words, word_mask))
+        out = conditioning(0, tokens)
+        grads = torch.autograd.grad(out.square().sum(), [tokens, *conditioning.values])
+        assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def test_peak_memory_is_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

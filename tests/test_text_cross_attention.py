@@ -468,7 +468,8 @@ def test_scores_of_any_size(backend: str, device: str) -> None:
 
 @each_backend
 def test_nan_is_seen(backend: str, device: str) -> None:
-    """Of a token in its features and the sparsity, of a caption's value in all that reads it."""
+    """Of a token in its features and the sparsity, of a caption's value in all that reads it, of a
+    key in all features of its image."""
     inputs = _inputs(device=device)
     inputs["q"][0, 1, 2] = math.nan
     features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
@@ -480,6 +481,11 @@ def test_nan_is_seen(backend: str, device: str) -> None:
     features, _ = ops.text_cross_attention(**inputs, backend=backend)
     assert bool(features[0, :, 3].isnan().all())
     assert int(features.isnan().sum()) == 2 * 5
+    inputs = _inputs(device=device)
+    inputs["k"][0, 1, 0, 3] = math.nan
+    features, sparsity = ops.text_cross_attention(**inputs, backend=backend)
+    assert bool(features[0].isnan().all())
+    assert bool(sparsity.isnan())
 
 
 @each_backend
@@ -517,6 +523,16 @@ def any_threads() -> Iterator[None]:
 
 
 @needs_native
+def test_a_winner_that_is_no_caption_is_refused() -> None:
+    """As its words would be read beyond the others."""
+    q, k = torch.randn(1, 5, 8), torch.randn(1, 3, 4, 8)
+    grads, winner = (q, torch.ones(())), torch.full(q.shape, 3, dtype=torch.uint8)
+    options = (None, None, None, 1, None, "max", "relu", 0.1, "cpu")
+    with pytest.raises((IndexError, RuntimeError), match="winner: expected captions below 3"):
+        contract.BACKWARD.call(*grads, winner, q, k, k, *options)
+
+
+@needs_native
 @pytest.mark.parametrize("pool", ["max", "mean", "none"])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (3, 1), (2, 2)])
 def test_the_number_of_threads_changes_no_bit(
@@ -533,6 +549,7 @@ def test_the_number_of_threads_changes_no_bit(
 
 
 @backends(["cpu", "triton"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize(
     ("rows", "tokens", "batch"), [(0, 5, 0), (0, 5, 2), (4, 0, 2)], ids=["B 0", "R 0", "T 0"]
 )
@@ -541,6 +558,7 @@ def test_nothing_to_do(
     rows: int,
     tokens: int,
     batch: int,
+    masked: bool,
     pool: str,
     backend: str,
     device: str,
@@ -549,7 +567,10 @@ def test_nothing_to_do(
     like: Any = {"dtype": torch.float16, "device": device, "requires_grad": True}
     q = torch.zeros(rows, tokens, 8, **like)
     k, v = (torch.ones(batch, 3, 4, 8, **like) for _ in range(2))
-    features, sparsity = ops.text_cross_attention(q, k, v, q, pool=pool, backend=backend)
+    every = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    features, sparsity = ops.text_cross_attention(
+        q, k, v, q, pool=pool, token_mask=every if masked else None, backend=backend
+    )
     assert features.numel() == 0
     assert sparsity == 0
     (features.sum() + sparsity).backward()
@@ -853,6 +874,30 @@ def test_products_are_the_tensor_cores_and_most_bytes_move_16_at_once() -> None:
         assert sum(mix.tensor_core.values()) > 0, kernel.name
         narrow = sum(width * number for width, number in mix.loads.items() if width < 16)
         assert 16 * mix.loads[16] > narrow, (kernel.name, kernel.chip, mix.loads)
+
+
+def test_wide_heads_need_a_gpu_with_enough_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        """All that is asked of a tensor."""
+
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+        def __init__(self, *shape: int) -> None:
+            self.shape = shape
+
+    def why_not(width: int) -> list[str]:
+        q: Any = OnGpu(1, 1, width)
+        k: Any = OnGpu(1, 1, 4, width)
+        unsupported = contract.FORWARD.backends["triton"].unsupported
+        return unsupported(q, k, k, q, None, None, None, 1, None, "max", "relu", 0.1)
+
+    monkeypatch.setattr(contract, "_shared_memory", lambda device: 101_376)  # sm_86, sm_89
+    assert why_not(256) == []
+    (reason,) = why_not(384)
+    assert reason.startswith("takes 127488 bytes of shared memory for heads of width 384, the GPU")
+    monkeypatch.setattr(contract, "_shared_memory", lambda device: 166_912)  # sm_80
+    assert why_not(384) == []
+    assert why_not(512) != []
 
 
 @in_triton

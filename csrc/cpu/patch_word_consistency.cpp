@@ -1,6 +1,6 @@
 // Consistency of patch-word similarities over layers on the CPU. The forward pass holds the cosines of
 // all layers for a tile of tokens and words, the backward pass makes them again and holds their
-// gradients for one image at a time.
+// gradients for one image a thread.
 //
 // A slice is a head of a layer; every slice is a product of its own, of rows of unit length. Layers
 // meet in the passes over a tile, of which gradients need only signs: with them, the backward pass

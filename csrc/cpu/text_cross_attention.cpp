@@ -1,5 +1,5 @@
 // Text cross-attention on the CPU: scores never leave the cache in the forward pass, and those of one
-// image at a time are kept in the backward pass.
+// image a thread are kept in the backward pass.
 //
 // Masked words are left out when keys and values are copied, so that the W words of an image's
 // captions lie side by side and nothing below knows of masks. Matrices are panels of 32 columns:
@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../common/exponential.h"
@@ -717,6 +719,18 @@ void text_cross_attention(
       static_cast<float>(sum / call.pairs / static_cast<double>(heads));
 }
 
+// Throws where a winner is no caption.
+void check_winners(const Tensor& winner, int64_t captions) {
+  const auto* const data = static_cast<const uint8_t*>(winner.const_data_ptr());
+  uint8_t highest = 0;
+  for (int64_t i = 0; i < winner.numel(); ++i) highest = std::max(highest, data[i]);
+  if (winner.numel() > 0 && highest >= captions) {
+    throw std::out_of_range(
+        "winner: expected captions below " + std::to_string(captions) + ", got " +
+        std::to_string(highest));
+  }
+}
+
 // As above; grad_features [R, T, d] or [R, C, T, d], winner, dq, dk and dv contiguous.
 void text_cross_attention_backward(
     Tensor grad_features,
@@ -738,6 +752,7 @@ void text_cross_attention_backward(
     Tensor dv) {
   const Masks masks{Masks::data(word_mask), Masks::data(caption_mask), Masks::data(token_mask)};
   const Call call(q, k, v, masks, heads, scale, pool, is_softplus, tau);
+  if (call.pool == kMax) check_winners(winner, call.captions);
   for (const Tensor& out : {dq, dk, dv}) expect_writes(out);
   const double weight = read_scalar(grad_sparsity.scalar_type(), grad_sparsity.const_data_ptr()) /
                         call.pairs / static_cast<double>(heads);

@@ -34,7 +34,7 @@ _DIAGNOSED_IMAGES = 8  # attention statistics are taken from the first images of
 
 
 class TCJepa(IJepa):
-    """I-JEPA with a text conditioner after every block of the predictor.
+    """I-JEPA with a text conditioner after every block of the predictor, or after chosen ones.
 
     The loss is ``mean_p ||prediction - target||_2 + sparsity_weight * L_sparse +
     consistency_weight * L_consistency`` with the similarities ``O_n^l[p, w] = relu(cos(Q[p],

@@ -144,7 +144,7 @@ class _PerCaption(OperatorFunction):
         ctx.save_for_backward(*inputs[:_TENSORS], kept, last)
 
     @staticmethod
-    @differentiable_once("text_cross_attention")
+    @differentiable_once("pool_per_caption", "use text_cross_attention's reference and the MLP")
     def backward(
         ctx: Any, grad: Tensor, grad_sparsity: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -187,7 +187,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             for n, of_caption in enumerate(z.unbind(1), start=some.start):
                 state = pool.add(state, n, of_caption, call.present[:, n], call.pool_query)
         pooled, kept = pool.end(state, call.present)
-        return call.by_row(pooled).to(call.result), sparsity, kept
+        return call.by_row(pooled).to(call.result).contiguous(), sparsity, kept.contiguous()
 
 
 @torch.library.impl(_LIBRARY, "pool_per_caption_backward", "CompositeExplicitAutograd")
@@ -202,7 +202,7 @@ def _backward(
         sums = [torch.zeros_like(part, dtype=widened(part[:0]).dtype) for part in parts]
         to_pool_query = grad.new_zeros(0)
         if call.pool_query is not None:
-            to_pool_query = torch.zeros_like(call.pool_query)
+            to_pool_query = torch.zeros_like(widened(call.pool_query))
         grad = call.by_image(grad)
         pooled = None if pooled is None else call.by_image(pooled)
         for some in call.chunks():
@@ -221,6 +221,8 @@ def _backward(
                     total += g
         sums = [total.to(part.dtype) for total, part in zip(sums, parts, strict=True)]
         grads = torch.autograd.grad(parts, inputs, sums)
+        if call.pool_query is not None:
+            to_pool_query = to_pool_query.to(call.pool_query.dtype)
         return [*(g.contiguous() for g in grads), to_pool_query]
 
 
@@ -377,7 +379,7 @@ class _Max:
     @staticmethod
     def add(state: _State, n: int, z: Tensor, present: Tensor, pool_query: Tensor | None) -> _State:
         highest, winner = state
-        wins = (z > highest) & present
+        wins = ((z > highest) | z.isnan()) & present
         return torch.where(wins, z, highest), winner.masked_fill(wins, n)
 
     @staticmethod
@@ -446,7 +448,8 @@ class _Attention:
         pool_query: Tensor,
     ) -> tuple[Tensor, Tensor]:
         score = (z * pool_query).sum(-1, keepdim=True)
-        weight = (score - log_total[:, None]).exp() * present[:, some]
+        score = score.masked_fill(~present[:, some], -torch.inf)
+        weight = (score - log_total[:, None]).exp()
         to_score = (grad[:, None] * (z - pooled[:, None])).sum(-1, keepdim=True) * weight
         to_z = weight * grad[:, None] + to_score * pool_query
         return to_z, (to_score * z).sum((0, 1, 2))

@@ -245,6 +245,11 @@ class WordConditioner(nn.Module):
 def check_layers(after: Sequence[int] | None, depth: int, argument: str = "after") -> list[int]:
     """Those of a predictor's `depth` blocks that text attention follows, in order.
 
+    Args:
+        after: their numbers, from 0; None: all.
+        depth: how many blocks there are.
+        argument: what an error calls `after`.
+
     Raises:
         ValueError: none, one that does not exist, or one twice.
     """
@@ -365,7 +370,7 @@ class WordConditioning(Conditioning):
             # Not amax, whose gradient is shared out where captions tie: the lowest wins.
             highest, *others = y.masked_fill(~present, -torch.inf).unbind(1)
             for other in others:
-                highest = torch.where(other > highest, other, highest)
+                highest = torch.where((other > highest) | other.isnan(), other, highest)
             return highest
         if pool_query is None:
             weights = present.to(y.dtype) / present.sum(1, keepdim=True)

@@ -68,4 +68,5 @@ def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
         raise ValueError(
             f"word_scale: expected one a word, {list(words.shape[:-1])}, got {list(scale.shape)}"
         )
-    return words.to(dtype) * scale[..., None].to(dtype)
+    # In float16 a scale can be 0 where the product is not.
+    return (words.float() * scale[..., None].float()).to(dtype)

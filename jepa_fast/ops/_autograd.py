@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
+_REFERENCE = "use the plain PyTorch of jepa_fast/ops/{}/reference.py"
 
 _AUTOGRAD_KEYS = (
     torch._C.DispatchKey.AutogradFunctionality,
@@ -115,9 +116,10 @@ class _Bound:
         return None
 
 
-def differentiable_once(name: str) -> Callable[[_Backward], _Backward]:
+def differentiable_once(name: str, instead: str = "") -> Callable[[_Backward], _Backward]:
     """Lets the backward pass of operator `name` run with `create_graph=True`, as torch.func.grad
-    always does; its results raise RuntimeError where they are differentiated themselves.
+    always does; its results raise RuntimeError where they are differentiated themselves, and say
+    what serves `instead`, by default the operator's reference.
 
     torch's own `once_differentiable` gives silent zeros for second derivatives by torch.func.
     """
@@ -132,7 +134,14 @@ def differentiable_once(name: str) -> Callable[[_Backward], _Backward]:
                 results = backward(ctx, *grads)
             present = [result for result in results if result is not None]
             # Whatever the results depend on: they require gradients where any of it does.
-            ends = _End.apply(name, len(present), *present, *grads, *ctx.saved_tensors)
+            ends = _End.apply(
+                f"{name} is differentiable once: a second derivative through it was asked for. For "
+                f"higher derivatives {instead or _REFERENCE.format(name)}.",
+                len(present),
+                *present,
+                *grads,
+                *ctx.saved_tensors,
+            )
             return spread(ends, [result is not None for result in results])
 
         return once
@@ -144,17 +153,13 @@ class _End(OperatorFunction):
     """Hands on the first `count` tensors; they have no gradient for any of the tensors."""
 
     @staticmethod
-    def forward(name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(why: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(tensor.detach() for tensor in tensors[:count] if tensor is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.name = inputs[0]
+        ctx.why = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{ctx.name} is differentiable once: a second derivative through it was asked for. "
-            "For higher derivatives use the plain PyTorch of "
-            f"jepa_fast/ops/{ctx.name}/reference.py."
-        )
+        raise RuntimeError(ctx.why)

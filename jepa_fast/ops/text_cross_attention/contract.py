@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _NARROW_DTYPES = frozenset((torch.bfloat16, torch.float16))
 _MOST_WORDS = 128  # of a caption, whose words the Triton kernels take at once
 _WIDEST_HEAD = 512
+_CHUNK, _SHARED_MEMORY = 128, 42_496  # bytes a block for so much of a wide head; see the audit
 
 
 def _cpu_unsupported(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any) -> list[str]:
@@ -84,7 +86,21 @@ def _triton_unsupported(
     width = q.shape[2] // num_heads
     if width > _WIDEST_HEAD:
         reasons.append(f"takes heads of width {_WIDEST_HEAD} or less, got {width}")
+    elif q.device.type == "cuda":
+        takes, there = -(-width // _CHUNK) * _SHARED_MEMORY, _shared_memory(q.device)
+        if takes > there:
+            reasons.append(
+                f"takes {takes} bytes of shared memory for heads of width {width}, the GPU has "
+                f"{there}"
+            )
     return reasons
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """The most that a block can have, in bytes."""
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _triton_unsupported_backward(

@@ -118,8 +118,8 @@ def describe_words_kernel(
         square += tl.sum(key * key, 1)
     length = tl.sqrt(square)
     found = 1.0 / tl.where(length < EPSILON, EPSILON, length)
-    # A length beyond float32's range still is a word's.
-    found = tl.where(valid, tl.where(found < _TINY, _TINY, found), 0.0)
+    # A length beyond float32's range, or NaN, still is a word's.
+    found = tl.where(valid, tl.where(found >= _TINY, found, _TINY), 0.0)
     tl.store(inverse + (place * HEADS + head) * words + w, found, mask=there)
     has_words = tl.max(valid.to(tl.int32), 0) > 0
     number = tl.where(has_words, tl.load(counted + image), 0)
@@ -368,7 +368,7 @@ def describe_words(
     if token_mask is None:
         counted = torch.full((batch,), q[::batch, :, 0].numel() if batch else 0, device=q.device)
     else:
-        counted = token_mask.view(-1, batch, q.shape[1]).sum((0, 2))
+        counted = token_mask.view(q.shape[0] // max(batch, 1), batch, q.shape[1]).sum((0, 2))
     inverse = k.new_empty((batch, captions, num_heads, words), dtype=torch.float32)
     pairs = counted.new_empty((batch, captions))
     launch(
