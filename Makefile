@@ -12,8 +12,9 @@ BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml jepa_fast/ops/_build.py $(shell find csrc -type f)
 # Files that hold tests of a tier, or of CPU kernels; collecting all others would cost more than
 # running these. tests/backends.py marks what is parametrized by it.
-TIER1   = $(shell grep -lE "tier1|^from backends import .*\bbackends\b" tests/test_*.py)
-TIER3   = $(shell grep -lE "tier3|^from backends import .*\bbackends\b" tests/test_*.py)
+tests_of = $(shell grep -lE "$(1)|^from backends import .*\bbackends\b" tests/test_*.py)
+TIER1   = $(call tests_of,tier1)
+TIER3   = $(call tests_of,tier3)
 NATIVE_TESTS = $(shell grep -lE "^SAMPLES|mark\.native" tests/test_*.py)
 # The workers of pytest-xdist fill the cores; threads on top of them only fight.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)

@@ -63,6 +63,7 @@ def main() -> None:
     wanted = [(name, seed) for seed in range(options.seeds) for name in VARIANTS]
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda run: _run(folder, *run, images=options.images), wanted))
+    (steps,) = {result["step"] for result in found}
     results: dict[str, Any] = {name: [] for name in VARIANTS}
     for (name, _), result in zip(wanted, found, strict=True):
         results[name].append(result)
@@ -72,7 +73,7 @@ def main() -> None:
             "commit": measured,
             "uncommitted": changed,
             "versions": versions(),
-            "steps": _one({result["step"] for result in found}),
+            "steps": steps,
             "variants": results,
         },
     )
@@ -141,11 +142,6 @@ def _command(*arguments: str) -> None:
         text=True,
         check=True,
     )
-
-
-def _one(values: set[int]) -> int:
-    (value,) = values
-    return value
 
 
 if __name__ == "__main__":

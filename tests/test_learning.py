@@ -16,6 +16,7 @@ from jepa_fast.train.config import Config, load_config, parse_config
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import tables
 from learning import VARIANTS, recipe
 
 
@@ -36,6 +37,10 @@ def test_all_variants_have_the_same_scenes_schedule_encoder_and_prediction_loss(
     assert models[0].loss == models[1].loss == "l2_norm"
     for mine, theirs in zip(*(model.encoder.parameters() for model in models), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_the_readme_shows_all_variants() -> None:
+    assert list(tables._LEARNING) == list(VARIANTS)
 
 
 def test_variants_differ_in_what_their_names_say() -> None:

@@ -18,6 +18,7 @@
 #include "../common/exponential.h"
 #include "../common/floating.h"
 #include "clones.h"
+#include "pages.h"
 #include "panel_product.h"
 #include "tokens_and_words.h"
 
@@ -485,6 +486,9 @@ void patch_word_consistency_backward(
   const Call call(q, k, masks, heads, is_softplus, tau);
   const double weight = read_scalar(grad.scalar_type(), grad.const_data_ptr()) / call.pairs /
                         static_cast<double>(call.slices);
+  for (const auto* outputs : {&dq, &dk}) {
+    for (const Tensor& out : *outputs) expect_writes(out);
+  }
   const Gradients gradients{
       {dq.begin(), dq.end()}, {dk.begin(), dk.end()}, static_cast<float>(weight)};
   run(call, &gradients, nullptr);

@@ -20,6 +20,8 @@ _DTYPE = operator.attrgetter("dtype")
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 """What kernels take; the references take whatever PyTorch does."""
+FLOAT32_KERNEL_DTYPES = KERNEL_DTYPES - {torch.float64}
+"""What those take that compute in float32."""
 
 
 def only_kernel_dtypes(*tensors: Tensor) -> list[str]:

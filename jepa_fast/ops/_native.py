@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jepa_fast.ops import _build
 
@@ -22,6 +23,11 @@ def define(schema: str) -> Any:
     """Defines an operator for the library to implement: `torch.ops.jepa_fast_native.<op>`."""
     _SCHEMAS.define(schema)
     return getattr(torch.ops.jepa_fast_native, schema.partition("(")[0])
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in one piece, as kernels take masks; None stays."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def missing() -> list[str]:

@@ -38,7 +38,7 @@ def latent_loss(
             without_gaps(prediction),
             without_gaps(teacher),
             target_index.contiguous(),
-            None if target_mask is None else target_mask.contiguous(),
+            *_native.contiguous(target_mask),
             _kind(kind, beta),
             normalize_target,
             beta,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import recomputed_gradients
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.patch_word_consistency import reference
 
@@ -48,7 +49,7 @@ def _unsupported_triton(
     *options: Any,
 ) -> list[str]:
     reasons = []
-    if q_layers[0].dtype not in _DTYPES:
+    if q_layers[0].dtype not in FLOAT32_KERNEL_DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16 layers, got {q_layers[0].dtype}")
     if len(q_layers) > _MOST_LAYERS:
         reasons.append(f"takes at most {_MOST_LAYERS} layers, got {len(q_layers)}")
@@ -64,7 +65,7 @@ def _unsupported_triton_backward(grad: Tensor, *arguments: Any) -> list[str]:
 
 def _unsupported_cpu(q_layers: Sequence[Tensor], *arguments: Any) -> list[str]:
     dtype = q_layers[0].dtype
-    return [] if dtype in _DTYPES else [f"computes in float32, got {dtype} layers"]
+    return [] if dtype in FLOAT32_KERNEL_DTYPES else [f"computes in float32, got {dtype} layers"]
 
 
 def _unsupported_cpu_backward(grad: Tensor, *arguments: Any) -> list[str]:
@@ -72,7 +73,6 @@ def _unsupported_cpu_backward(grad: Tensor, *arguments: Any) -> list[str]:
 
 
 _FOLDER = "jepa_fast.ops.patch_word_consistency"
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _MOST_LAYERS = 24  # whose signs fit into the bits that Triton's kernels keep of a pair
 _WIDEST_HEAD = 512
 

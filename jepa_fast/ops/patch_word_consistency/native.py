@@ -49,8 +49,5 @@ def _for_kernel(
     tau: float,
 ) -> tuple[Any, ...]:
     layers = ([without_gaps(x) for x in layers] for layers in (q_layers, k_layers))
-    masks = (
-        None if mask is None else mask.contiguous()
-        for mask in (word_mask, caption_mask, token_mask)
-    )
+    masks = _native.contiguous(word_mask, caption_mask, token_mask)
     return *layers, *masks, num_heads, similarity == "softplus", tau

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._checks import only_kernel_dtypes
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.text_cross_attention import reference
 
@@ -44,15 +44,14 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_NARROW_DTYPES = frozenset((torch.bfloat16, torch.float16))
 _MOST_WORDS = 128  # of a caption, whose words the Triton kernels take at once
 _WIDEST_HEAD = 512
 _CHUNK, _SHARED_MEMORY = 128, 42_496  # bytes a block for so much of a wide head; see the audit
 
 
 def _cpu_unsupported(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any) -> list[str]:
-    reasons = [] if q.dtype in _KERNEL_DTYPES else [f"computes in float32, got {q.dtype} queries"]
+    known = q.dtype in FLOAT32_KERNEL_DTYPES
+    reasons = [] if known else [f"computes in float32, got {q.dtype} queries"]
     return reasons + only_kernel_dtypes(residual)
 
 
@@ -75,18 +74,18 @@ def _triton_unsupported(
 ) -> list[str]:
     # The kernels' products are the tensor cores'. In float32 they would be slower than PyTorch's:
     # only the interpreter takes it, for the tests.
-    served = _NARROW_DTYPES if q.device.type == "cuda" else _KERNEL_DTYPES
+    on_gpu = q.device.type == "cuda"
     reasons = []
-    if q.dtype not in served:
+    if q.dtype not in FLOAT32_KERNEL_DTYPES - ({torch.float32} if on_gpu else set()):
         reasons.append(f"takes q, k and v in bfloat16 and float16, got {q.dtype}")
-    if residual.dtype not in _KERNEL_DTYPES:
+    if residual.dtype not in FLOAT32_KERNEL_DTYPES:
         reasons.append(f"takes features in float32, bfloat16 and float16, got {residual.dtype}")
     if k.shape[2] > _MOST_WORDS:
         reasons.append(f"takes captions of at most {_MOST_WORDS} words, got {k.shape[2]}")
     width = q.shape[2] // num_heads
     if width > _WIDEST_HEAD:
         reasons.append(f"takes heads of width {_WIDEST_HEAD} or less, got {width}")
-    elif q.device.type == "cuda":
+    elif on_gpu:
         takes, there = -(-width // _CHUNK) * _SHARED_MEMORY, _shared_memory(q.device)
         if takes > there:
             reasons.append(

@@ -69,9 +69,6 @@ def _for_kernel(
     similarity: str,
     tau: float,
 ) -> tuple[Any, ...]:
-    masks = (
-        None if mask is None else mask.contiguous()
-        for mask in (word_mask, caption_mask, token_mask)
-    )
+    masks = _native.contiguous(word_mask, caption_mask, token_mask)
     scale = score_scale(scale, q, num_heads)
     return *masks, num_heads, scale, POOLS.index(pool), similarity == "softplus", tau

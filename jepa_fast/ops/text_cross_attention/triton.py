@@ -409,8 +409,8 @@ def config_for(kernel: str, q: Tensor, num_heads: int, words: int | None = None)
 def launch_options(config: _configs.Config) -> dict[str, int]:
     """Warps, stages and, where a config says so, the most registers a thread."""
     return {
-        "num_warps": config["warps"],
-        "num_stages": config["stages"],
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
         **most_registers(config),
     }
 
