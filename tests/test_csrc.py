@@ -23,7 +23,7 @@ _EXPONENTIAL = """
   extern "C" void name(const float* x, float* y, long count) { \\
     for (long i = 0; i < count; ++i) y[i] = jepa_fast::name(x[i]); \\
   }
-LOOP(exponential) LOOP(softplus) LOOP(sigmoid)
+LOOP(exponential) LOOP(logarithm) LOOP(softplus) LOOP(sigmoid)
 """
 
 _PRODUCT = """
@@ -77,7 +77,7 @@ def _pointer(x: NDArray[np.float32]) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.ctypes.data)
 
 
-# The exponential.
+# The exponential and the logarithm.
 
 
 @pytest.fixture(scope="module", params=["", "-march=native"], ids=["plain", "native"])
@@ -114,6 +114,13 @@ def test_exponential_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) ->
     assert _units_off(_values(exponential, "exponential", x), np.exp(x.astype(np.float64))) <= 1.0
 
 
+def test_logarithm_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) -> None:
+    bits = np.arange(1, 0x7F800000, 499, dtype=np.uint32)  # of all positive numbers
+    x = np.concatenate([bits.view(np.float32), np.linspace(0.5, 2, 2_000_003, dtype=np.float32)])
+    want = np.log(x.astype(np.float64))
+    assert _units_off(_values(exponential, "logarithm", x), want) <= 1.0
+
+
 def test_softplus_is_off_by_three_units_at_the_most(exponential: ctypes.CDLL) -> None:
     x = _grid()
     want = np.logaddexp(0, x.astype(np.float64))
@@ -137,6 +144,13 @@ def test_the_exponentials_ends(exponential: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(_values(exponential, "softplus", given), want)
     want = np.array([1, 0, nan], np.float32)
     np.testing.assert_array_equal(_values(exponential, "sigmoid", given[:3]), want)
+
+
+def test_the_logarithms_ends(exponential: ctypes.CDLL) -> None:
+    inf, nan = np.inf, np.nan
+    x = np.array([0, -0.0, 1, inf, -inf, nan, -1, -1e-45], np.float32)
+    want = np.array([-inf, -inf, 0, inf, nan, nan, nan, nan], np.float32)
+    np.testing.assert_array_equal(_values(exponential, "logarithm", x), want)
 
 
 # The product, by every instruction set.

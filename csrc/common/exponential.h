@@ -1,7 +1,8 @@
-// exp and what is made of it, in float32, for loops that are to be vectorised: no branches, no tables
+// exp, log and what is made of them, in float32, for loops that are to be vectorised: no branches, no tables
 // and no calls.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -40,6 +41,37 @@ JEPA_FAST_HOST_DEVICE float exponential(float x) {
   p = p * (r * r) + r + 1.0f;
   const int32_t half = n >> 1;  // 2^n itself may be no float32 where the product is one
   return p * power_of_two(half) * power_of_two(n - half);
+}
+
+// log(x) to 1 unit in the last place; minus infinity for 0, NaN below it and for NaN.
+JEPA_FAST_HOST_DEVICE float logarithm(float x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
+  constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
+  constexpr int32_t kRootOfHalf = 0x3F3504F3;
+  const bool is_subnormal = x < kSmallestNormal;
+  const float normal = is_subnormal ? x * 8388608.0f : x;  // 2^23
+  int32_t bits;
+  memcpy(&bits, &normal, sizeof bits);
+  // x = 2^n (1 + f) with 1 + f from the square root of 1 / 2 to that of 2.
+  const int32_t n = ((bits - kRootOfHalf) >> 23) - (is_subnormal ? 23 : 0);
+  bits = ((bits - kRootOfHalf) & 0x007FFFFF) + kRootOfHalf;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  f -= 1.0f;
+  float p = 6.74649202e-2f;  // (log(1 + f) - f + f^2 / 2) / f^3, its greatest relative error least
+  p = p * f - 1.16756158e-1f;
+  p = p * f + 1.1888211e-1f;
+  p = p * f - 1.24055978e-1f;
+  p = p * f + 1.42195465e-1f;
+  p = p * f - 1.66679952e-1f;
+  p = p * f + 2.0002119e-1f;
+  p = p * f - 2.50000096e-1f;
+  p = p * f + 3.33333126e-1f;
+  const float square = f * f, whole = static_cast<float>(n);
+  const float rest = (f * square) * p - 0.5f * square + whole * kLn2Low;
+  const float log = whole * kLn2High + (f + rest);
+  const float end = x == 0 ? -HUGE_VALF : x > 0 ? x : NAN;
+  return (x > 0) & (x <= kLargest) ? log : end;
 }
 
 // log(1 + exp(x)), to 3 units in the last place.
