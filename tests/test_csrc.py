@@ -12,7 +12,15 @@ import pytest
 from numpy.typing import NDArray
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Werror",
+]
 PANEL = 32
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -23,7 +31,7 @@ _EXPONENTIAL = """
   extern "C" void name(const float* x, float* y, long count) { \\
     for (long i = 0; i < count; ++i) y[i] = jepa_fast::name(x[i]); \\
   }
-LOOP(exponential) LOOP(logarithm) LOOP(softplus) LOOP(sigmoid)
+LOOP(exponential) LOOP(exponential_of_negative) LOOP(logarithm) LOOP(softplus) LOOP(sigmoid)
 """
 
 _PRODUCT = """
@@ -112,6 +120,17 @@ def _grid() -> Floats:
 def test_exponential_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) -> None:
     x = _grid()
     assert _units_off(_values(exponential, "exponential", x), np.exp(x.astype(np.float64))) <= 1.0
+
+
+def test_exponential_of_negative_numbers(exponential: ctypes.CDLL) -> None:
+    x = _grid()
+    x = x[(x <= 0) & (x >= -87)]
+    got = _values(exponential, "exponential_of_negative", x)
+    assert _units_off(got, np.exp(x.astype(np.float64))) <= 1.0
+    ends = np.array([-87.4, -1e9, -np.inf, np.nan, -0.0], np.float32)
+    want = np.array([0, 0, 0, np.nan, 1], np.float32)
+    got = _values(exponential, "exponential_of_negative", ends)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_logarithm_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) -> None:

@@ -6,13 +6,19 @@ from functools import partial
 
 import pytest
 import torch
+from backends import backends, needs_native
 from samples import Sample, normal
+from tolerance import assert_as_accurate
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
+from jepa_fast.ops.linear_mixture_nll import chunked, native
 from jepa_fast.ops.mixture_nll import mixture_parameter_count, split_mixture_parameters
 
-OPERATORS = ("linear_mixture_nll", "linear_mixture_nll_backward")
+OPERATORS = ("linear_mixture_nll",)
 
 
 def _sample(
@@ -75,6 +81,104 @@ def test_is_a_linear_layer_and_mixture_nll(event: str, family: str, scale_map: s
     torch.testing.assert_close(mean, expected.mean())
     total = ops.linear_mixture_nll(*arguments, **options, reduction="sum")
     torch.testing.assert_close(total, expected.sum())
+
+
+def _inputs(tokens: int, components: int, width: int, event: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    outputs = mixture_parameter_count(components, width, event)
+    shapes = ((tokens, 24), (outputs, 24), (outputs,), (tokens, width))
+    scales = (1.0, 0.1, 0.1, 1.0)
+    return [
+        scale * torch.randn(shape, generator=generator)
+        for scale, shape in zip(scales, shapes, strict=True)
+    ]
+
+
+@backends(REGISTERED["linear_mixture_nll"].backends)
+@pytest.mark.parametrize("event", ["joint", "coordinate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_as_accurate_as_eager_in_chunks(
+    reduction: str,
+    dtype: torch.dtype,
+    event: str,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss and all gradients over chunks of 64 tokens, of which the last is not full."""
+    monkeypatch.setattr(chunked, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    inputs = _inputs(70, 3, 11, event)
+    inputs = [*(x.to(dtype) for x in inputs[:3]), inputs[3]]
+
+    def run(inputs: list[Tensor], backend: str) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        loss = ops.linear_mixture_nll(*leaves, 3, event=event, reduction=reduction, backend=backend)
+        return [x.detach().cpu() for x in (loss, *torch.autograd.grad(0.5 * loss, leaves))]
+
+    got = run([x.to(device) for x in inputs], backend)
+    assert ("linear_mixture_nll", backend) in backends_run
+    eager = run(inputs, "reference")
+    exact = run([x.double() for x in inputs], "reference")
+    for mine, theirs, truth in zip(got, eager, exact, strict=True):
+        # In one row: what rounding makes of a token's shares is luck, in float32 as in theirs.
+        assert_as_accurate(mine.flatten(), theirs.flatten(), truth.flatten())
+
+
+@backends(["cpu", "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_what_is_needed_has_a_gradient(bias: bool, backend: str, device: str) -> None:
+    hidden, weight, offset, target = _inputs(5, 2, 3, "joint")
+    inputs = [hidden, weight, offset if bias else None, target]
+    every = [x if x is None else x.clone().requires_grad_() for x in inputs]
+    ops.linear_mixture_nll(*every, 2, backend=backend).backward()
+    for i, x in enumerate(inputs):
+        if x is None:
+            continue
+        given = [y if j != i or y is None else y.clone().requires_grad_()
+                 for j, y in enumerate(inputs)]  # fmt: skip
+        ops.linear_mixture_nll(*given, 2, backend=backend).backward()
+        torch.testing.assert_close(given[i].grad, every[i].grad, rtol=0, atol=0)
+    with torch.no_grad():
+        quiet = ops.linear_mixture_nll(*every, 2, backend=backend)
+    torch.testing.assert_close(quiet, ops.linear_mixture_nll(*inputs, 2, backend=backend))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor, in bytes, that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(each, Tensor):
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
+        return result
+
+
+@needs_native
+def test_the_outputs_never_exist_in_full() -> None:
+    """Of 32 MB of outputs nothing that is made is larger than a chunk."""
+    inputs = _inputs(8192, 4, 85, "coordinate")
+    options = (4, "gaussian", "coordinate", 1e-3, "exp", "mean")
+    with _Largest() as seen:  # a dispatch mode sees nothing inside an operator
+        native.linear_mixture_nll(*inputs, *options, [True, True, True, False])
+    outputs = 8192 * len(inputs[1]) * 4
+    assert seen.bytes <= outputs / 2
+    assert seen.bytes >= outputs / 8  # the chunks' room is seen
+
+
+def test_targets_that_are_no_numbers() -> None:
+    hidden, weight, offset, target = _inputs(4, 2, 3, "joint")
+    target[1, 2] = float("nan")
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match="target must be finite"):
+            ops.linear_mixture_nll(hidden, weight, offset, target, 2, backend=backend)
 
 
 def test_split_is_the_inverse_of_the_layout() -> None:

@@ -6,17 +6,21 @@ import math
 
 import pytest
 import torch
+from backends import backends
 from samples import Sample, normal
+from tolerance import assert_as_accurate
 from torch import Tensor
 from torch import distributions as D
 
 from jepa_fast import ops
+from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("mixture_nll", "mixture_nll_backward")
 FAMILIES = ("gaussian", "logistic")
 EVENTS = ("joint", "coordinate")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_event = pytest.mark.parametrize("event", EVENTS)
+each_backend = backends(REGISTERED["mixture_nll"].backends)
 
 
 def parameters(
@@ -105,9 +109,10 @@ def test_density_integrates_to_one(family: str, event: str, width: int) -> None:
     assert total == pytest.approx(1.0, abs=1e-6)
 
 
+@each_backend
 @each_family
 @each_event
-def test_tails_in_float32(family: str, event: str) -> None:
+def test_tails_in_float32(family: str, event: str, backend: str, device: str) -> None:
     """|z| up to 100 sigma, log-scales -10..10, logits +-100: as float64, gradients too."""
     generator = torch.Generator().manual_seed(1)
     tokens, components, width = 64, 5, 3
@@ -122,10 +127,12 @@ def test_tails_in_float32(family: str, event: str) -> None:
         100.0,
     )
     results = []
-    for dtype in (torch.float32, torch.float64):
-        leaves = [x.to(dtype).requires_grad_() for x in (target, logits, loc, log_scale)]
-        nll = ops.mixture_nll(*leaves, family, event)
-        results.append((nll.detach(), *torch.autograd.grad(nll.sum(), leaves)))
+    for dtype, choice in ((torch.float32, backend), (torch.float64, "reference")):
+        place = device if dtype == torch.float32 else "cpu"
+        leaves = [x.to(place, dtype).requires_grad_() for x in (target, logits, loc, log_scale)]
+        nll = ops.mixture_nll(*leaves, family, event, backend=choice)
+        grads = torch.autograd.grad(nll.sum(), leaves)
+        results.append([x.detach().cpu() for x in (nll, *grads)])
     (nll, *grads), (wanted_nll, *wanted_grads) = results
     torch.testing.assert_close(nll.double(), wanted_nll, rtol=1e-6, atol=0)
     for grad, wanted in zip(grads, wanted_grads, strict=True):
@@ -134,6 +141,123 @@ def test_tails_in_float32(family: str, event: str) -> None:
         error = (grad.double() - wanted).flatten(1).abs().amax(1)
         assert (error <= 1e-3 * wanted.flatten(1).abs().amax(1)).all()
         assert error.median() <= 1e-6 * wanted.abs().amax()
+
+
+@each_backend
+@each_family
+@each_event
+@pytest.mark.parametrize(
+    ("components", "width", "dtype", "scale_map"),
+    [
+        (1, 1, torch.float32, "exp"),
+        (5, 384, torch.float32, "exp"),
+        (5, 384, torch.float32, "softplus"),
+        (3, 77, torch.bfloat16, "exp"),
+        (32, 65, torch.float16, "softplus"),
+    ],
+    ids=str,
+)
+def test_as_accurate_as_eager(
+    components: int,
+    width: int,
+    dtype: torch.dtype,
+    scale_map: str,
+    family: str,
+    event: str,
+    backend: str,
+    device: str,
+    backends_run: list[tuple[str, str]],
+    poisoned_memory: None,
+) -> None:
+    """Values and gradients; every component has a share of its tokens."""
+    target, *rest = (x.detach().float() for x in parameters(7, components, width, event))
+    near = 1.0 if event == "coordinate" else width**-0.5
+    rest = [(x if x is rest[0] else near * x).to(dtype) for x in rest]
+    upstream = torch.linspace(-1, 2, 7)
+
+    def run(inputs: list[Tensor], backend: str) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        nll = ops.mixture_nll(*leaves, family, event, 0.01, scale_map, backend=backend)
+        grads = torch.autograd.grad(nll, leaves, upstream.to(nll))
+        return [x.detach().cpu() for x in (nll, *grads)]
+
+    inputs = [target, *rest]
+    got = run([x.to(device) for x in inputs], backend)
+    assert ("mixture_nll", backend) in backends_run
+    assert ("mixture_nll_backward", backend) in backends_run
+    eager = run(inputs, "reference")
+    exact = run([x.double() for x in inputs], "reference")
+    for mine, theirs, truth in zip(got, eager, exact, strict=True):
+        # In one row: what rounding makes of a token's shares is luck, in float32 as in theirs.
+        assert_as_accurate(mine.flatten(), theirs.flatten(), truth.flatten())
+
+
+@each_backend
+@each_event
+def test_gradients_that_nobody_asks_for_are_not_there(
+    event: str, backend: str, device: str
+) -> None:
+    inputs = [x.detach().float().to(device) for x in parameters(3, 2, 5, event)]
+    every = [x.clone().requires_grad_() for x in inputs]
+    ops.mixture_nll(*every, event=event, backend=backend).sum().backward()
+    for i in range(4):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        ops.mixture_nll(*leaves, event=event, backend=backend).sum().backward()
+        assert [x.grad is not None for x in leaves] == [i == j for j in range(4)]
+        torch.testing.assert_close(leaves[i].grad, every[i].grad, rtol=0, atol=0)
+
+
+@each_backend
+@each_event
+def test_components_apart_far_off_and_impossible(event: str, backend: str, device: str) -> None:
+    """One that nobody draws, one of no weight, and targets whose squares overflow float32."""
+    loc = torch.tensor([0.0, 1e30, 0.0], device=device).view(1, 3, 1).expand(2, 3, 4)
+    target = torch.tensor([[0.5], [1e30]], device=device).expand(2, 4)
+    logits = torch.tensor([0.0, 0.0, -math.inf], device=device)
+    logits = logits.expand(2, 3) if event == "joint" else logits.view(1, 3, 1).expand(2, 3, 4)
+    leaves = [x.clone().requires_grad_() for x in (target, logits, loc, torch.zeros_like(loc))]
+    nll = ops.mixture_nll(*leaves, event=event, backend=backend)
+    one = 4 * (0.5 * math.log(2 * math.pi) + math.log(1.001))
+    half = math.log(2) * (1 if event == "joint" else 4)
+    wanted = [one + half + 2 * (0.5 / 1.001) ** 2, one + half]
+    torch.testing.assert_close(nll.tolist(), wanted, rtol=1e-6, atol=0)
+    nll.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+    assert leaves[2].grad is not None
+    assert not leaves[2].grad[0, 1:].any()
+
+
+@each_backend
+def test_nothing_at_all(backend: str, device: str) -> None:
+    for tokens, width in ((0, 3), (2, 0)):
+        for event in EVENTS:
+            inputs = [x.detach().float().to(device) for x in parameters(tokens, 2, width, event)]
+            leaves = [x.requires_grad_() for x in inputs]
+            nll = ops.mixture_nll(*leaves, event=event, backend=backend)
+            torch.testing.assert_close(nll, nll.new_zeros(tokens), rtol=0, atol=1e-6)
+            for leaf, grad in zip(leaves, torch.autograd.grad(nll.sum(), leaves), strict=True):
+                assert grad.shape == leaf.shape
+                assert grad.abs().sum() < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@each_event
+def test_targets_that_are_no_numbers(event: str, backend: str) -> None:
+    target, *rest = (x.detach().float() for x in parameters(4, 2, 5, event))
+    for value in (math.nan, math.inf, -math.inf):
+        bad = target.clone()
+        bad[2, 1] = value
+        with pytest.raises(
+            ValueError, match=r"target must be finite, got .* 1 of 4 tokens.* token 2"
+        ):
+            ops.mixture_nll(bad, *rest, event=event, backend=backend)
+    # NaN that a network makes is its own affair: a loss of NaN, which scalers skip.
+    rest[1][1] = math.nan
+    assert ops.mixture_nll(target, *rest, event=event, backend=backend).isnan().tolist() == [
+        False, True, False, False,
+    ]  # fmt: skip
 
 
 def test_one_and_identical_components() -> None:

@@ -18,29 +18,43 @@ JEPA_FAST_HOST_DEVICE float power_of_two(int32_t n) {
   return power;
 }
 
-// exp(x) to 1 unit in the last place; 0 below all float32, infinity above, NaN for NaN.
-JEPA_FAST_HOST_DEVICE float exponential(float x) {
+// x = n ln 2 + r with a whole n and r in [-ln 2 / 2, ln 2 / 2]: exp(r) to 1 unit in the last place.
+JEPA_FAST_HOST_DEVICE float exponential_of_rest(float x, int32_t& n) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23, whose neighbours are the whole numbers
   constexpr int32_t kRounderBits = 0x4B400000;
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
   const float shifted = x * kLog2E + kRounder;
   const float whole = shifted - kRounder;
-  int32_t n;
   memcpy(&n, &shifted, sizeof n);
   n -= kRounderBits;
-  const float r = (x - whole * kLn2High) - whole * kLn2Low;  // in [-ln 2 / 2, ln 2 / 2]
+  const float r = (x - whole * kLn2High) - whole * kLn2Low;
   float p = 1.98909911e-4f;  // (exp(r) - 1 - r) / r^2, interpolated at Chebyshev's nodes
   p = p * r + 1.39336498e-3f;
   p = p * r + 8.33331048e-3f;
   p = p * r + 4.16664667e-2f;
   p = p * r + 1.66666672e-1f;
   p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// exp(x) to 1 unit in the last place; 0 below all float32, infinity above, NaN for NaN.
+JEPA_FAST_HOST_DEVICE float exponential(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  int32_t n;
+  const float p = exponential_of_rest(x, n);
   const int32_t half = n >> 1;  // 2^n itself may be no float32 where the product is one
   return p * power_of_two(half) * power_of_two(n - half);
+}
+
+// exp(x) of x <= 0, in fewer instructions; 0 instead of subnormal numbers.
+JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
+  constexpr float kLowest = -87.0f;
+  int32_t n;
+  const float p = exponential_of_rest(x < kLowest ? kLowest : x, n);
+  const float result = p * power_of_two(n);
+  return x < kLowest ? 0.0f : result;
 }
 
 // log(x) to 1 unit in the last place; minus infinity for 0, NaN below it and for NaN.
@@ -49,7 +63,7 @@ JEPA_FAST_HOST_DEVICE float logarithm(float x) {
   constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
   constexpr int32_t kRootOfHalf = 0x3F3504F3;
   const bool is_subnormal = x < kSmallestNormal;
-  const float normal = is_subnormal ? x * 8388608.0f : x;  // 2^23
+  const float normal = x * (is_subnormal ? 8388608.0f : 1.0f);  // 2^23
   int32_t bits;
   memcpy(&bits, &normal, sizeof bits);
   // x = 2^n (1 + f) with 1 + f from the square root of 1 / 2 to that of 2.

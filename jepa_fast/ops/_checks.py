@@ -124,3 +124,18 @@ def check_index_range(op: str, argument: str, index: Tensor, size: int) -> None:
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise ValueError(f"{op}: {argument} must be in [0, {size}), got {wrong}")
+
+
+def check_finite_target(op: str, target: Tensor, nll: Tensor) -> None:
+    """Raises ValueError for NaN and infinity in target [T, D], on a CPU: a GPU is not waited for.
+
+    Looks for them only where nll [T], made of it, is not finite.
+    """
+    if nll.device.type != "cpu" or bool(nll.isfinite().all()):
+        return
+    bad = (~target.isfinite()).any(-1).nonzero()
+    if len(bad) > 0:
+        raise ValueError(
+            f"{op}: target must be finite, got NaN or infinity for {len(bad)} of {len(target)} "
+            f"tokens, the first of them token {int(bad[0])}"
+        )

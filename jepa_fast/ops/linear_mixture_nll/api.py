@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
@@ -18,22 +19,27 @@ class _LinearMixtureNll(OperatorFunction):
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
-    ) -> Tensor:
-        return contract.FORWARD.call(hidden, weight, bias, target, *options)
+    ) -> tuple[Tensor, ...]:
+        loss, grads = contract.FORWARD.call(hidden, weight, bias, target, *options)
+        return loss, *grads
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *ctx.options, ctx.backend = inputs[4:]
-        ctx.save_for_backward(*inputs[:4])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *grads = output
+        ctx.needs = inputs[-2]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
+        ctx.mark_non_differentiable(*grads)
+        ctx.save_for_backward(*grads)
 
     @staticmethod
     @differentiable_once("linear_mixture_nll")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:4]
-        tensors = ctx.saved_tensors
-        present = [need for need, t in zip(needs, tensors, strict=True) if t is not None]
-        grads = contract.BACKWARD.call(grad, *tensors, *ctx.options, present, ctx.backend)
-        return *spread(grads, needs), *[None] * 7
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = spread(ctx.saved_tensors, ctx.needs)
+        scaled = [
+            None if each is None else (each * grad).to(dtype)
+            for each, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return *scaled, *[None] * 8
 
 
 def linear_mixture_nll(
@@ -57,8 +63,9 @@ def linear_mixture_nll(
     logits with `event="coordinate"`; with `"joint"` they are K numbers. So P = K (2 D + 1) for
     `"joint"` and 3 K D for `"coordinate"`.
 
-    The parameters, [T, P], exist in full during the forward pass and again during the backward
-    pass; between the two only the inputs are kept.
+    The forward pass computes the gradients, too, if any is asked for, and keeps them, in float32,
+    for the backward pass. Kernels (every backend but the reference) take the tokens in chunks: the
+    parameters, [T, P], never exist in full.
 
     Args:
         hidden: [T, H].
@@ -77,7 +84,8 @@ def linear_mixture_nll(
     Raises:
         TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast; an argument is
             not a floating tensor.
-        ValueError: a shape does not fit, an unknown name, a floor that is not positive.
+        ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
+            target that is NaN or infinite.
         BackendError: the requested backend cannot serve the call.
 
     Source: mixture density networks, Bishop 1994.
@@ -104,7 +112,10 @@ def linear_mixture_nll(
         check_dim(op, "bias", bias, 1, "[P]")
         check_same_size(op, "bias", bias, 0, "weight", weight, 0)
     hidden, weight, bias = linear_inputs(op, "hidden", hidden, weight, bias)
-    return _LinearMixtureNll.apply(
+    tensors = (hidden, weight, bias, target)
+    records = torch.is_grad_enabled()
+    needs = [records and tensor is not None and tensor.requires_grad for tensor in tensors]
+    loss, *_ = _LinearMixtureNll.apply(
         hidden,
         weight,
         bias,
@@ -115,5 +126,7 @@ def linear_mixture_nll(
         scale_floor,
         scale_map,
         reduction,
+        needs,
         backend,
     )
+    return loss

@@ -1,4 +1,4 @@
-"""Schemas, fakes and backends of `linear_mixture_nll`."""
+"""Schema, fake and backends of `linear_mixture_nll`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_fast.ops._autograd import recomputed_gradients
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, check_finite_target
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.linear_mixture_nll import reference
 from jepa_fast.ops.mixture_nll.reference import compute_dtype
@@ -15,62 +15,39 @@ from jepa_fast.ops.mixture_nll.reference import compute_dtype
 
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
-) -> Tensor:
-    return target.new_empty((), dtype=compute_dtype(hidden, target))
-
-
-def _fake_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    *options: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     needs: Sequence[bool] = options[-1]
-    inputs = [t for t in (hidden, weight, bias, target) if t is not None]
-    return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
+    loss = target.new_empty((), dtype=compute_dtype(hidden, target))
+    return loss, reference.empty_gradients(hidden, weight, bias, target, needs)
 
 
-def reference_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    num_components: int,
-    family: str,
-    event: str,
-    scale_floor: float,
-    scale_map: str,
-    reduction: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    options = (num_components, family, event, scale_floor, scale_map, reduction)
-
-    def function(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-        *bias, target = rest
-        return reference.linear_mixture_nll(
-            hidden, weight, bias[0] if bias else None, target, *options
-        )
-
-    inputs = [t for t in (hidden, weight, bias, target) if t is not None]
-    return recomputed_gradients(function, inputs, needs, [grad])
+def _reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    result = reference.linear_mixture_nll_and_gradients(hidden, weight, bias, target, *options)
+    check_finite_target("linear_mixture_nll", target, result[0])
+    return result
 
 
+def _unsupported(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+) -> list[str]:
+    others = {hidden.dtype, target.dtype} - FLOAT32_KERNEL_DTYPES
+    return [f"computes in float32, got {dtype}" for dtype in others]
+
+
+_FOLDER = "jepa_fast.ops.linear_mixture_nll"
+
+# The forward pass has a token's outputs at hand, so it leaves the gradients but for the factor from
+# above: [T, P] outputs are never kept, nor made twice.
 FORWARD = Operator(
     "linear_mixture_nll(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "int num_components, str family, str event, float scale_floor, str scale_map, str reduction, "
-    "str backend) -> Tensor",
+    "bool[] needs, str backend) -> (Tensor, Tensor[])",
     fake=_fake,
     backends={
-        "reference": Backend("jepa_fast.ops.linear_mixture_nll.reference:linear_mixture_nll")
+        "triton": Backend(f"{_FOLDER}.triton:linear_mixture_nll", _unsupported),
+        "cpu": Backend(f"{_FOLDER}.native:linear_mixture_nll", _unsupported),
+        "reference": Backend(f"{__name__}:_reference"),
     },
-)
-BACKWARD = Operator(
-    "linear_mixture_nll_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor target, int num_components, str family, str event, float scale_floor, str scale_map, "
-    "str reduction, bool[] needs, str backend) -> Tensor[]",
-    fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:reference_backward")},
 )

@@ -23,17 +23,19 @@ class _MixtureNll(OperatorFunction):
     @staticmethod
     def forward(
         target: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *options: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         return contract.FORWARD.call(target, logits, loc, log_scale, *options)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.family, ctx.event, ctx.scale_floor, ctx.scale_map, ctx.backend = inputs
-        ctx.save_for_backward(*tensors)
+        _, posterior = output
+        ctx.mark_non_differentiable(posterior)
+        ctx.save_for_backward(*tensors, posterior)
 
     @staticmethod
     @differentiable_once("mixture_nll")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
         options = (ctx.family, ctx.event, ctx.scale_floor, ctx.scale_map)
         grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, *options, needs, ctx.backend)
@@ -76,7 +78,8 @@ def mixture_nll(
 
     Raises:
         TypeError: an argument is not a floating tensor.
-        ValueError: a shape does not fit, an unknown name, a floor that is not positive.
+        ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
+            target that is NaN or infinite (a GPU gives NaN or infinity).
         BackendError: the requested backend cannot serve the call.
 
     Source: mixture density networks, Bishop 1994; logistic components, Salimans et al. 2017
@@ -87,9 +90,10 @@ def mixture_nll(
     check_floating("mixture_nll", "target", target)
     check_same_size("mixture_nll", "target", target, 0, "loc", loc, 0)
     check_same_size("mixture_nll", "target", target, 1, "loc", loc, 2)
-    return _MixtureNll.apply(
+    nll, _ = _MixtureNll.apply(
         target, logits, loc, log_scale, family, event, scale_floor, scale_map, backend
     )
+    return nll
 
 
 def mixture_sample(

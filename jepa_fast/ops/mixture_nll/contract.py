@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from jepa_fast.ops._autograd import recomputed_gradients
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, check_finite_target
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.mixture_nll import reference
 
@@ -20,9 +22,31 @@ def _fake(
     event: str,
     scale_floor: float,
     scale_map: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     dtype = reference.compute_dtype(target, logits, loc, log_scale)
-    return target.new_empty(target.shape[0], dtype=dtype)
+    posterior = reference.empty_posterior(target, loc, event, dtype)
+    return target.new_empty(target.shape[0], dtype=dtype), posterior
+
+
+def _reference(target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    nll, posterior = reference.mixture_nll_and_posterior(target, *arguments)
+    check_finite_target("mixture_nll", target, nll)
+    return nll, posterior
+
+
+def _unsupported(
+    target: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *options: Any
+) -> list[str]:
+    return _float32_only(target, logits, loc, log_scale)
+
+
+def _unsupported_backward(grad: Tensor, *arguments: Any) -> list[str]:
+    return _unsupported(*arguments)
+
+
+def _float32_only(*tensors: Tensor) -> list[str]:
+    others = {t.dtype for t in tensors} - FLOAT32_KERNEL_DTYPES
+    return [f"computes in float32, got {dtype}" for dtype in others]
 
 
 def _fake_backward(
@@ -31,6 +55,7 @@ def _fake_backward(
     logits: Tensor,
     loc: Tensor,
     log_scale: Tensor,
+    posterior: Tensor,
     family: str,
     event: str,
     scale_floor: float,
@@ -47,6 +72,7 @@ def reference_backward(
     logits: Tensor,
     loc: Tensor,
     log_scale: Tensor,
+    posterior: Tensor,
     family: str,
     event: str,
     scale_floor: float,
@@ -61,16 +87,28 @@ def reference_backward(
     return recomputed_gradients(function, (target, logits, loc, log_scale), needs, [grad])
 
 
+_FOLDER = "jepa_fast.ops.mixture_nll"
+
 FORWARD = Operator(
     "mixture_nll(Tensor target, Tensor logits, Tensor loc, Tensor log_scale, str family, "
-    "str event, float scale_floor, str scale_map, str backend) -> Tensor",
+    "str event, float scale_floor, str scale_map, str backend) -> (Tensor, Tensor)",
     fake=_fake,
-    backends={"reference": Backend("jepa_fast.ops.mixture_nll.reference:mixture_nll")},
+    backends={
+        "triton": Backend(f"{_FOLDER}.triton:mixture_nll", _unsupported),
+        "cpu": Backend(f"{_FOLDER}.native:mixture_nll", _unsupported),
+        "reference": Backend(f"{__name__}:_reference"),
+    },
 )
+# Of joint events the forward pass leaves the posterior of the components: without it, parameters
+# would have to be read twice.
 BACKWARD = Operator(
     "mixture_nll_backward(Tensor grad, Tensor target, Tensor logits, Tensor loc, "
-    "Tensor log_scale, str family, str event, float scale_floor, str scale_map, bool[] needs, "
-    "str backend) -> Tensor[]",
+    "Tensor log_scale, Tensor posterior, str family, str event, float scale_floor, str scale_map, "
+    "bool[] needs, str backend) -> Tensor[]",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:reference_backward")},
+    backends={
+        "triton": Backend(f"{_FOLDER}.triton:mixture_nll_backward", _unsupported_backward),
+        "cpu": Backend(f"{_FOLDER}.native:mixture_nll_backward", _unsupported_backward),
+        "reference": Backend(f"{__name__}:reference_backward"),
+    },
 )

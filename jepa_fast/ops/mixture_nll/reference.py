@@ -41,6 +41,22 @@ def mixture_nll(
     scale_map: str,
 ) -> Tensor:
     """[T] from target [T, D], logits [T, K] or [T, K, D], loc and log_scale [T, K, D]."""
+    return mixture_nll_and_posterior(
+        target, logits, loc, log_scale, family, event, scale_floor, scale_map
+    )[0]
+
+
+def mixture_nll_and_posterior(
+    target: Tensor,
+    logits: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+    family: str,
+    event: str,
+    scale_floor: float,
+    scale_map: str,
+) -> tuple[Tensor, Tensor]:
+    """(nll [T], the components' posterior [T, K]); [T, 0] where every coordinate has its own."""
     dtype = compute_dtype(target, logits, loc, log_scale)
     scale = component_scale(log_scale.to(dtype), scale_floor, scale_map)  # [T, K, D]
     z = (target.to(dtype).unsqueeze(1) - loc.to(dtype)) / scale
@@ -51,8 +67,16 @@ def mixture_nll(
     log_density = log_density - scale.log()
     log_weight = logits.to(dtype).log_softmax(1)
     if event == "joint":
-        return -torch.logsumexp(log_weight + log_density.sum(-1), 1)
-    return -torch.logsumexp(log_weight + log_density, 1).sum(-1)
+        joint = log_weight + log_density.sum(-1)
+        return -torch.logsumexp(joint, 1), joint.detach().softmax(1)
+    nll = -torch.logsumexp(log_weight + log_density, 1).sum(-1)
+    return nll, empty_posterior(target, loc, event, dtype)
+
+
+def empty_posterior(target: Tensor, loc: Tensor, event: str, dtype: torch.dtype) -> Tensor:
+    """Room for the posterior that the forward pass leaves."""
+    components = loc.shape[1] if event == "joint" else 0
+    return target.new_empty(target.shape[0], components, dtype=dtype)
 
 
 def mixture_mean(logits: Tensor, loc: Tensor) -> Tensor:

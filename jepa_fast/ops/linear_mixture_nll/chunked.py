@@ -1,0 +1,90 @@
+"""A linear layer and the likelihood of its outputs, with the gradients, in chunks of tokens.
+
+The outputs of one chunk exist at a time. Their gradients take their places, go through the layer's
+products and are gone: nothing of the size of all outputs is ever there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from jepa_fast.ops.linear_mixture_nll.reference import empty_gradients, factors
+from jepa_fast.ops.mixture_nll.reference import split_mixture_parameters
+
+_CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 128 << 20}
+"""Of outputs: on a CPU its last cache holds them between the products, a GPU is filled by them."""
+
+
+def in_chunks(
+    mixture_nll: Callable[..., tuple[Tensor, Tensor]],
+    mixture_nll_and_gradients_: Callable[..., Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    num_components: int,
+    family: str,
+    event: str,
+    scale_floor: float,
+    scale_map: str,
+    reduction: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """As `reference.linear_mixture_nll_and_gradients`, by a backend's two functions."""
+    tokens, width = target.shape
+    options = (family, event, scale_floor, scale_map)
+    inner, outer = factors(reduction, tokens, hidden.dtype)
+    grads = empty_gradients(hidden, weight, bias, target, needs)
+    present = iter(grads)
+    grad_hidden, grad_weight, grad_bias, grad_target = (
+        next(present) if need else None for need in needs
+    )
+    step = _tokens_at_once(hidden, len(weight))
+    room = hidden.new_empty(min(step, tokens), len(weight))
+    nll = hidden.new_empty(tokens, dtype=torch.float32)
+    for first in range(0, tokens, step):
+        part = slice(first, first + step)
+        inputs = hidden[part]
+        outputs = room[: len(inputs)]
+        if bias is None:
+            torch.mm(inputs, weight.T, out=outputs)
+        else:
+            torch.addmm(bias, inputs, weight.T, out=outputs)
+        parameters = split_mixture_parameters(outputs, num_components, width, event)
+        if grad_hidden is grad_weight is grad_bias is grad_target is None:
+            nll[part], _ = mixture_nll(target[part], *parameters, *options)
+            continue
+        to_target = None if grad_target is None else grad_target[part]
+        nll[part] = mixture_nll_and_gradients_(
+            target[part], *parameters, *options, inner, to_target
+        )
+        if grad_hidden is not None:
+            _product(outputs, weight, grad_hidden[part], is_first=True)
+        if grad_weight is not None:
+            _product(outputs.T, inputs, grad_weight, is_first=first == 0)
+        if grad_bias is not None:
+            sums = outputs.sum(0, dtype=torch.float32)
+            grad_bias.copy_(sums) if first == 0 else grad_bias.add_(sums)
+    if tokens == 0 or outer != 1:
+        for grad in grads:
+            grad.mul_(outer) if tokens else grad.zero_()
+    return (nll.sum(dtype=torch.float64) * (inner * outer)).to(torch.float32), grads
+
+
+def _product(left: Tensor, right: Tensor, total: Tensor, is_first: bool) -> None:
+    """Puts `left @ right` into `total`, in float32; adds it where it is not the first."""
+    if left.dtype != total.dtype:
+        product = left @ right
+        total.copy_(product) if is_first else total.add_(product)
+    elif is_first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
+
+
+def _tokens_at_once(hidden: Tensor, outputs: int) -> int:
+    room = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
+    return max(64, room // max(1, outputs * hidden.element_size()))
