@@ -14,7 +14,7 @@ from torch import Tensor
 from jepa_fast.ops.linear_mixture_nll.reference import empty_gradients, factors
 from jepa_fast.ops.mixture_nll.reference import split_mixture_parameters
 
-_CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 128 << 20}
+_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 128 << 20}
 """Of outputs: on a CPU its last cache holds them between the products, a GPU is filled by them."""
 
 
