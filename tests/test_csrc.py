@@ -24,6 +24,7 @@ _EXPONENTIAL = """
     for (long i = 0; i < count; ++i) y[i] = jepa_fast::name(x[i]); \\
   }
 LOOP(exponential) LOOP(logarithm) LOOP(softplus) LOOP(sigmoid) LOOP(hyperbolic_tangent)
+LOOP(small_exponential)
 """
 
 _PRODUCT = """
@@ -112,6 +113,9 @@ def _grid() -> Floats:
 def test_exponential_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) -> None:
     x = _grid()
     assert _units_off(_values(exponential, "exponential", x), np.exp(x.astype(np.float64))) <= 1.0
+    x = x[np.abs(x) <= 87]
+    got = _values(exponential, "small_exponential", x)
+    np.testing.assert_array_equal(got, _values(exponential, "exponential", x))
 
 
 def test_logarithm_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) -> None:

@@ -18,17 +18,14 @@ JEPA_FAST_HOST_DEVICE float power_of_two(int32_t n) {
   return power;
 }
 
-// exp(x) to 1 unit in the last place; 0 below all float32, infinity above, NaN for NaN.
-JEPA_FAST_HOST_DEVICE float exponential(float x) {
+// exp(x) / 2^n, about 1, and n, for x in [-104, 89].
+JEPA_FAST_HOST_DEVICE float reduced_exponential(float x, int32_t& n) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23, whose neighbours are the whole numbers
   constexpr int32_t kRounderBits = 0x4B400000;
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
   const float shifted = x * kLog2E + kRounder;
   const float whole = shifted - kRounder;
-  int32_t n;
   memcpy(&n, &shifted, sizeof n);
   n -= kRounderBits;
   const float r = (x - whole * kLn2High) - whole * kLn2Low;  // in [-ln 2 / 2, ln 2 / 2]
@@ -38,9 +35,25 @@ JEPA_FAST_HOST_DEVICE float exponential(float x) {
   p = p * r + 4.16664667e-2f;
   p = p * r + 1.66666672e-1f;
   p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// exp(x) to 1 unit in the last place; 0 below all float32, infinity above, NaN for NaN.
+JEPA_FAST_HOST_DEVICE float exponential(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  int32_t n;
+  const float p = reduced_exponential(x, n);
   const int32_t half = n >> 1;  // 2^n itself may be no float32 where the product is one
   return p * power_of_two(half) * power_of_two(n - half);
+}
+
+// The same in fewer steps, for x in [-kSmallExponent, kSmallExponent].
+constexpr float kSmallExponent = 87.0f;
+JEPA_FAST_HOST_DEVICE float small_exponential(float x) {
+  int32_t n;
+  const float p = reduced_exponential(x, n);
+  return p * power_of_two(n);
 }
 
 // log(x) to 1 unit in the last place; minus infinity for 0, NaN below it and for NaN.
@@ -100,7 +113,8 @@ JEPA_FAST_HOST_DEVICE float hyperbolic_tangent(float x) {
   p = p * square + 1.33314416e-1f;
   p = p * square - 3.33332807e-1f;
   const float near = size + size * (square * p);
-  const float far = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+  const float most = size > 20.0f ? 20.0f : size;  // beyond, it is 1
+  const float far = 1.0f - 2.0f / (small_exponential(2.0f * most) + 1.0f);
   return std::copysign(size < 0.625f ? near : far, x);
 }
 

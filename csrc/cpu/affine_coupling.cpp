@@ -14,26 +14,23 @@
 namespace jepa_fast {
 namespace {
 
-template <typename T>
-T exp_of(T x);
-template <>
-inline __attribute__((always_inline)) float exp_of(float x) {
-  return exponential(x);
-}
-template <>
-inline __attribute__((always_inline)) double exp_of(double x) {
-  return std::exp(x);
+// `small`: |x| is kSmallExponent at the most.
+template <bool small, typename T>
+inline __attribute__((always_inline)) T exp_of(T x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return std::exp(x);
+  } else {
+    return small ? small_exponential(x) : exponential(x);
+  }
 }
 
 template <typename T>
-T tanh_of(T x);
-template <>
-inline __attribute__((always_inline)) float tanh_of(float x) {
-  return hyperbolic_tangent(x);
-}
-template <>
-inline __attribute__((always_inline)) double tanh_of(double x) {
-  return std::tanh(x);
+inline __attribute__((always_inline)) T tanh_of(T x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return std::tanh(x);
+  } else {
+    return hyperbolic_tangent(x);
+  }
 }
 
 // All bits of a T set where a coordinate changes, none where it passes: loops need no branch then.
@@ -55,14 +52,14 @@ inline __attribute__((always_inline)) T only(T value, Bits<T> changes) {
 }
 
 // One row. `scale` is the bound of log-scales, negative for the inverse. Returns the logdet.
-template <bool inverse, typename T>
+template <bool inverse, bool small, typename T>
 JEPA_FAST_CLONES double couple_row(
     const T* x, const T* raw_scale, const T* shift, const Bits<T>* changes, int64_t width, T scale, T* y) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {
     const T t = tanh_of(only(raw_scale[i], changes[i])), b = only(shift[i], changes[i]);
-    const T factor = exp_of(scale * t);
+    const T factor = exp_of<small>(scale * t);
     y[i] = inverse ? (x[i] - b) * factor : x[i] * factor + b;
     sum += static_cast<double>(t);
   }
@@ -74,7 +71,7 @@ struct Gradients {
   T *x, *raw_scale, *shift;
 };
 
-template <bool inverse, typename T>
+template <bool inverse, bool small, typename T>
 JEPA_FAST_CLONES void couple_row_backward(
     const T* grad_y,
     T grad_logdet,
@@ -88,12 +85,21 @@ JEPA_FAST_CLONES void couple_row_backward(
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     const T t = tanh_of(only(raw_scale[i], changes[i]));
-    const T along = grad_y[i] * exp_of(scale * t);
+    const T along = grad_y[i] * exp_of<small>(scale * t);
     const T scaled = inverse ? x[i] - only(shift[i], changes[i]) : x[i];
     grads.x[i] = along;
     grads.raw_scale[i] = only((along * scaled + grad_logdet) * scale * (T(1) - t * t), changes[i]);
     grads.shift[i] = only(inverse ? -along : grad_y[i], changes[i]);
   }
+}
+
+// chooser(inverse, whether all exponents are small), as constants.
+template <typename Chooser>
+auto choose(bool inverse, double scale_bound, Chooser&& chooser) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (scale_bound <= kSmallExponent) return inverse ? chooser(yes, yes) : chooser(no, yes);
+  return inverse ? chooser(yes, no) : chooser(no, no);
 }
 
 // A matrix of any dtype whose rows have no gaps.
@@ -192,7 +198,9 @@ void affine_coupling(
     const std::vector<Bits<T>> changes = changing<T>(mask);
     const T scale = static_cast<T>(inverse ? -scale_bound : scale_bound);
     auto* const logdet = static_cast<T*>(logdets.data_ptr());
-    const auto couple = inverse ? &couple_row<true, T> : &couple_row<false, T>;
+    const auto couple = choose(inverse, scale_bound, [](auto inverse, auto small) {
+      return &couple_row<inverse(), small(), T>;
+    });
     torch::stable::parallel_for(0, xs.size(0), row_grain(x.width), [&](int64_t begin, int64_t end) {
       Row<T> from(x), scales(raw_scale), offsets(shift), to(y);
       for (int64_t r = begin; r < end; ++r) {
@@ -237,7 +245,9 @@ void affine_coupling_backward(
     const std::vector<Bits<T>> changes = changing<T>(mask);
     const T scale = static_cast<T>(inverse ? -scale_bound : scale_bound);
     const auto* const grad_logdet = static_cast<const T*>(grad_logdets.const_data_ptr());
-    const auto backward = inverse ? &couple_row_backward<true, T> : &couple_row_backward<false, T>;
+    const auto backward = choose(inverse, scale_bound, [](auto inverse, auto small) {
+      return &couple_row_backward<inverse(), small(), T>;
+    });
     torch::stable::parallel_for(0, xs.size(0), row_grain(x.width), [&](int64_t begin, int64_t end) {
       Row<T> upstream(grad_y), from(x), scales(raw_scale), offsets(shift);
       Row<T> to_x(grad_x), to_raw_scale(grad_raw_scale), to_shift(grad_shift);

@@ -93,7 +93,7 @@ class _Selected(OperatorFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy(ctx.dim, index, grad), None, None
+        return grad.new_zeros(ctx.shape).index_copy_(ctx.dim, index, grad), None, None
 
 
 def _selected(x: Tensor, dim: int, index: Tensor) -> Tensor:
