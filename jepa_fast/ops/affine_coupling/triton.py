@@ -213,23 +213,26 @@ def _block(width: int) -> int:
 def compile_cases() -> list[CompileCase]:
     """A ViT-L in float32, halves of a ViT-S under autocast, and an odd width."""
 
-    def both(x_dtype: torch.dtype, raw_dtype: torch.dtype, width: int, inverse: bool) -> None:
-        x = torch.empty(32, width, dtype=x_dtype)
+    def inputs(x_dtype: torch.dtype, raw_dtype: torch.dtype, width: int) -> list[Tensor]:
         raw_scale, shift = torch.empty(32, 2 * width, dtype=raw_dtype).chunk(2, -1)
         mask = torch.zeros(width, dtype=torch.bool)
-        affine_coupling(x, raw_scale, shift, mask, 2.0, inverse)
-        upstream, needs = torch.empty(32), (True, True, True)
-        affine_coupling_backward(x, upstream, x, raw_scale, shift, mask, 2.0, inverse, needs)
+        return [torch.empty(32, width, dtype=x_dtype), raw_scale, shift, mask]
+
+    def backward(*tensors: Tensor, inverse: bool) -> object:
+        upstream, needs = (tensors[0], torch.empty(32)), (True, True, True)
+        return affine_coupling_backward(*upstream, *tensors, 2.0, inverse, needs)
 
     brain, single = torch.bfloat16, torch.float32
-    wide: dict[str, Callable[[], object]] = {
-        "affine_coupling-float32-1024": partial(both, single, single, 1024, False),
-        "affine_coupling-bfloat16-192": partial(both, single, brain, 192, False),
-    }
-    odd: dict[str, Callable[[], object]] = {
-        "affine_coupling-float32-63-inverse": partial(both, single, single, 63, True)
-    }
-    return recorded_cases(CONFIGS, {**wide, **odd}, narrow=frozenset(odd))
+    calls: dict[str, Callable[[], object]] = {}
+    for name, tensors, inverse in (
+        ("float32-1024", inputs(single, single, 1024), False),
+        ("bfloat16-192", inputs(single, brain, 192), False),
+        ("float32-63-inverse", inputs(single, single, 63), True),
+    ):
+        calls[f"affine_coupling-{name}"] = partial(affine_coupling, *tensors, 2.0, inverse)
+        calls[f"affine_coupling_backward-{name}"] = partial(backward, *tensors, inverse=inverse)
+    odd = frozenset(name for name in calls if "-63-" in name)
+    return recorded_cases(CONFIGS, calls, narrow=odd)
 
 
 def traffic_cases() -> list[TrafficCase]:
@@ -248,7 +251,7 @@ def traffic_cases() -> list[TrafficCase]:
             Cost(read=3 * rows + width, written=rows + upstream),
         ),
         TrafficCase(
-            "affine_coupling_backward-forward",
+            "affine_coupling_backward-all-gradients",
             partial(affine_coupling_backward, grad_y, torch.ones(tokens), *inputs, needs),
             Cost(read=3 * rows + width + upstream, written=3 * rows),
         ),
