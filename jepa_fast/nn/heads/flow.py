@@ -224,7 +224,7 @@ class Coupling(nn.Module):
     def merge(self, kept: Tensor, free: Tensor) -> Tensor:
         """The inverse of `split`."""
         both = torch.cat([kept, free], 1)
-        return torch.empty_like(both).index_copy(1, torch.cat([self.kept, self.free]), both)
+        return torch.empty_like(both).index_copy_(1, torch.cat([self.kept, self.free]), both)
 
     def take_over(self, kept: Tensor, free: Tensor, other: Coupling) -> tuple[Tensor, Tensor]:
         """Split as for this coupling what is split as for the other."""
