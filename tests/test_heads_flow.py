@@ -228,6 +228,18 @@ def test_memory_free_leaves_out_gradients_that_nobody_needs() -> None:
     assert all(p.grad is not None for p in head.parameters() if p is not frozen)
 
 
+def test_memory_free_compiles_without_a_break_as_plain_autograd() -> None:
+    torch._dynamo.reset()
+    head = make_head(5, num_couplings=2, memory_free=True)
+    inputs = (torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64))
+    want = gradients(head, *inputs)
+    leaves = [x.requires_grad_() for x in inputs]
+    loss = torch.compile(head, fullgraph=True, backend="aot_eager")(*leaves)
+    got = torch.autograd.grad(loss, [*leaves, *head.parameters()])
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_memory_free_has_no_second_derivative() -> None:
     head = make_head(5, memory_free=True)
     condition = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

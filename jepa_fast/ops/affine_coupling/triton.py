@@ -213,24 +213,21 @@ def _block(width: int) -> int:
 def compile_cases() -> list[CompileCase]:
     """A ViT-L in float32, halves of a ViT-S under autocast, and an odd width."""
 
-    def inputs(x_dtype: torch.dtype, raw_dtype: torch.dtype, width: int) -> list[Tensor]:
-        raw_scale, shift = torch.empty(32, 2 * width, dtype=raw_dtype).chunk(2, -1)
-        mask = torch.zeros(width, dtype=torch.bool)
-        return [torch.empty(32, width, dtype=x_dtype), raw_scale, shift, mask]
-
-    def backward(*tensors: Tensor, inverse: bool) -> object:
-        upstream, needs = (tensors[0], torch.empty(32)), (True, True, True)
-        return affine_coupling_backward(*upstream, *tensors, 2.0, inverse, needs)
-
     brain, single = torch.bfloat16, torch.float32
+    upstream, needs = torch.empty(32), (True, True, True)
     calls: dict[str, Callable[[], object]] = {}
-    for name, tensors, inverse in (
-        ("float32-1024", inputs(single, single, 1024), False),
-        ("bfloat16-192", inputs(single, brain, 192), False),
-        ("float32-63-inverse", inputs(single, single, 63), True),
+    for name, raw_dtype, width, inverse in (
+        ("float32-1024", single, 1024, False),
+        ("bfloat16-192", brain, 192, False),
+        ("float32-63-inverse", single, 63, True),
     ):
-        calls[f"affine_coupling-{name}"] = partial(affine_coupling, *tensors, 2.0, inverse)
-        calls[f"affine_coupling_backward-{name}"] = partial(backward, *tensors, inverse=inverse)
+        x, mask = torch.empty(32, width), torch.zeros(width, dtype=torch.bool)
+        raw_scale, shift = torch.empty(32, 2 * width, dtype=raw_dtype).chunk(2, -1)
+        inputs = (x, raw_scale, shift, mask, 2.0, inverse)
+        calls[f"affine_coupling-{name}"] = partial(affine_coupling, *inputs)
+        calls[f"affine_coupling_backward-{name}"] = partial(
+            affine_coupling_backward, x, upstream, *inputs, needs
+        )
     odd = frozenset(name for name in calls if "-63-" in name)
     return recorded_cases(CONFIGS, calls, narrow=odd)
 
