@@ -31,7 +31,8 @@ _EXPONENTIAL = """
   extern "C" void name(const float* x, float* y, long count) { \\
     for (long i = 0; i < count; ++i) y[i] = jepa_fast::name(x[i]); \\
   }
-LOOP(exponential) LOOP(exponential_of_negative) LOOP(logarithm) LOOP(softplus) LOOP(sigmoid)
+LOOP(exponential) LOOP(small_exponential) LOOP(exponential_of_negative) LOOP(logarithm)
+LOOP(softplus) LOOP(sigmoid) LOOP(hyperbolic_tangent)
 """
 
 _PRODUCT = """
@@ -120,6 +121,9 @@ def _grid() -> Floats:
 def test_exponential_is_off_by_one_unit_at_the_most(exponential: ctypes.CDLL) -> None:
     x = _grid()
     assert _units_off(_values(exponential, "exponential", x), np.exp(x.astype(np.float64))) <= 1.0
+    x = x[np.abs(x) <= 87]
+    got = _values(exponential, "small_exponential", x)
+    np.testing.assert_array_equal(got, _values(exponential, "exponential", x))
 
 
 def test_exponential_of_negative_numbers(exponential: ctypes.CDLL) -> None:
@@ -153,6 +157,14 @@ def test_sigmoid_is_off_by_three_units_at_the_most(exponential: ctypes.CDLL) -> 
     assert _units_off(_values(exponential, "sigmoid", x), want) <= 3.0
 
 
+def test_hyperbolic_tangent_is_off_by_three_units_at_the_most(exponential: ctypes.CDLL) -> None:
+    near = np.linspace(-1, 1, 1_000_003, dtype=np.float32)
+    x = np.concatenate([_grid(), near])
+    got = _values(exponential, "hyperbolic_tangent", x)
+    assert _units_off(got, np.tanh(x.astype(np.float64))) <= 3.0
+    assert np.array_equal(np.signbit(got), np.signbit(x))
+
+
 def test_the_exponentials_ends(exponential: ctypes.CDLL) -> None:
     inf, nan = np.inf, np.nan
     x = np.array([0, -0.0, inf, -inf, nan, 88.8, 3e38, -104.1, -3e38, 1e-45], np.float32)
@@ -163,6 +175,8 @@ def test_the_exponentials_ends(exponential: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(_values(exponential, "softplus", given), want)
     want = np.array([1, 0, nan], np.float32)
     np.testing.assert_array_equal(_values(exponential, "sigmoid", given[:3]), want)
+    want = np.array([1, -1, nan, 1], np.float32)
+    np.testing.assert_array_equal(_values(exponential, "hyperbolic_tangent", given), want)
 
 
 def test_the_logarithms_ends(exponential: ctypes.CDLL) -> None:

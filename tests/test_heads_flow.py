@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from jepa_fast.nn.heads import CouplingFlowHead, FlowMatchingHead
 from jepa_fast.nn.heads.flow import ActNorm
 
 
-def make_head(target_dim: int = 5, **options) -> CouplingFlowHead:
+def make_head(target_dim: int = 5, **options: Any) -> CouplingFlowHead:
     torch.manual_seed(0)
     head = CouplingFlowHead(4, target_dim, hidden_dim=8, **options).double()
     with torch.no_grad():  # away from the identity, where it starts
@@ -37,11 +39,28 @@ def test_logdet_and_inverse(masks: str, width: int) -> None:
         torch.testing.assert_close(torch.linalg.slogdet(matrix).logabsdet, logdet[i])
 
 
-def test_inverse_in_float32() -> None:
-    head = make_head(16).float()
-    condition, z = torch.randn(8, 4), torch.randn(8, 16)
-    u, _ = head.to_noise(z, condition)
-    assert (head.from_noise(u, condition) - z).abs().max() < 1e-5
+def as_if_trained(**options: Any) -> CouplingFlowHead:
+    """A head of the usual size whose scales and shifts vary by about 0.24, ten times as much as
+    those after some hundred steps.
+    """
+    torch.manual_seed(0)
+    head = CouplingFlowHead(384, 384, **options)
+    with torch.no_grad():
+        for coupling in head.couplings:
+            nn.init.normal_(coupling.output.weight, std=2 * coupling.output.in_features**-0.5)
+    head(torch.randn(64, 384), torch.randn(64, 384))  # sets the norms
+    return head
+
+
+@pytest.mark.parametrize("masks", ["alternate", "random"])
+def test_inverse_in_float32_of_a_stack_as_if_trained(masks: str) -> None:
+    head = as_if_trained(masks=masks).eval()
+    condition, z = torch.randn(64, 384), torch.randn(64, 384)
+    with torch.no_grad():
+        u, _ = head.to_noise(z, condition)
+        back = head.from_noise(u, condition)
+    assert (u - z).std() > 0.5  # the flow does something
+    assert (back - z).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("width", [5, 6])
@@ -61,6 +80,41 @@ def test_masks_are_halves_and_complements(width: int) -> None:
     assert not torch.equal(*masks)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.couplings[0].mask, first.couplings[0].mask)
+    nn.init.normal_(first.couplings[1].output.weight)
+    second.load_state_dict(first.state_dict())
+    z, condition = torch.randn(3, width), torch.randn(3, 4)
+    for got, want in zip(
+        second.eval().to_noise(z, condition), first.eval().to_noise(z, condition), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_networks_read_what_passes_and_write_what_changes() -> None:
+    """The parameters are those of whole layers; what a mask leaves out of them has no effect."""
+    head = make_head(5)
+    names = {name for name, _ in head.couplings[0].named_parameters()}
+    layers = ("from_target", "hidden", "output")
+    assert names == {f"{n}.{p}" for n in layers for p in ("weight", "bias")} | {
+        "from_condition.weight"
+    }
+    coupling = head.couplings[0]
+    assert coupling.from_target.weight.shape == (8, 5)
+    assert coupling.output.weight.shape == (10, 8)
+    condition, z = torch.randn(2, 3, 5, dtype=torch.float64).split([1, 1])
+    condition, z = condition[0, :, :4], z[0]
+    head(condition, z).backward()
+    mask, both = coupling.mask, torch.cat([coupling.mask, coupling.mask])
+    assert coupling.from_target.weight.grad[:, mask].all()
+    assert not coupling.from_target.weight.grad[:, ~mask].any()
+    assert coupling.output.weight.grad[~both].all()
+    assert not coupling.output.weight.grad[both].any()
+    before = head.to_noise(z, condition)
+    with torch.no_grad():
+        coupling.from_target.weight[:, ~mask] = math.nan
+        coupling.output.weight[both] = math.nan
+        coupling.output.bias[both] = math.nan
+    for got, want in zip(head.to_noise(z, condition), before, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -85,7 +139,153 @@ def test_loss_is_the_likelihood_and_has_exact_gradients() -> None:
     target = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     log_prob = head.distribution(condition).log_prob(target)
     torch.testing.assert_close(head(condition, target), -log_prob.mean() / 3)
-    assert torch.autograd.gradcheck(head, (condition, target))
+    for head.memory_free in (False, True):
+        assert torch.autograd.gradcheck(head, (condition, target))
+
+
+# The backward pass through the inverse.
+
+
+def gradients(head: CouplingFlowHead, *inputs: Tensor, scale: float = 1.0) -> list[Tensor]:
+    """Of the loss, for condition, target and all parameters."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return list(torch.autograd.grad(head(*leaves) * scale, [*leaves, *head.parameters()]))
+
+
+@pytest.mark.parametrize("masks", ["alternate", "random"])
+@pytest.mark.parametrize("width", [1, 2, 5, 6])
+def test_memory_free_gradients_are_those_of_autograd(masks: str, width: int) -> None:
+    head = make_head(width, masks=masks)
+    condition = torch.randn(7, 4, dtype=torch.float64)
+    target = torch.randn(7, width, dtype=torch.float64)
+    want = gradients(head, condition, target, scale=3.0)
+    head.memory_free = True
+    got = gradients(head, condition, target, scale=3.0)
+    assert sum(float(grad.abs().sum()) for grad in want) > 1
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("masks", ["alternate", "random"])
+def test_memory_free_gradients_in_float32_are_off_by_the_inverses_rounding(masks: str) -> None:
+    head = as_if_trained(masks=masks)
+    inputs = torch.randn(64, 384), torch.randn(64, 384)
+    exact = gradients(copy.deepcopy(head).double(), *(x.double() for x in inputs))
+    plain = gradients(head, *inputs)
+    head.memory_free = True
+    for got, eager, want in zip(gradients(head, *inputs), plain, exact, strict=True):
+        assert (got - want).norm() <= 2 * (eager - want).norm() + 1e-7 * want.norm()
+    assert not all(torch.equal(a, b) for a, b in zip(gradients(head, *inputs), plain, strict=True))
+
+
+def test_memory_free_saves_as_much_for_many_couplings_as_for_one() -> None:
+    """Beside the parameters and what of them counts."""
+    tokens, kept = 1000, {}
+
+    def saved_rows(couplings: int, memory_free: bool) -> int:
+        head = CouplingFlowHead(4, 6, couplings, hidden_dim=8, memory_free=memory_free)
+        found: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if tokens in x.shape:
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        condition = torch.randn(tokens, 4, requires_grad=True)
+        target = torch.randn(tokens, 6)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            head(condition, target)
+        return sum(found.values())
+
+    for couplings in (1, 8):
+        kept[couplings] = saved_rows(couplings, memory_free=True)
+    assert kept[8] == kept[1]
+    assert saved_rows(8, memory_free=False) > 5 * kept[8]
+
+
+def test_memory_free_computes_again_what_the_forward_pass_computed_under_autocast() -> None:
+    head = as_if_trained(memory_free=True)
+    inputs = torch.randn(64, 384), torch.randn(64, 384)
+    exact = gradients(copy.deepcopy(head).double(), *(x.double() for x in inputs))
+    errors = []
+    for head.memory_free in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            leaves = [x.requires_grad_() for x in inputs]
+            loss = head(*leaves)
+        grads = torch.autograd.grad(loss, [*leaves, *head.parameters()])
+        errors.append([(g - e).norm() / e.norm() for g, e in zip(grads, exact, strict=True)])
+        assert all(g.dtype == torch.float32 for g in grads)
+    for plain, inverted in zip(*errors, strict=True):
+        assert 1e-4 < inverted < 1.5 * plain
+
+
+def test_memory_free_leaves_out_gradients_that_nobody_needs() -> None:
+    head = make_head(5, memory_free=True)
+    frozen = head.couplings[0].hidden.weight.requires_grad_(False)
+    condition = torch.randn(3, 4, dtype=torch.float64)
+    head(condition, torch.randn(3, 5, dtype=torch.float64)).backward()
+    assert frozen.grad is None
+    assert all(p.grad is not None for p in head.parameters() if p is not frozen)
+
+
+def test_memory_free_compiles_without_a_break_as_plain_autograd() -> None:
+    torch._dynamo.reset()
+    head = make_head(5, num_couplings=2, memory_free=True)
+    inputs = (torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64))
+    want = gradients(head, *inputs)
+    leaves = [x.requires_grad_() for x in inputs]
+    loss = torch.compile(head, fullgraph=True, backend="aot_eager")(*leaves)
+    got = torch.autograd.grad(loss, [*leaves, *head.parameters()])
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_memory_free_has_no_second_derivative() -> None:
+    head = make_head(5, memory_free=True)
+    condition = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    loss = head(condition, torch.randn(3, 5, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(loss, condition, create_graph=True)
+    with pytest.raises(RuntimeError, match="set its memory_free to False"):
+        grad.sum().backward()
+
+
+# Targets that are too far out.
+
+
+def test_evaluation_names_the_first_token_without_a_density() -> None:
+    head = make_head(5).float()
+    condition, z = torch.randn(4, 4), torch.randn(4, 5)
+    distribution = head.distribution(condition)
+    z[2, 3] = 1e25
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError,
+            match=r"finite density, 1 of 4 have none: z\[2\] lies too far out for torch\.float32, "
+            r"its largest \|coordinate\| is 1e\+25",
+        ):
+            distribution.log_prob(z)
+        assert distribution.log_prob(z[:2].repeat(2, 1)).isfinite().all()
+        z[1, 0] = math.inf
+        with pytest.raises(ValueError, match=r"2 of 4 have none: z\[1\] is not finite itself"):
+            distribution.log_prob(z)
+
+
+@pytest.mark.parametrize("memory_free", [False, True])
+def test_training_counts_targets_without_a_density(memory_free: bool) -> None:
+    """The loss says so, too, at which the trainer stops."""
+    head = make_head(5, memory_free=memory_free).float().train()
+    condition, target = torch.randn(4, 4), torch.randn(4, 5)
+    assert head(condition, target).isfinite()
+    assert head.overflows.item() == 0
+    target[1:3] = 1e30
+    for times in (1, 2):
+        assert not head(condition, target).isfinite()
+        assert head.overflows.item() == 2 * times
+    assert "overflows" not in head.state_dict()
+    with torch.no_grad():
+        head.overflows.zero_()
+    assert head(condition, target[:1].expand(4, 5)).isfinite()
+    assert head.overflows.item() == 0
 
 
 def test_actnorm_is_set_by_the_first_training_batch_only() -> None:

@@ -1,5 +1,5 @@
-// exp, log and what is made of them, in float32, for loops that are to be vectorised: no branches, no tables
-// and no calls.
+// exp, log and what is made of them, in float32, for loops that are to be vectorised: no branches, no
+// tables and no calls.
 #pragma once
 
 #include <cmath>
@@ -18,8 +18,8 @@ JEPA_FAST_HOST_DEVICE float power_of_two(int32_t n) {
   return power;
 }
 
-// x = n ln 2 + r with a whole n and r in [-ln 2 / 2, ln 2 / 2]: exp(r) to 1 unit in the last place.
-JEPA_FAST_HOST_DEVICE float exponential_of_rest(float x, int32_t& n) {
+// exp(x) / 2^n, about 1, and n, for x in [-104, 89].
+JEPA_FAST_HOST_DEVICE float reduced_exponential(float x, int32_t& n) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23, whose neighbours are the whole numbers
@@ -43,18 +43,23 @@ JEPA_FAST_HOST_DEVICE float exponential(float x) {
   x = x < -104.0f ? -104.0f : x;
   x = x > 89.0f ? 89.0f : x;
   int32_t n;
-  const float p = exponential_of_rest(x, n);
+  const float p = reduced_exponential(x, n);
   const int32_t half = n >> 1;  // 2^n itself may be no float32 where the product is one
   return p * power_of_two(half) * power_of_two(n - half);
 }
 
-// exp(x) of x <= 0, in fewer instructions; 0 instead of subnormal numbers.
-JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
-  constexpr float kLowest = -87.0f;
+// The same in fewer steps, for x in [-kSmallExponent, kSmallExponent].
+constexpr float kSmallExponent = 87.0f;
+JEPA_FAST_HOST_DEVICE float small_exponential(float x) {
   int32_t n;
-  const float p = exponential_of_rest(x < kLowest ? kLowest : x, n);
-  const float result = p * power_of_two(n);
-  return x < kLowest ? 0.0f : result;
+  const float p = reduced_exponential(x, n);
+  return p * power_of_two(n);
+}
+
+// exp(x) of x <= 0, in few steps; 0 instead of subnormal numbers.
+JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
+  const float result = small_exponential(x < -kSmallExponent ? -kSmallExponent : x);
+  return x < -kSmallExponent ? 0.0f : result;
 }
 
 // log(x) to 1 unit in the last place; minus infinity for 0, NaN below it and for NaN.
@@ -102,6 +107,21 @@ JEPA_FAST_HOST_DEVICE float softplus(float x) {
   p = p * square + 1.0f / 3;
   const float log1p = 2.0f * (s + s * square * p);
   return (x < 0 ? 0.0f : x) + log1p;
+}
+
+// tanh(x), to 3 units in the last place.
+JEPA_FAST_HOST_DEVICE float hyperbolic_tangent(float x) {
+  const float size = std::fabs(x), square = x * x;
+  // Near 0 the exponential's form would cancel.
+  float p = -5.70498174e-3f;  // (tanh(x) / x - 1) / x^2, the greatest relative error of tanh least
+  p = p * square + 2.06390824e-2f;
+  p = p * square - 5.37397154e-2f;
+  p = p * square + 1.33314416e-1f;
+  p = p * square - 3.33332807e-1f;
+  const float near = size + size * (square * p);
+  const float most = size > 20.0f ? 20.0f : size;  // beyond, it is 1
+  const float far = 1.0f - 2.0f / (small_exponential(2.0f * most) + 1.0f);
+  return std::copysign(size < 0.625f ? near : far, x);
 }
 
 // 1 / (1 + exp(-x)).

@@ -13,11 +13,18 @@ from jepa_fast.ops.affine_coupling import contract
 
 
 class _AffineCoupling(OperatorFunction):
+    # Without *arguments, which torch.compile gets wrong where nothing takes a gradient.
     @staticmethod
     def forward(
-        x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, *options: Any
+        x: Tensor,
+        raw_scale: Tensor,
+        shift: Tensor,
+        mask: Tensor,
+        scale_bound: float,
+        inverse: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return contract.FORWARD.call(x, raw_scale, shift, mask, *options)
+        return contract.FORWARD.call(x, raw_scale, shift, mask, scale_bound, inverse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

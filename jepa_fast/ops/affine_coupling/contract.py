@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import recomputed_gradients
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.affine_coupling import reference
+
+_WIDEST = 8192  # columns that a Triton program holds in registers
 
 
 def _fake(
     x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, scale_bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=dtype)
+    return reference.empty_outputs(x)
 
 
 def _fake_backward(
@@ -30,37 +31,51 @@ def _fake_backward(
     inverse: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    inputs = (x, raw_scale, shift)
-    return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
+    return reference.empty_gradients((x, raw_scale, shift), needs)
 
 
-def reference_backward(
-    grad_y: Tensor,
-    grad_logdet: Tensor,
-    x: Tensor,
-    raw_scale: Tensor,
-    shift: Tensor,
-    mask: Tensor,
-    scale_bound: float,
-    inverse: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    def function(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.affine_coupling(x, raw_scale, shift, mask, scale_bound, inverse)
-
-    return recomputed_gradients(function, (x, raw_scale, shift), needs, (grad_y, grad_logdet))
+def _unsupported(x: Tensor, raw_scale: Tensor, shift: Tensor, *rest: object) -> list[str]:
+    return only_kernel_dtypes(x, raw_scale, shift)
 
 
+def _unsupported_backward(grad_y: Tensor, grad_logdet: Tensor, *rest: Any) -> list[str]:
+    return only_kernel_dtypes(grad_y, *rest[:3])
+
+
+def _unsupported_triton(x: Tensor, raw_scale: Tensor, shift: Tensor, *rest: object) -> list[str]:
+    reasons = _unsupported(x, raw_scale, shift)
+    if not reasons and x.dtype not in FLOAT32_KERNEL_DTYPES:
+        reasons.append(f"takes x in float32, bfloat16 and float16, got {x.dtype}")
+    if x.shape[1] > _WIDEST:
+        reasons.append(f"takes up to {_WIDEST} columns, got {x.shape[1]}")
+    return reasons
+
+
+def _unsupported_triton_backward(grad_y: Tensor, grad_logdet: Tensor, *rest: Any) -> list[str]:
+    return _unsupported_triton(*rest)
+
+
+_FOLDER = "jepa_fast.ops.affine_coupling"
 FORWARD = Operator(
     "affine_coupling(Tensor x, Tensor raw_scale, Tensor shift, Tensor mask, float scale_bound, "
     "bool inverse, str backend) -> (Tensor, Tensor)",
     fake=_fake,
-    backends={"reference": Backend("jepa_fast.ops.affine_coupling.reference:affine_coupling")},
+    backends={
+        "triton": Backend(f"{_FOLDER}.triton:affine_coupling", _unsupported_triton),
+        "cpu": Backend(f"{_FOLDER}.native:affine_coupling", _unsupported),
+        "reference": Backend(f"{_FOLDER}.reference:affine_coupling"),
+    },
 )
 BACKWARD = Operator(
     "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor raw_scale, "
     "Tensor shift, Tensor mask, float scale_bound, bool inverse, bool[] needs, str backend) "
     "-> Tensor[]",
     fake=_fake_backward,
-    backends={"reference": Backend(f"{__name__}:reference_backward")},
+    backends={
+        "triton": Backend(
+            f"{_FOLDER}.triton:affine_coupling_backward", _unsupported_triton_backward
+        ),
+        "cpu": Backend(f"{_FOLDER}.native:affine_coupling_backward", _unsupported_backward),
+        "reference": Backend(f"{_FOLDER}.reference:affine_coupling_backward"),
+    },
 )
