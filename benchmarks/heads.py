@@ -536,7 +536,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         pits.stairs(density, edges, color=colours[name], label=name)
     pits.axhline(1, color="0.4", linewidth=1, linestyle="--")
     pits.set(
-        title="rank of held-out targets among samples", xlabel="rank", ylabel="density", ylim=(0, 3)
+        title="rank of held-out targets among samples",
+        xlabel="rank",
+        ylabel="density",
+        ylim=(0, None),
     )
     pits.legend(fontsize=7, frameon=False)
 
@@ -553,7 +556,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for probe, shares in results["untrained"].items():
         mean = 100 * fmean(shares)
         accuracies.axhline(mean, color="0.4", linewidth=1, linestyle="--")
-        accuracies.annotate(f"{probe}, untrained", (0, mean), fontsize=7, va="bottom")
+        accuracies.annotate(f"{probe}, untrained", (-0.5, mean), fontsize=7, va="bottom")
     accuracies.set(title="linear probe (plain) and kNN (hatched), %")
     for axes in (likelihoods, accuracies):
         axes.tick_params(axis="x", rotation=30, labelsize=7)

@@ -141,7 +141,7 @@ def test_results_have_names_of_their_own() -> None:
 
 
 class Wide(UnitNormal):
-    """Believes in half as much as there is, and samples what it believes."""
+    """Samples lie twice as far apart as its density says."""
 
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
         return self.loc + 2 * self._normal(n, generator)
