@@ -158,9 +158,17 @@ def compare(options: argparse.Namespace, names: Sequence[str]) -> None:
 
     # By seeds first: what was interrupted has all variants.
     wanted = [(name, seed) for seed in range(options.seeds) for name in names]
-    first = wanted[0]  # its encoder begins as all do, so it stands for all without training
+
+    def run(of: tuple[str, int]) -> dict[str, Any]:
+        name, seed = of
+        # All encoders begin alike, so the first stands for all without training.
+        result = runs[name].result(seed, with_untrained=of == wanted[0])
+        minutes = (time.perf_counter() - began) / 60
+        print(f"{name}, seed {seed}: there after {minutes:.0f} minutes", flush=True)
+        return result
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(lambda of: runs[of[0]].result(of[1], of == first), wanted))
+        found = list(pool.map(run, wanted))
     steps = {run["step"] for run in found}
     if len(steps) != 1:
         raise RuntimeError(f"the variants took different numbers of steps: {sorted(steps)}")
@@ -287,7 +295,6 @@ class Runs:
             if self.recipe["model"]["method"] == "probijepa":
                 self._python(__file__, "--measure", run)
             write_json(result, _result(run))
-            print(f"{run.name}: done", flush=True)
         return _read(result)
 
     def _python(self, *arguments: object) -> None:
