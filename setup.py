@@ -64,7 +64,7 @@ class BuildPython(build_py):
             (package / "_benchmarks").mkdir(parents=True, exist_ok=True)
             for file in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "benchmarks/floors.json"):
                 # Which are for this checkout.
-                if file.name not in ("learning.py", "power.py", "tables.py"):
+                if file.name not in ("heads.py", "learning.py", "power.py", "tables.py"):
                     shutil.copy(file, package / "_benchmarks")
 
 

@@ -151,6 +151,55 @@ def learning(results: Results) -> list[str]:
     return _table(heads, rows)
 
 
+_HEADS = {
+    "ijepa": "I-JEPA, deterministic",
+    "mixture": "mixture, joint",
+    "mixture_coordinate": "mixture, per coordinate",
+    "autoregressive": "autoregressive",
+    "flow": "flow",
+    "diffusion": "diffusion",
+    "flow_matching": "flow matching",
+}
+
+
+def heads(results: Results, *words: str) -> list[str]:
+    """The probabilistic heads beside each other, and beside I-JEPA.
+
+    Args:
+        words: of the results' name besides `heads`, such as an ablation's:
+            `<!-- table: heads components -->`.
+    """
+    result = results.read(f"recipes/{'_'.join(('heads', *words))}.json")
+    rows = []
+    untrained = result["untrained"]
+    row = ["encoder without training", *(_mean_and_range(untrained[p]) for p in ("knn", "linear"))]
+    rows.append([*row, *7 * ["-"]])
+    for name, variant in result["variants"].items():
+        runs, costs = variant["runs"], variant["costs"]
+        row = [_HEADS.get(name, name)]
+        row += [
+            _mean_and_range([run["probes"][probe] for run in runs]) for probe in ("knn", "linear")
+        ]
+        row.append(f"{fmean(run['target_rank'] for run in runs):.0f}")
+        if "nll" in runs[0]:
+            nll = [run["nll"] for run in runs]
+            normal = fmean(run["normal_nll"] for run in runs)
+            row.append("not finite" if None in nll else f"{fmean(nll):.3f} ({normal:.3f})")
+            covered = (fmean(run["coverage"][c] for run in runs) for c in ("50", "80", "95"))
+            row.append(" / ".join(f"{100 * share:.0f}" for share in covered) + " %")
+            row.append(f"{fmean(run['diversity'] for run in runs):.2f}")
+        else:
+            row += 3 * ["-"]
+        row.append(f"{costs['images_per_second']:.0f}")
+        row.append(f"{costs['step_bytes'] / 2**20:.0f} MiB")
+        latency = costs["sample_microseconds"]
+        row.append("-" if latency is None else f"{latency:.3g} µs")
+        rows.append(row)
+    heads = ["", "kNN", "linear", "rank of targets", "NLL (of a normal), nats a coordinate"]
+    heads += ["within central 50 / 80 / 95 %", "diversity of samples", "images/s"]
+    return _table([*heads, "memory of a step", "a sample of a token"], rows)
+
+
 def public_ijepa(results: Results) -> list[str]:
     """The public I-JEPA code beside `cifar10_ijepa`."""
     public = results.read("recipes/public_ijepa.json")
@@ -406,6 +455,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "demo": demo,
     "learning": learning,
     "cifar10": cifar10,
+    "heads": heads,
     "public_ijepa": public_ijepa,
     "operators": operators,
     "steps": steps,

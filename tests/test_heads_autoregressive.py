@@ -77,6 +77,20 @@ def test_sampling_equals_a_full_pass_a_coordinate(ordering, family: str) -> None
     torch.testing.assert_close(got, z)
 
 
+@pytest.mark.parametrize("ordering", ORDERINGS, ids=str)
+@pytest.mark.parametrize("family", ["gaussian", "logistic"])
+def test_slopes_of_the_conditional_cdfs_are_the_factors_of_the_density(
+    ordering, family: str
+) -> None:
+    head = make_head(ordering=ordering, family=family)
+    distribution = head.distribution(torch.randn(1, 4, dtype=torch.float64))
+    z = torch.randn(1, 5, dtype=torch.float64)
+    matrix = torch.autograd.functional.jacobian(lambda z: distribution.cdf(z)[0], z)[:, 0]
+    order = head.hidden[0].in_degree.argsort()
+    assert (matrix[order][:, order].triu(1) == 0).all()
+    torch.testing.assert_close(matrix.diag().log().sum(), distribution.log_prob(z)[0])
+
+
 def test_sampling_costs_about_one_pass() -> None:
     head = AutoregressiveHead(4, 24, num_components=2, hidden_dim=96)
     distribution = head.distribution(torch.randn(2, 4))

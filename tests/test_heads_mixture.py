@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
+from jepa_fast import ops
 from jepa_fast.nn.heads import MixtureHead
+from jepa_fast.nn.heads.interface import LatentDistribution
 
 OPTIONS = [
     dict(zip(("family", "event", "scale_map"), names, strict=True))
@@ -30,6 +33,37 @@ def test_loss_and_distribution_agree(options: dict[str, str]) -> None:
     assert (samples.mean(0) - distribution.mean).abs().max() < 0.06
     torch.testing.assert_close(samples.var(0), distribution.variance, rtol=0.1, atol=0)
     assert distribution.log_prob(samples[:7]).shape == (7, 4)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o.values()))
+def test_entropy_and_cdf(options: dict[str, str]) -> None:
+    """Of one component in closed form, as samples estimate it; the CDF always."""
+    torch.manual_seed(0)
+    condition, z = torch.randn(4, 6), torch.randn(4, 5)
+    one = MixtureHead(6, 5, num_components=1, **options).distribution(condition)
+    estimate = one._sampled_entropy
+    samples = one.log_prob(one.sample(2000))
+    error = samples.std(0) / math.sqrt(one.moment_samples)
+    assert ((one.entropy - estimate).abs() < 5 * error).all()
+    assert not torch.equal(one.entropy, estimate)
+
+    several = MixtureHead(6, 5, num_components=3, **options).distribution(condition)
+    given = (several.logits, several.loc, several.log_scale, several.family)
+    expected = ops.mixture_cdf(z, *given, several.scale_floor, several.scale_map)
+    assert torch.equal(several.cdf(z), expected)
+    by_samples = LatentDistribution._cdf(several, z)
+    assert (several.cdf(z) - by_samples).abs().max() < 4 * 0.5 / math.sqrt(1024) + 1 / 1024
+
+
+def test_entropy_of_modes_far_apart_is_that_of_one_and_of_the_choice() -> None:
+    head = MixtureHead(2, 3, num_components=2)
+    with torch.no_grad():
+        head.projection.weight.zero_()
+        head.projection.bias.zero_()
+        head.projection.bias[2:5], head.projection.bias[5:8] = -100, 100
+    entropy = head.distribution(torch.ones(1, 2)).entropy
+    exact = math.log(2) + 1.5 * math.log(2 * math.pi * math.e) + 3 * math.log(1 + 1e-3)
+    assert entropy.item() == pytest.approx(exact, abs=4 * math.sqrt(1.5 / 1024))
 
 
 def test_components_start_apart_with_equal_weights() -> None:

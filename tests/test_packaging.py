@@ -71,9 +71,8 @@ def test_pure_wheel_has_what_is_needed_to_add_the_library(tree: Path) -> None:
     }
     for some in ("_benchmarks/bench_ema_update.py", "_benchmarks/floors.json"):
         assert f"jepa_fast/{some}" in expected
-    assert (
-        not {f"jepa_fast/_benchmarks/{name}.py" for name in ("learning", "power", "tables")} & names
-    )
+    scripts = ("heads", "learning", "power", "tables")
+    assert not {f"jepa_fast/_benchmarks/{name}.py" for name in scripts} & names
     assert expected <= names
     assert "jepa_fast/py.typed" in names
     assert not {name for name in names if name.endswith(".so") or name.startswith("tests/")}

@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flow_matching": {"hidden_dim": 16, "steps": 3},
     "diffusion": {"hidden_dim": 16, "steps": 3},
 }
+OWN_SAMPLES = {name: {"moment_samples": 15} for name in HEADS if name != "mixture"}
+"""Few samples, and so few solutions of an ODE, where there is no closed form."""
 each_head = pytest.mark.parametrize("name", HEADS)
 
 
@@ -104,6 +106,31 @@ def test_asking_for_moments_disturbs_no_random_number(name: str) -> None:
     assert torch.equal(distribution.mean, distribution.mean)
     assert distribution.variance.shape == (2, 3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_head
+def test_entropy_and_cdf(name: str) -> None:
+    """Repeatable, in the right shapes and dtype, and from nobody else's random numbers."""
+    head = create_head(name, 4, 3, {**OPTIONS[name], **OWN_SAMPLES.get(name, {})})
+    distribution = head.distribution(torch.randn(2, 4))
+    z = torch.tensor([[-1e3, 0.0, 1e3], [0.0, -1e3, 1e3]])
+    state = torch.get_rng_state()
+    entropy, cdf = distribution.entropy, distribution.cdf(z)
+    assert entropy.shape == (2,)
+    assert entropy.dtype == cdf.dtype == torch.float32
+    assert not entropy.requires_grad
+    assert torch.equal(entropy, distribution.entropy)
+    assert torch.equal(cdf, distribution.cdf(z))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert cdf.shape == (2, 3)
+    assert ((cdf >= 0) & (cdf <= 1)).all()
+    assert cdf[z == -1e3].max() < 0.05
+    assert cdf[z == 1e3].min() > 0.95
+    with pytest.raises(ValueError, match=r"cdf: z must be \[T, D\] = \[2, 3\], got \[1, 2, 3\]"):
+        distribution.cdf(z[None])
+    z[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"cdf: z must be finite, got nan at \[1, 2\]"):
+        distribution.cdf(z)
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "mixture"])
@@ -303,6 +330,32 @@ def test_moments_are_those_of_all_samples_though_drawn_in_chunks(tokens: int) ->
     torch.testing.assert_close(moments[1].double(), samples.var(0), rtol=1024 * 2**-24, atol=0)
 
 
+def test_entropy_and_cdf_from_samples() -> None:
+    """Of independent normals, whose entropy and CDF are known."""
+    distribution = UnitNormal(torch.tensor([[0.0, 3.0], [-5.0, 1e3]]))
+    n = distribution.moment_samples
+    exact = 1 + math.log(2 * math.pi)  # D / 2 log(2 pi e), D = 2
+    # The standard error that the documentation tells, sqrt(D / 2 / n).
+    assert (distribution.entropy - exact).abs().max() < 4 * math.sqrt(1 / n)
+    offset = torch.tensor([[-2.0, -0.5], [0.0, 1.0]])
+    cdf = distribution.cdf(distribution.loc + offset)
+    share = torch.special.ndtr(offset)
+    assert ((cdf - share).abs() < 4 * (share * (1 - share) / n).sqrt() + 1 / n).all()
+    distribution.moment_samples = 3
+    ranks = distribution.cdf(torch.full((2, 2), 1e6)) * 4
+    assert torch.equal(ranks, torch.full((2, 2), 3.5))
+
+
+def test_samples_that_equal_the_point_count_half() -> None:
+    class Point(UnitNormal):
+        def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+            return self.loc.expand(n, *self.loc.shape)
+
+    loc = torch.zeros(1, 3)
+    cdf = Point(loc).cdf(torch.tensor([[-1.0, 0.0, 1.0]]))
+    torch.testing.assert_close(cdf, torch.tensor([[0.5, 512.5, 1024.5]]) / 1025)
+
+
 @pytest.mark.parametrize("how", ["class", "module"])
 def test_a_head_of_ones_own(how: str) -> None:
     model = make_model(OwnHead, bias=False) if how == "class" else make_model(OwnHead(12, 16))
@@ -312,6 +365,8 @@ def test_a_head_of_ones_own(how: str) -> None:
     distribution.moment_samples = 4000
     assert (distribution.mean - distribution.loc).abs().max() < 0.1
     assert (distribution.variance - 1).abs().max() < 0.15
+    assert distribution.entropy.shape == distribution.loc.shape[:1]
+    assert (distribution.cdf(distribution.loc.detach()) - 0.5).abs().max() < 0.05
     with pytest.raises(ValueError, match="sample: n must be at least 1"):
         distribution.sample(0)
 

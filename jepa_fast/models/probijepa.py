@@ -105,9 +105,9 @@ class ProbIJepa(IJepa):
             masks: context and target blocks of every image, on the images' device.
 
         Returns:
-            `log_prob(z)`, `sample(n)`, `mean` and `variance` over T = M * B * Kt tokens,
-            block-major as `targets(images, masks)` gives them. It holds a graph unless called
-            under `torch.no_grad()`.
+            `log_prob(z)`, `sample(n)`, `mean`, `variance`, `entropy` and `cdf(z)` over
+            T = M * B * Kt tokens, block-major as `targets(images, masks)` gives them. It holds a
+            graph unless called under `torch.no_grad()`.
 
         Raises:
             ValueError: masks that do not fit the images or the encoder's grid.

@@ -10,7 +10,15 @@ from jepa_fast.ops.gather_patches import gather_packed, gather_patches
 from jepa_fast.ops.latent_loss import latent_loss
 from jepa_fast.ops.linear_mixture_nll import linear_mixture_nll
 from jepa_fast.ops.masked_linear import masked_linear
-from jepa_fast.ops.mixture_nll import mixture_mean, mixture_nll, mixture_sample, mixture_variance
+from jepa_fast.ops.mixture_nll import (
+    mixture_cdf,
+    mixture_mean,
+    mixture_nll,
+    mixture_quantile,
+    mixture_responsibilities,
+    mixture_sample,
+    mixture_variance,
+)
 from jepa_fast.ops.patch_word_consistency import patch_word_consistency, patch_word_similarity
 from jepa_fast.ops.text_cross_attention import attention_statistics, text_cross_attention
 
@@ -27,8 +35,11 @@ __all__ = [
     "latent_loss",
     "linear_mixture_nll",
     "masked_linear",
+    "mixture_cdf",
     "mixture_mean",
     "mixture_nll",
+    "mixture_quantile",
+    "mixture_responsibilities",
     "mixture_sample",
     "mixture_variance",
     "patch_word_consistency",

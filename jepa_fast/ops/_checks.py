@@ -1,6 +1,7 @@
 """Argument checks that operators share. Each error says argument, expected, got, and the fix.
 
-All but `check_index_range` look at metadata alone, so they run under `torch.compile` too.
+All but `check_index_range` and `check_finite` look at metadata alone, so they run under
+`torch.compile` too.
 """
 
 from __future__ import annotations
@@ -112,13 +113,10 @@ def check_choice(op: str, argument: str, value: str, choices: Collection[str]) -
 
 
 def check_index_range(op: str, argument: str, index: Tensor, size: int) -> None:
-    """Raises ValueError if an index is outside [0, size). Reads the values: not for tracing.
-
-    On a GPU that would wait for the device, so there it runs with `JEPA_FAST_DEBUG=1` only.
+    """Raises ValueError if an index is outside [0, size). Not for tracing: reads the values, as
+    `reads_values` says.
     """
-    if index.numel() == 0 or index.device.type == "meta":
-        return
-    if index.is_cuda and os.environ.get("JEPA_FAST_DEBUG") != "1":
+    if index.numel() == 0 or not reads_values(index):
         return
     low, high = (int(value) for value in torch.aminmax(index))
     if low < 0 or high >= size:
@@ -139,3 +137,28 @@ def check_finite_target(op: str, target: Tensor, nll: Tensor) -> None:
             f"{op}: target must be finite, got NaN or infinity for {len(bad)} of {len(target)} "
             f"tokens, the first of them token {int(bad[0])}"
         )
+
+
+def check_finite(op: str, argument: str, tensor: Tensor) -> None:
+    """Raises ValueError if an element is NaN or infinite; reads the values as `reads_values` says.
+
+    In compiled code it does nothing.
+    """
+    if torch.compiler.is_compiling() or not reads_values(tensor):
+        return
+    bad = ~tensor.isfinite()
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: {argument} must be finite, got {tensor[tuple(place)].item()} at {place}"
+        )
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether checks read the values of such a tensor.
+
+    On a GPU that would wait for the device, so there they do with `JEPA_FAST_DEBUG=1` only.
+    """
+    if tensor.is_cuda:
+        return os.environ.get("JEPA_FAST_DEBUG") == "1"
+    return tensor.device.type != "meta"

@@ -21,12 +21,7 @@ def draw(results: Results, path: Path) -> None:
         PerfError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from PIL import Image  # which matplotlib needs itself
-    except ImportError as error:
-        raise PerfError('no picture without matplotlib: pip install "jepa-fast[bench]"') from error
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    figure = new_figure((13, 5.5))
     left, right = figure.subplots(1, 2)
     records = [record for record in results["records"] if _moved(record)]
     operators = sorted({record["operator"] for record in records})
@@ -36,6 +31,30 @@ def draw(results: Results, path: Path) -> None:
     figure.suptitle(results["machine"]["name"])
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
+    save(figure, path)
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure.
+
+    Raises:
+        PerfError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PerfError('no picture without matplotlib: pip install "jepa-fast[bench]"') from error
+    return Figure(figsize=inches, layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, in one step.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from PIL import Image  # which matplotlib needs itself
+
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     # A third of the size, and without matplotlib's version the same results give the same file.

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from jepa_fast.nn.precision import widened
+from jepa_fast.ops._checks import check_finite
 
 
 class LatentDistribution(ABC):
     """A distribution over the embedding of each of T target patches, [T, D].
 
-    Subclasses give `_log_prob` and `sample`. Mean and variance default to those of `moment_samples`
-    samples from a generator of their own, so that asking for them disturbs no other random number
-    and asking twice gives the same answer; subclasses with a closed form override them. Of 1024
-    samples the mean is off by 1/32 standard deviation, the variance of a normal by 4.4 % (RMS).
+    Subclasses give `_log_prob` and `sample`. Mean, variance, entropy and `cdf` default to those of
+    `moment_samples` samples from a generator of their own, so that asking for them disturbs no
+    other random number and asking twice gives the same answer; subclasses with a closed form
+    override them. Of 1024 samples the mean is off by 1/32 standard deviation, the variance of a
+    normal by 4.4 % (RMS).
 
     Args:
         tokens: T.
         width: D.
         device: of the samples.
         dtype: of the noise that sampling starts from.
-        moment_samples: how many samples mean and variance come from; may be set later.
+        moment_samples: how many samples mean, variance, entropy and `cdf` come from; may be set
+            later.
     """
 
     def __init__(
@@ -75,21 +79,77 @@ class LatentDistribution(ABC):
         """[T, D]: the variance of each coordinate."""
         return self._sampled_moments[1]
 
+    @property
+    def entropy(self) -> Tensor:
+        """[T]: the differential entropy in nats, without gradients.
+
+        Where it has no closed form, the mean of `-log_prob` over n = `moment_samples` samples. Its
+        standard error is the standard deviation of `log_prob(sample)` over sqrt(n): that of a
+        normal is sqrt(D / 2), so at D = 384 and 1024 samples the estimate is off by 0.43 nats
+        (RMS), 0.001 a coordinate. It costs n evaluations of `log_prob`, which are slow for
+        heads that solve an ODE.
+        """
+        return self._sampled_entropy
+
+    def cdf(self, z: Tensor) -> Tensor:
+        """The cumulative distribution function of every coordinate at z [T, D]: [T, D] in [0, 1].
+
+        The coordinate's marginal, unless the subclass says otherwise. Of targets that the
+        distribution describes, the values are uniform: their histogram is the PIT histogram, and
+        the share of them within c / 2 of one half is the coverage of the central interval c.
+
+        Where there is no closed form, `(rank + 1/2) / (n + 1)`, rank being how many of n =
+        `moment_samples` samples lie below z (ties count half), which of n = 1024 is off by 0.016
+        at the most (RMS).
+
+        Raises:
+            ValueError: another shape, or a z that is not finite, which only a CPU tells (on a GPU
+                with JEPA_FAST_DEBUG=1).
+        """
+        if z.shape != (self.tokens, self.width):
+            raise ValueError(
+                f"cdf: z must be [T, D] = [{self.tokens}, {self.width}], got {list(z.shape)}"
+            )
+        check_finite("cdf", "z", z)
+        return self._cdf(widened(z))
+
+    @torch.no_grad()
+    def _cdf(self, z: Tensor) -> Tensor:
+        """[T, D] from z [T, D], which is finite, in float32 or wider."""
+        rank = torch.zeros_like(z)
+        for samples in self._own_samples():
+            rank += ((samples < z).to(z.dtype) + (samples <= z).to(z.dtype)).sum(0) / 2
+        return (rank + 0.5) / (self.moment_samples + 1)
+
+    @cached_property
+    @torch.no_grad()
+    def _sampled_entropy(self) -> Tensor:
+        total = torch.zeros(self.tokens, dtype=torch.float64, device=self.device)
+        for samples in self._own_samples():
+            log_prob = self.log_prob(samples)
+            total -= log_prob.sum(0, dtype=torch.float64)
+        return (total / self.moment_samples).to(log_prob.dtype)
+
+    def _own_samples(self) -> Iterator[Tensor]:
+        """The same `moment_samples` samples at every call, [n, T, D], at most 4096 tokens at a
+        time, or one sample."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        chunk = max(1, 4096 // max(1, self.tokens))
+        for start in range(0, self.moment_samples, chunk):
+            yield self.sample(min(chunk, self.moment_samples - start), generator)
+
     @cached_property
     @torch.no_grad()
     def _sampled_moments(self) -> tuple[Tensor, Tensor]:
-        """(mean, variance), from chunks of samples of at most 4096 tokens, or of one sample.
+        """(mean, variance).
 
         The variance is that between the means which the samples give, plus the mean of the
         variances. Sums are taken from the first sample on, lest a mean far from 0 swallow them.
         """
-        generator = torch.Generator(self.device).manual_seed(0)
         n = self.moment_samples
-        chunk = max(1, 4096 // max(1, self.tokens))
-        for start in range(0, n, chunk):
-            samples = self.sample(min(chunk, n - start), generator)
+        for i, samples in enumerate(self._own_samples()):
             means, variances = self._moments_given(samples)
-            if start == 0:
+            if i == 0:
                 origin = means[0]
                 total, squares, within = (torch.zeros_like(origin) for _ in range(3))
             total += (means - origin).sum(0)
@@ -125,8 +185,8 @@ class Head(nn.Module, ABC):
     Args:
         condition_dim: d, width of the predictor's tokens.
         target_dim: D, width of the teacher's.
-        moment_samples: how many samples a distribution takes its mean and variance from where it
-            has no closed form, at least 2; may be set later.
+        moment_samples: how many samples a distribution takes mean, variance, entropy and `cdf` from
+            where it has no closed form, at least 2; may be set later.
 
     Raises:
         ValueError: a width below 1, or fewer than 2 samples.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -81,7 +83,10 @@ class MixtureHead(Head):
 
 
 class MixtureDistribution(LatentDistribution):
-    """Mixtures with the parameters of `jepa_fast.ops.mixture_nll`; everything in closed form."""
+    """Mixtures with the parameters of `jepa_fast.ops.mixture_nll`.
+
+    Everything is in closed form, but for the entropy of more than one component.
+    """
 
     def __init__(
         self,
@@ -131,6 +136,29 @@ class MixtureDistribution(LatentDistribution):
     def variance(self) -> Tensor:
         return ops.mixture_variance(
             self.logits, self.loc, self.log_scale, self.family, self.scale_floor, self.scale_map
+        )
+
+    @property
+    @torch.no_grad()
+    def entropy(self) -> Tensor:
+        if self.loc.shape[1] > 1:
+            return super().entropy
+        # In closed form from the variance, of which a component's entropy is a function.
+        of_unit_variance = {
+            "gaussian": 0.5 * math.log(2 * math.pi * math.e),
+            "logistic": 2 + 0.5 * math.log(3 / math.pi**2),
+        }
+        return (0.5 * self.variance.log() + of_unit_variance[self.family]).sum(-1)
+
+    def _cdf(self, z: Tensor) -> Tensor:
+        return ops.mixture_cdf(
+            z,
+            self.logits,
+            self.loc,
+            self.log_scale,
+            self.family,
+            self.scale_floor,
+            self.scale_map,
         )
 
 

@@ -1,4 +1,4 @@
-"""Mixture densities: the negative log-likelihood, samples and moments."""
+"""Mixture densities: the negative log-likelihood, samples, moments, CDF and quantiles."""
 
 from jepa_fast.ops.mixture_nll.api import (
     check_mixture_options,
@@ -7,13 +7,21 @@ from jepa_fast.ops.mixture_nll.api import (
     mixture_sample,
     mixture_variance,
 )
+from jepa_fast.ops.mixture_nll.distribution import (
+    mixture_cdf,
+    mixture_quantile,
+    mixture_responsibilities,
+)
 from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count, split_mixture_parameters
 
 __all__ = [
     "check_mixture_options",
+    "mixture_cdf",
     "mixture_mean",
     "mixture_nll",
     "mixture_parameter_count",
+    "mixture_quantile",
+    "mixture_responsibilities",
     "mixture_sample",
     "mixture_variance",
     "split_mixture_parameters",

@@ -1,0 +1,584 @@
+"""The probabilistic heads beside each other, and beside deterministic I-JEPA, on equal terms.
+
+`python benchmarks/heads.py` trains every variant with several seeds: same images, masks, steps,
+schedule and encoder, and the same first weights of it. It probes the teachers, and asks the heads
+about held-out targets: their likelihood, how often central intervals hold them, how far samples of
+a token lie apart. What a step and a sample cost is measured on its own, in turns. It writes
+benchmarks/results/recipes/heads.json, from which the README has its table, and heads.png beside it.
+
+    python benchmarks/heads.py data.train=/data/train-*.tar data.val=/data/val-*.tar
+    python benchmarks/heads.py --ablation components
+    python benchmarks/heads.py --recipe tiny_imagenet100_mixture --jobs 1
+
+On CIFAR-10 the runs are cut to as many epochs as let all of them finish within an hour on 2 cores,
+without flow matching, which `--variants` adds; other recipes run as long as they say. Each run is a
+process with its share of the cores; finished ones of the same commit and recipe are kept in
+--scratch, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not installed
+    sys.path.append(str(ROOT))
+
+from jepa_fast.data import Loader  # noqa: E402
+from jepa_fast.masks import BlockMasks, BlockMaskSampler  # noqa: E402
+from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters  # noqa: E402
+from jepa_fast.perf.files import write_json  # noqa: E402
+from jepa_fast.perf.machine import commit, describe, uncommitted, versions  # noqa: E402
+from jepa_fast.perf.memory import peak_allocation  # noqa: E402
+from jepa_fast.perf.picture import new_figure, save  # noqa: E402
+from jepa_fast.train.build import build_loader, build_model, build_probe_loader  # noqa: E402
+from jepa_fast.train.checkpoint import load_checkpoint, load_weights  # noqa: E402
+from jepa_fast.train.config import Config, load_config, overridden, parse_config  # noqa: E402
+from jepa_fast.train.distributed import (  # noqa: E402
+    World,
+    resolve_device,
+    resolve_precision,
+)
+from jepa_fast.train.logs import read_rows  # noqa: E402
+
+RECIPE = "cifar10_prob_mixture"
+EPOCHS = {RECIPE: 2}
+"""Of recipes that are cut; others run as long as they say."""
+
+HEADS: dict[str, dict[str, Any]] = {
+    "ijepa": {"method": "ijepa"},
+    "mixture": {"head": "mixture"},
+    "mixture_coordinate": {"head": "mixture", "head_options": {"event": "coordinate"}},
+    "autoregressive": {"head": "autoregressive"},
+    "flow": {"head": "flow"},
+    "diffusion": {"head": "diffusion"},
+    "flow_matching": {"head": "flow_matching"},
+}
+_BEYOND_THE_HOUR = {"flow_matching"}
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "components": {
+        f"K={k}": {"head": "mixture", "head_options": {"num_components": k}} for k in (1, 5, 16)
+    },
+    "family": {
+        f"{family}, {event}": {
+            "head": "mixture",
+            "head_options": {"family": family, "event": event},
+        }
+        for event in ("joint", "coordinate")
+        for family in ("gaussian", "logistic")
+    },
+    "couplings": {
+        f"{n} couplings": {"head": "flow", "head_options": {"num_couplings": n}} for n in (2, 6, 10)
+    },
+    "timesteps": {
+        f"{n} timesteps": {"head": "diffusion", "head_options": {"timesteps": n}}
+        for n in (100, 1000)
+    },
+}
+"""What variants put into the recipe's `model`; head options over those of the head's own recipe."""
+
+SAMPLES = 39
+"""A token. Of a calibrated head the 40 ranks of a target among them are equally likely, so that the
+intervals below hold a whole number of ranks."""
+COVERAGES = (50, 80, 95)  # percent
+TOKENS = 512  # held-out targets that the heads are asked about
+_DIVERSE = 8  # samples a token whose distances are taken
+_IMAGES = 250  # that the targets are of
+_ROUNDS = 12  # of what is timed
+_SEED = 0  # of masks and of what is drawn for the measurements: the same for all runs
+_UNTRAINED = 3  # encoders without training, for scale
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value over every variant's recipe")
+    parser.add_argument("--recipe", default=RECIPE, help="that of the mixture head")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="variants of one head instead")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="these instead")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="the warm-up is cut in proportion")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "heads")
+    parser.add_argument("--output", type=Path, help="a .json file; the picture goes beside it")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--costs", type=Path, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    # What a process of its own does for the command.
+    if options.measure:
+        write_json(options.measure / "heads.json", measure(options.measure))
+        return
+    if options.costs:
+        recipes, output = options.costs
+        configs = {n: parse_config(values) for n, values in _read(recipes).items()}
+        write_json(output, measure_costs(configs))
+        return
+    known = list(ABLATIONS[options.ablation] if options.ablation else HEADS)
+    if unknown := set(options.variants or ()) - set(known):
+        parser.error(f"--variants: expected some of {known}, got {sorted(unknown)}")
+    left_out = _BEYOND_THE_HOUR if options.recipe == RECIPE else set()
+    compare(options, options.variants or [name for name in known if name not in left_out])
+
+
+def compare(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Everything that the options ask for of these variants, into a JSON file and a picture."""
+    began = time.perf_counter()
+    measured, changed = commit(ROOT), uncommitted(ROOT)
+    # With uncommitted changes there is no telling what finished runs are of: all start anew.
+    folder = options.scratch / (f"{measured[:12]}-{time.time_ns()}" if changed else measured[:12])
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {
+        name: Runs(
+            recipe(name, options.recipe, options.ablation, options.epochs, options.overrides),
+            folder,
+            threads=max(1, (os.cpu_count() or 1) // options.jobs),
+        )
+        for name in names
+    }
+
+    # By seeds first: what was interrupted has all variants.
+    wanted = [(name, seed) for seed in range(options.seeds) for name in names]
+
+    def run(of: tuple[str, int]) -> dict[str, Any]:
+        name, seed = of
+        # All encoders begin alike, so the first stands for all without training.
+        result = runs[name].result(seed, with_untrained=of == wanted[0])
+        minutes = (time.perf_counter() - began) / 60
+        print(f"{name}, seed {seed}: there after {minutes:.0f} minutes", flush=True)
+        return result
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(run, wanted))
+    steps = {run["step"] for run in found}
+    if len(steps) != 1:
+        raise RuntimeError(f"the variants took different numbers of steps: {sorted(steps)}")
+    costs = _costs(folder, {name: of.recipe for name, of in runs.items()})
+    results = {
+        "commit": measured,
+        "uncommitted": changed,
+        "versions": versions(),
+        "machine": describe("cuda" if torch.cuda.is_available() else "cpu"),
+        "recipe": options.recipe,
+        "ablation": options.ablation,
+        "overrides": options.overrides,
+        "steps": steps.pop(),
+        "tokens": TOKENS,
+        "samples": SAMPLES,
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "untrained": found[0]["untrained"],
+        "variants": {
+            name: {
+                "costs": costs[name],
+                "runs": [
+                    {"seed": seed, **{k: v for k, v in run.items() if k != "untrained"}}
+                    for (of, seed), run in zip(wanted, found, strict=True)
+                    if of == name
+                ],
+            }
+            for name in names
+        },
+    }
+    output = options.output or default_output(options.recipe, options.ablation)
+    write_json(output, results)
+    draw(results, output.with_suffix(".png"))
+
+
+def default_output(recipe: str, ablation: str | None) -> Path:
+    """Where results go: heads.json, or with the recipe's and the ablation's name in it."""
+    words = ["heads"]
+    if recipe != RECIPE:
+        words.append(Path(recipe).stem.removesuffix("_mixture"))
+    if ablation:
+        words.append(ablation)
+    return ROOT / "benchmarks" / "results" / "recipes" / f"{'_'.join(words)}.json"
+
+
+# What is trained
+
+
+def recipe(
+    name: str,
+    base: str = RECIPE,
+    ablation: str | None = None,
+    epochs: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The configuration of a variant, as `parse_config` takes it.
+
+    Args:
+        name: one of `HEADS`, or of the ablation.
+        base: recipe of the mixture head; those of other heads have its name with theirs in it.
+        ablation: one of `ABLATIONS`.
+        epochs: length of the run; None: `EPOCHS`, or the recipe's.
+        overrides: `key=value`, the same for all.
+    """
+    changes = deepcopy((ABLATIONS[ablation] if ablation else HEADS)[name])
+    config = load_config(_recipe_of(changes.get("head", "mixture"), base)).as_dict()
+    model = config["model"]
+    if changes.get("method") == "ijepa":
+        del model["head"], model["head_options"]
+        model["method"] = "ijepa"
+    else:
+        head_options = {**(model["head_options"] or {}), **changes.pop("head_options", {})}
+        model |= changes
+        model["head_options"] = head_options or None
+    epochs = epochs or EPOCHS.get(base)
+    train = config["train"]
+    if epochs is not None:
+        warmup = train["lr"]["warmup_epochs"]
+        if warmup is not None:
+            train["lr"]["warmup_epochs"] = warmup * epochs / train["epochs"]
+        train["epochs"] = epochs
+    # A variant that learns nothing, or collapses, is a result.
+    train |= {"require_learning": False, "collapse": {}}
+    config["tensorboard"] = False
+    return overridden(config, overrides)
+
+
+def _recipe_of(head: str, base: str) -> str:
+    """The recipe of a head, by that of the mixture: flow matching has the flow's. A recipe whose
+    name does not end in `mixture`, such as a file, serves all heads."""
+    if not base.endswith("mixture"):
+        return base
+    return base.removesuffix("mixture") + ("flow" if head == "flow_matching" else head)
+
+
+# Runs
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one variant, a process each.
+
+    Args:
+        recipe: its configuration.
+        folder: of the runs of all variants.
+        threads: of a run.
+    """
+
+    recipe: dict[str, Any]
+    folder: Path
+    threads: int
+
+    def result(self, seed: int, with_untrained: bool) -> dict[str, Any]:
+        """Trains, probes and measures a run, unless that has been done."""
+        told = json.dumps(self.recipe, sort_keys=True).encode()
+        run = self.folder / f"{hashlib.sha256(told).hexdigest()[:16]}-{seed}"
+        result = run / "result.json"
+        if not result.exists() or (with_untrained and not _read(result)["untrained"]):
+            file = run.with_suffix(".yaml")
+            file.write_text(yaml.safe_dump(self.recipe))
+            cli = ("-m", "jepa_fast.cli")
+            self._python(*cli, "pretrain", file, f"seed={seed}", f"output={run}", "--overwrite")
+            untrained = _UNTRAINED if with_untrained else 0
+            self._python(*cli, "eval", run, "--untrained-seeds", untrained)
+            if self.recipe["model"]["method"] == "probijepa":
+                self._python(__file__, "--measure", run)
+            write_json(result, _result(run))
+        return _read(result)
+
+    def _python(self, *arguments: object) -> None:
+        _python(self.threads, *arguments)
+
+
+def _result(run: Path) -> dict[str, Any]:
+    probed = _read(run / "eval.json")
+    judged = run / "heads.json"
+    probes = probed["probes"].items()
+    return {
+        "step": probed["step"],
+        "probes": {probe: values["trained"] for probe, values in probes},
+        "untrained": {p: values["untrained"] for p, values in probes if values["untrained"]},
+        "target_rank": read_rows(run)[-1]["target_rank"],
+        **(_read(judged) if judged.exists() else {}),
+    }
+
+
+def _costs(folder: Path, recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the variants cost, measured on all cores while nothing else runs."""
+    asked, told = folder / "recipes.json", folder / "costs.json"
+    write_json(asked, recipes)
+    _python(os.cpu_count() or 1, __file__, "--costs", asked, told)
+    return _read(told)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def _python(threads: int, *arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        command = " ".join(map(str, arguments))
+        raise RuntimeError(f"{command} failed, exit code {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+# What is asked of a trained head
+
+
+def measure(run: Path) -> dict[str, Any]:
+    """What the head of a finished run says of held-out targets: `judge`, of `TOKENS` of them.
+
+    Images, masks and the choice of tokens are the same for all runs; what is predicted is not, as
+    every run has its own teacher. `normal_nll` says how hard these targets are for a normal fitted
+    to each of their coordinates, that knows nothing else.
+    """
+    state = load_checkpoint(run)
+    config = parse_config(state["config"])
+    device = torch.device(resolve_device(config.device))
+    model = build_model(config).to(device).eval()
+    load_weights(model, state)
+    images = _spread_images(build_probe_loader(config, "val", device)).to(device)
+    masks = _masks(config, model, len(images)).to(device)
+    with torch.no_grad():
+        output = model(images, masks)
+        condition, target = output.prediction.flatten(0, 1), output.target.flatten(0, 1)
+        order = torch.randperm(len(target), generator=torch.Generator().manual_seed(_SEED))
+        chosen = order[:TOKENS].to(device)
+        found = judge(model.head.distribution(condition[chosen]), target[chosen])
+    normal = 0.5 * (2 * math.pi * math.e * target.var(0).clamp_min(1e-12)).log().mean()
+    return {**found, "normal_nll": _finite(normal)}
+
+
+@torch.no_grad()
+def judge(distribution: Any, target: Tensor) -> dict[str, Any]:
+    """How well distributions of T tokens describe their targets, [T, D].
+
+    Returns:
+        nll: nats a coordinate; None where that is not finite.
+        pit: shares of the ranks that the targets' coordinates have among `SAMPLES` samples.
+        coverage: by percent, the share of coordinates in the central interval of as many samples.
+        diversity: mean distance of samples of one token, over that of targets of different tokens.
+    """
+    nll = -distribution.log_prob(target).mean() / target.shape[1]
+    generator = torch.Generator(target.device).manual_seed(_SEED)
+    samples = distribution.sample(SAMPLES, generator)
+    rank = (samples < target).sum(0)
+    pit = torch.bincount(rank.flatten(), minlength=SAMPLES + 1).double() / rank.numel()
+    coverage = {}
+    for percent in COVERAGES:
+        outside = (SAMPLES + 1) * (100 - percent) // 200  # ranks at either end
+        coverage[str(percent)] = pit[outside : SAMPLES + 1 - outside].sum().item()
+    few = samples[:_DIVERSE].transpose(0, 1)  # [T, n, D]
+    within = torch.cdist(few, few).sum((1, 2)).mean() / (_DIVERSE * (_DIVERSE - 1))
+    return {
+        "nll": _finite(nll),
+        "pit": pit.tolist(),
+        "coverage": coverage,
+        "diversity": _finite(within / torch.pdist(target).mean()),
+    }
+
+
+def _spread_images(loader: Loader) -> Tensor:
+    """`_IMAGES` images from all over the data, where classes may come one after another."""
+    stride = max(1, len(loader.source) // _IMAGES)
+    kept, seen = [], 0
+    for batch in loader:
+        kept.append(batch.images[-seen % stride :: stride])
+        seen += len(batch.images)
+    return torch.cat(kept)[:_IMAGES]
+
+
+def _masks(config: Config, model: Any, images: int) -> BlockMasks:
+    sampler = BlockMaskSampler(model.encoder.grid, seed=_SEED, **config.masks.model_dump())
+    return sampler(0, images)
+
+
+def _finite(value: Tensor) -> float | None:
+    number = value.item()
+    return number if math.isfinite(number) else None
+
+
+# What it costs
+
+
+def measure_costs(configs: dict[str, Config]) -> dict[str, Any]:
+    """Times and memory of training steps and samples, variants in turns.
+
+    Returns, by variant:
+        images_per_second: of whole training steps, without the loading of data.
+        step_bytes: that a step takes at its peak, beyond weights, gradients and moments.
+        parameters: trained ones, without the encoder: predictor and head.
+        sample_microseconds: a token, one sample of each of `TOKENS` tokens at once; None without a
+            distribution.
+        one_sample_milliseconds: one sample of one token.
+    """
+    steps = {name: Step(config) for name, config in configs.items()}
+    calls: dict[str, dict[str, Callable[[], object]]] = {
+        "step": dict(steps),
+        "sample": {n: step.sampler(TOKENS) for n, step in steps.items() if step.has_head},
+        "one": {n: step.sampler(1) for n, step in steps.items() if step.has_head},
+    }
+    seconds = {kind: _in_turns(of, steps) for kind, of in calls.items()}
+    return {
+        name: {
+            "images_per_second": len(step.images) / seconds["step"][name],
+            "step_bytes": peak_allocation(step, step.device.type),
+            "parameters": step.parameters,
+            "sample_microseconds": 1e6 * seconds["sample"][name] / TOKENS
+            if step.has_head
+            else None,
+            "one_sample_milliseconds": 1e3 * seconds["one"][name] if step.has_head else None,
+        }
+        for name, step in steps.items()
+    }
+
+
+class Step:
+    """One training step of a configuration, always on the same batch."""
+
+    def __init__(self, config: Config) -> None:
+        self.device = torch.device(resolve_device(config.device))
+        torch.manual_seed(_SEED)
+        self.model = build_model(config).to(self.device).train()
+        self.has_head = config.model.method == "probijepa"
+        batch = next(iter(build_loader(config, World(self.device))))
+        self.images = batch.images.to(self.device)
+        self.masks = _masks(config, self.model, len(self.images)).to(self.device)
+        train = config.train
+        self.clip = train.clip_grad
+        self.halved = resolve_precision(train.precision, self.device) == "bfloat16"
+        self.optimizer = AdamWEma(
+            parameter_groups(self.model, train.weight_decay.start),
+            lr=train.lr.start,
+            betas=train.betas,
+            eps=train.eps,
+            targets=teacher_parameters(self.model),
+        )
+        self.momentum = train.momentum.start
+        self.parameters = sum(
+            p.numel() for n, p in self.model.trainable_parameters() if not n.startswith("encoder.")
+        )
+
+    def __call__(self) -> None:
+        with self._autocast():
+            loss = self.model(self.images, self.masks).loss
+        loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step(momentum=self.momentum)
+        self.optimizer.zero_grad()
+
+    def sampler(self, tokens: int) -> Callable[[], object]:
+        """Draws a sample for each of so many tokens, from what the predictor says of them."""
+        with torch.no_grad():
+            condition = self.model(self.images, self.masks).prediction.flatten(0, 1)
+        # A batch may have fewer tokens.
+        condition = condition.repeat(-(-tokens // len(condition)), 1)[:tokens]
+
+        def sample() -> object:
+            self.model.eval()
+            with torch.no_grad():
+                drawn = self.model.head.distribution(condition).sample(1)
+            self.model.train()
+            return drawn
+
+        return sample
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved)
+
+
+def _in_turns(calls: dict[str, Callable[[], object]], steps: dict[str, Step]) -> dict[str, float]:
+    """Median seconds of each call, all in every round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(_ROUNDS + 2):  # the first two warm up
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if steps[name].device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_ >= 2:
+                times[name].append(time.perf_counter() - begin)
+    return {name: median(of) for name, of in times.items()}
+
+
+# The picture
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """PIT histograms, likelihoods and probes, side by side.
+
+    Raises:
+        PerfError: matplotlib is not installed.
+    """
+    figure = new_figure((15, 4.5))
+    pits, likelihoods, accuracies = figure.subplots(1, 3)
+    variants = results["variants"]
+    heads = {n: v["runs"] for n, v in variants.items() if "pit" in v["runs"][0]}
+    colours = {name: f"C{i}" for i, name in enumerate(variants)}
+
+    edges = [i / (SAMPLES + 1) for i in range(SAMPLES + 2)]
+    for name, runs in heads.items():
+        density = [
+            (SAMPLES + 1) * fmean(ranks) for ranks in zip(*(r["pit"] for r in runs), strict=True)
+        ]
+        pits.stairs(density, edges, color=colours[name], label=name)
+    pits.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    pits.set(
+        title="rank of held-out targets among samples",
+        xlabel="rank",
+        ylabel="density",
+        ylim=(0, None),
+    )
+    pits.legend(fontsize=7, frameon=False)
+
+    for name, runs in heads.items():
+        _bar(likelihoods, name, [run["nll"] for run in runs], colours[name])
+        normal = fmean(run["normal_nll"] for run in runs)
+        likelihoods.plot([name], [normal], marker="_", markersize=24, color="black")
+    likelihoods.set(title="NLL, nats a coordinate (black: of a fitted normal)")
+
+    for name, value in variants.items():
+        for probe, hatch in (("linear", None), ("knn", "//")):
+            shares = [100 * run["probes"][probe] for run in value["runs"]]
+            _bar(accuracies, name, shares, colours[name], hatch=hatch, alpha=0.6)
+    for probe, shares in results["untrained"].items():
+        mean = 100 * fmean(shares)
+        accuracies.axhline(mean, color="0.4", linewidth=1, linestyle="--")
+        accuracies.annotate(f"{probe}, untrained", (-0.5, mean), fontsize=7, va="bottom")
+    accuracies.set(title="linear probe (plain) and kNN (hatched), %")
+    for axes in (likelihoods, accuracies):
+        axes.tick_params(axis="x", rotation=30, labelsize=7)
+    save(figure, path)
+
+
+def _bar(axes: Any, name: str, values: Sequence[float | None], colour: str, **style: Any) -> None:
+    """The mean of what is known, and its range."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return
+    mean = fmean(known)
+    ends = [[mean - min(known)], [max(known) - mean]]
+    axes.bar([name], [mean], yerr=ends, color=colour, capsize=3, **style)
+
+
+if __name__ == "__main__":
+    main()
