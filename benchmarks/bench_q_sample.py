@@ -14,7 +14,7 @@ from jepa_fast import ops
 from jepa_fast.ops._normal import standard_normal
 from jepa_fast.perf import Case, Race, benchmark
 
-_SMALL = {"T": 64, "D": 192}
+_SMALL = {"T": 256, "D": 192}
 _S = {size: HEAD[size] for size in _SMALL}
 _L = {size: HEAD_L[size] for size in _SMALL}
 
@@ -53,7 +53,7 @@ def bench_q_sample(case: Case, device: str) -> Race:
         others={name: functools.partial(run, way, arguments, ()) for name, way in ways.items()},
         check=check,
         cost=q_sample_cost(case, backward=False),
-        backend=backend_of("q_sample", target, signal[None], noise[None], seed, 0),
+        backend=backend_of("q_sample", target, signal, noise, seed, 0),
         why_not=why_not,
     )
 

@@ -328,6 +328,19 @@ def test_where_there_is_nothing(backend: str, device: str) -> None:
     assert prediction.grad.shape == (2, 0, 4)
 
 
+def test_compiles_where_nothing_takes_a_gradient() -> None:
+    torch._dynamo.reset()
+
+    def both(target: Tensor, level: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        x = ops.q_sample(target, level, level, seed)
+        return x, ops.denoising_loss(x, seed, target)
+
+    arguments = (torch.randn(3, 5), torch.rand(2, 3), _seed(4))
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*arguments), both(*arguments), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_low_precision_computes_in_float32() -> None:
     torch.manual_seed(0)
     prediction = torch.randn(3, 70).bfloat16().requires_grad_()

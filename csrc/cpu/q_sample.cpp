@@ -64,7 +64,7 @@ JEPA_FAST_CLONES void noised_row(
   }
 }
 
-// target [T, D] by its strides; signal and noise [n, T], contiguous; x [n, T, D], contiguous.
+// target [T, D] by its strides; signal and noise [T] or [n, T], contiguous; x [.., T, D], contiguous.
 void q_sample(
     Tensor target, Tensor signal, Tensor noise, Tensor seed, int64_t first_row, Tensor x) {
   const int64_t tokens = target.size(0), width = target.size(1), rows = signal.numel();
@@ -112,7 +112,7 @@ Squares<T> choose(bool with_target, bool with_slope) {
   return with_slope ? &squares<false, true, T> : &squares<false, false, T>;
 }
 
-// prediction [n * T, D], contiguous; target [T, D] in what it is computed in, by its strides; loss
+// prediction [T, D] or [n, T, D], contiguous; target [T, D] in what it is computed in, by its strides; loss
 // 0-dim. The loss's gradient goes to slope, if there is one: contiguous, of prediction's shape.
 void denoising_loss(
     Tensor prediction,
@@ -121,8 +121,9 @@ void denoising_loss(
     int64_t first_row,
     Tensor loss,
     std::optional<Tensor> slopes) {
-  const int64_t rows = prediction.size(0), width = prediction.size(1);
-  const int64_t tokens = target.has_value() ? target->size(0) : 1;
+  const int64_t last = prediction.dim() - 1;
+  const int64_t tokens = prediction.size(last - 1), width = prediction.size(last);
+  const int64_t rows = last == 2 ? prediction.size(0) * tokens : tokens;
   const int64_t stride = target.has_value() ? target->stride(0) : 0;
   const double scale = 1.0 / static_cast<double>(std::max<int64_t>(1, rows * width));
   std::vector<double> sums(rows);

@@ -12,10 +12,13 @@ from jepa_fast.ops._checks import check_dim, check_floating, check_same_size, ch
 from jepa_fast.ops.q_sample import contract
 
 
+# Every argument by its name: where none takes a gradient, torch.compile counts them.
 class _QSample(OperatorFunction):
     @staticmethod
-    def forward(target: Tensor, signal: Tensor, *arguments: Any) -> Tensor:
-        return contract.Q_SAMPLE.call(target, signal, *arguments)
+    def forward(
+        target: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, first_row: int, backend: str
+    ) -> Tensor:
+        return contract.Q_SAMPLE.call(target, signal, noise, seed, first_row, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -32,8 +35,17 @@ class _QSample(OperatorFunction):
 
 class _DenoisingLoss(OperatorFunction):
     @staticmethod
-    def forward(prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return contract.DENOISING_LOSS.call(prediction, *arguments)
+    def forward(
+        prediction: Tensor,
+        target: Tensor | None,
+        seed: Tensor,
+        first_row: int,
+        with_slope: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return contract.DENOISING_LOSS.call(
+            prediction, target, seed, first_row, with_slope, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -49,10 +61,16 @@ class _DenoisingLoss(OperatorFunction):
         (slope,) = ctx.saved_tensors
         to_target = None
         if ctx.needs_input_grad[1]:
-            to_target = (slope.to(grad.dtype).sum(0) * -grad).to(ctx.target_dtype)
+            wide = slope.to(grad.dtype)
+            to_target = (_over_draws(wide) * -grad).to(ctx.target_dtype)
         if not is_the_gradient(slope, grad, ctx.dtype):
             slope = contract.DENOISING_LOSS_BACKWARD.call(grad, slope, ctx.dtype, "reference")
         return slope, to_target, *[None] * 4
+
+
+def _over_draws(slope: Tensor) -> Tensor:
+    """[T, D] from [T, D] or [n, T, D]."""
+    return slope.sum(0) if slope.ndim == 3 else slope
 
 
 def noise_seed(device: torch.device | str) -> Tensor:
@@ -118,11 +136,7 @@ def q_sample(
             f"got {list(noise.shape)}"
         )
     _check_seed(op, seed, "target", target, first_row)
-    one_draw = signal.ndim == 1
-    if one_draw:
-        signal, noise = signal[None], noise[None]
-    x = _QSample.apply(target, signal, noise, seed, first_row, backend)
-    return x[0] if one_draw else x
+    return _QSample.apply(target, signal, noise, seed, first_row, backend)
 
 
 def denoising_loss(
@@ -159,14 +173,12 @@ def denoising_loss(
     op = "denoising_loss"
     check_dim(op, "prediction", prediction, (2, 3), "[T, D] or [n, T, D]")
     check_floating(op, "prediction", prediction)
-    if prediction.ndim == 2:
-        prediction = prediction[None]
     if target is not None:
         check_dim(op, "target", target, 2, "[T, D]")
         check_floating(op, "target", target)
-        if target.shape != prediction.shape[1:]:
+        if target.shape != prediction.shape[-2:]:
             raise ValueError(
-                f"{op}: target must be [T, D] = {list(prediction.shape[1:])} for this prediction, "
+                f"{op}: target must be [T, D] = {list(prediction.shape[-2:])} for this prediction, "
                 f"got {list(target.shape)}"
             )
     _check_seed(op, seed, "prediction", prediction, first_row)

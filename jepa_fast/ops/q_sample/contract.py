@@ -19,7 +19,7 @@ def _fake(target: Tensor, signal: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(grad.shape[1:], dtype=dtype)
+    return grad.new_empty(grad.shape[-2:], dtype=dtype)
 
 
 def _unsupported(target: Tensor, *rest: Any) -> list[str]:

@@ -36,7 +36,7 @@ def denoising_loss(
     loss = prediction.new_empty((), dtype=dtype)
     slope = empty_slope(prediction, with_slope)
     _DENOISING_LOSS(
-        prediction.contiguous().flatten(0, 1),
+        prediction.contiguous(),
         None if target is None else without_gaps(target.to(dtype)),
         seed,
         first_row,

@@ -9,7 +9,7 @@ from jepa_fast.ops._normal import standard_normal
 
 
 def q_sample(target: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, first_row: int) -> Tensor:
-    """`signal * target + noise * e` [n, T, D], with target [T, D] and levels [n, T].
+    """`signal * target + noise * e`, with target [T, D] and levels [T] or [n, T].
 
     e are the standard normal numbers of `ops/_normal.py`, rows counted from `first_row` through all
     draws. Computed in float32 at least; the result has the dtype of `target`.
@@ -24,7 +24,8 @@ def q_sample(target: Tensor, signal: Tensor, noise: Tensor, seed: Tensor, first_
 def q_sample_backward(grad: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of target, in its `dtype`, summed over draws."""
     wide = torch.promote_types(dtype, torch.float32)
-    return (signal.to(wide)[..., None] * grad.to(wide)).sum(0).to(dtype)
+    to_target = signal.to(wide)[..., None] * grad.to(wide)
+    return (to_target.sum(0) if to_target.ndim == 3 else to_target).to(dtype)
 
 
 def denoising_loss_and_slope(
@@ -32,13 +33,13 @@ def denoising_loss_and_slope(
 ) -> tuple[Tensor, Tensor]:
     """The mean of `(prediction - e)^2`, or of `(prediction - (target - e))^2`, and its gradient.
 
-    With prediction [n, T, D], target [T, D] and e as in `q_sample`. The gradient is of the
-    prediction's dtype, but float32 for float16, where those of many tokens would be 0. Without
+    With prediction [T, D] or [n, T, D], target [T, D] and e as in `q_sample`. The gradient is of
+    the prediction's dtype, but float32 for float16, where those of many tokens would be 0. Without
     `with_slope` it is empty.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    draws, tokens, width = prediction.shape
-    e = standard_normal(seed, first_row, draws * tokens, width).view_as(prediction).to(dtype)
+    rows = prediction.shape[:-1].numel()
+    e = standard_normal(seed, first_row, rows, prediction.shape[-1]).view_as(prediction).to(dtype)
     wanted = e if target is None else target.to(dtype) - e
     residual = prediction.to(dtype) - wanted
     count = max(residual.numel(), 1)

@@ -156,12 +156,12 @@ def denoising_loss(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.denoising_loss_and_slope`."""
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    draws, tokens, width = prediction.shape
+    tokens, width = prediction.shape[-2:]
     prediction = prediction.contiguous()
     other = prediction if target is None else without_gaps(target)
     slope = empty_slope(prediction, with_slope)
     block = _block("denoising_loss", prediction, width)
-    rows, programs = draws * tokens, triton.cdiv(width, block)
+    rows, programs = prediction.shape[:-1].numel(), triton.cdiv(width, block)
     sums = prediction.new_empty((rows, programs), dtype=wide)
     count = max(prediction.numel(), 1)
     factor = torch.full((1,), 2 / count, dtype=torch.float64, device=prediction.device)
