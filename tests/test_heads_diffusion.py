@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from jepa_fast import ops
-from jepa_fast.nn.heads import DiffusionHead
+from jepa_fast.nn.heads import DiffusionHead, adaln
 from jepa_fast.nn.heads.diffusion import alpha_bar
 
 
@@ -46,6 +48,10 @@ class ExactNoise(nn.Module):
 
     def condition(self, condition: Tensor) -> Tensor:
         return condition
+
+    def at(self, times: Tensor, condition: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        for time in times:
+            yield functools.partial(self.forward, time=time, condition=condition)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         t = (time * self.timesteps).round().long()
@@ -147,6 +153,21 @@ def test_samples_of_any_number_of_steps_have_the_moments_of_their_recursion(
     spread = variance.sqrt() / math.sqrt(len(samples))
     assert ((samples.mean(0) - mean).abs() < 5 * spread).all()
     assert ((samples.var(0) / variance - 1).abs() < 5 * math.sqrt(2 / len(samples))).all()
+
+
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_steps_computed_ahead_are_those_computed_one_at_a_time(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = DiffusionHead(4, 3, hidden_dim=8, depth=2).network
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    condition, z, times = torch.randn(5, 8), torch.randn(2, 5, 3), torch.rand(7)
+    monkeypatch.setattr(adaln, "_MODULATIONS", together * 5 * 8 * 8)
+    found = [predict(z) for predict in network.at(times, condition)]
+    for time, got in zip(times, found, strict=True):
+        torch.testing.assert_close(got, network(z, time, condition))
 
 
 def test_visited_timesteps() -> None:

@@ -121,11 +121,6 @@ class DiffusionHead(Head):
         """e [..., T, D] from x_t [..., T, D], t (0-dim or [T]) and the projected condition."""
         return self.network(x, t / self.timesteps, condition).to(x.dtype)
 
-    def predict_target(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The target, [..., T, D], that the predicted noise leaves of x_t, within +-clip."""
-        e = self.predict_noise(x, t, condition)
-        return ((x - self.noise[t] * e) / self.signal[t]).clamp(-self.clip, self.clip)
-
     def visited(self) -> list[int]:
         """The timesteps that the sampler visits, from `timesteps` - 1 down to 0, evenly spread.
 
@@ -170,8 +165,10 @@ class DiffusionDistribution(LatentDistribution):
         one, zero = torch.ones_like(head.signal[:1]), torch.zeros_like(head.signal[:1])
         signal = torch.cat([head.signal[visited], one])
         noise = torch.cat([head.noise[visited], zero])
-        for i, t in enumerate(visited):
-            target = head.predict_target(x, t, self.condition)
+        predictions = head.network.at(visited / head.timesteps, self.condition)
+        for i, predict_noise in enumerate(predictions):
+            target = (x - noise[i] * predict_noise(x).to(x.dtype)) / signal[i]
+            target = target.clamp(-head.clip, head.clip)
             e = (x - signal[i] * target) / noise[i]
             x = signal[i + 1] * target
             if head.sampler == "ddim":
