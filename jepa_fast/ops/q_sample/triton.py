@@ -233,7 +233,7 @@ def traffic_cases() -> list[TrafficCase]:
     noised = Cost(target.nbytes + 2 * numbers + small, rows)
     read = Cost(rows + 2 * small, numbers)
     return [
-        TrafficCase("q_sample", partial(q_sample, target, signal, noise, seed, 0), noised),
+        TrafficCase("q_sample-float32", partial(q_sample, target, signal, noise, seed, 0), noised),
         TrafficCase(
             "denoising_loss-forward",
             partial(denoising_loss, prediction, None, seed, 0, False),
