@@ -49,7 +49,8 @@ extern "C" void normal_pairs(
 
 extern "C" void normal_group(int wide, uint64_t seed, uint64_t row, uint32_t group, float* out) {
   for (int lane = 0; lane < kNormalLanes; ++lane) {
-    (wide ? normal_lane<uint64_t> : normal_lane<uint32_t>)(seed, row, group, lane, out);
+    (wide ? draw_lane<uint64_t> : draw_lane<uint32_t>)(seed, row, group, lane, out);
+    normal_lane(lane, out);
   }
 }
 """

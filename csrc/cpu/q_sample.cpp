@@ -21,7 +21,12 @@ JEPA_FAST_CLONES void draw_row(uint64_t seed, uint64_t row, int64_t groups, floa
   for (int64_t group = 0; group < groups; ++group) {
     float* const out = noise + group * kNormalGroup;
 #pragma omp simd
-    for (int lane = 0; lane < kNormalLanes; ++lane) normal_lane<Lane>(seed, row, group, lane, out);
+    for (int lane = 0; lane < kNormalLanes; ++lane) draw_lane<Lane>(seed, row, group, lane, out);
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    float* const out = noise + group * kNormalGroup;
+#pragma omp simd
+    for (int lane = 0; lane < kNormalLanes; ++lane) normal_lane(lane, out);
   }
 }
 
