@@ -224,6 +224,23 @@ def realnvp_cost(case: Case) -> Cost:
     return Cost(parameters + condition + target, parameters + condition, flops)
 
 
+def q_sample_cost(case: Case, backward: bool) -> Cost:
+    """Noising takes 3 flops an element, and a normal number about 5: half a logarithm, square root,
+    sine and cosine each, and products. Targets take no gradient.
+    """
+    elements = case["T"] * case["D"]
+    moved = elements * _BYTES[case.dtype]
+    return Cost(moved + 2 * case["T"] * _WIDE + _INDEX, moved, 8 * elements)
+
+
+def denoising_loss_cost(case: Case, backward: bool) -> Cost:
+    """A normal number (5 flops), the residual and its square (3); noise moves nowhere."""
+    elements = case["T"] * case["D"]
+    moved = elements * _BYTES[case.dtype]
+    forward = Cost(moved + _INDEX, _WIDE, 8 * elements)
+    return forward + Cost(_WIDE, moved, elements) if backward else forward
+
+
 def draw_block_masks_cost(case: Case) -> Cost:
     """Ids to contexts of Kc slots with their mask and lengths, and to M targets of Kt patches."""
     indices = case["Kc"] + 1 + case["M"] * case["Kt"]

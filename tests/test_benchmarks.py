@@ -40,7 +40,10 @@ each_operator = pytest.mark.parametrize(
 SetUp = Callable[[Case, str], Race]
 IN_PLACE = ("ema_update_", "adamw_ema_")
 """They update the tensors of their first argument, and have no gradient."""
-WITHOUT_GRADIENT = (*IN_PLACE, "draw_block_masks")
+WITHOUT_GRADIENT = (*IN_PLACE, "draw_block_masks", "q_sample")
+"""Have none, or are timed without: a teacher's tokens take none."""
+DRAWN = ("draw_block_masks", "q_sample", "denoising_loss")
+"""The plain way draws other random numbers: their benchmarks look at these themselves."""
 
 
 @pytest.fixture(autouse=True)
@@ -273,11 +276,10 @@ def test_masks_that_are_none_are_noticed() -> None:
 # The plain operators
 
 
-# Plain masks are drawn in a loop, from other random numbers: the benchmark itself looks at them.
 PUBLIC = {
     case.operator: getattr(ops, case.operator)
     for case in CASES
-    if hasattr(ops, case.operator) and case.operator != "draw_block_masks"
+    if hasattr(ops, case.operator) and case.operator not in DRAWN
 }
 
 

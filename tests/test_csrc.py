@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+
+from jepa_fast.ops import _normal
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = [
@@ -33,6 +36,23 @@ _EXPONENTIAL = """
   }
 LOOP(exponential) LOOP(small_exponential) LOOP(exponential_of_negative) LOOP(logarithm)
 LOOP(softplus) LOOP(sigmoid) LOOP(hyperbolic_tangent)
+"""
+
+_NORMAL = """
+#include "common/normal.h"
+using namespace jepa_fast;
+
+extern "C" void normal_pairs(
+    const uint32_t* radius, const uint32_t* angle, float* first, float* second, long count) {
+  for (long i = 0; i < count; ++i) normal_pair(radius[i], angle[i], first + i, second + i);
+}
+
+extern "C" void normal_group(int wide, uint64_t seed, uint64_t row, uint32_t group, float* out) {
+  for (int lane = 0; lane < kNormalLanes; ++lane) {
+    (wide ? draw_lane<uint64_t> : draw_lane<uint32_t>)(seed, row, group, lane, out);
+    normal_lane(lane, out);
+  }
+}
 """
 
 _PRODUCT = """
@@ -184,6 +204,49 @@ def test_the_logarithms_ends(exponential: ctypes.CDLL) -> None:
     x = np.array([0, -0.0, 1, inf, -inf, nan, -1, -1e-45], np.float32)
     want = np.array([-inf, -inf, 0, inf, nan, nan, nan, nan], np.float32)
     np.testing.assert_array_equal(_values(exponential, "logarithm", x), want)
+
+
+# Normal numbers.
+
+
+@pytest.fixture(scope="module", params=["", "-march=native"], ids=["plain", "native"])
+def normal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return _library(tmp_path_factory.mktemp("normal"), _NORMAL, *request.param.split())
+
+
+def test_normal_numbers_are_off_by_four_units_at_the_most(normal: ctypes.CDLL) -> None:
+    """Of all lengths, up to the largest, and all quarters of the circle."""
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 1_000_000), dtype=np.uint32)
+    words[0, :64], words[1, 0] = np.arange(64), 0  # the longest, along an axis
+    words[0, 64:128] = 2**32 - 1 - np.arange(64)  # of length 0, nearly
+    words[1, 128:192] = np.arange(64) << 26
+    radius, angle = words
+    first, second = (np.empty(len(radius), np.float32) for _ in range(2))
+    arguments = map(_pointer, (radius, angle, first, second))
+    normal.normal_pairs(*arguments, ctypes.c_long(len(radius)))
+
+    u, f = _normal.uniforms(*(torch.from_numpy(x.astype(np.int64)) for x in words))
+    u, f = u.double().numpy(), f.double().numpy()
+    r = np.sqrt(-2 * np.log(u))
+    cosine, sine = r * np.cos(np.pi / 2 * f), r * np.sin(np.pi / 2 * f)
+    cosine[angle >> 31 == 1] *= -1
+    swap = (angle >> 30 & 1) == 1
+    assert _units_off(first, np.where(swap, sine, cosine)) <= 4.0
+    assert _units_off(second, np.where(swap, cosine, sine)) <= 4.0
+    assert 6.6 < np.abs(first).max() < 6.7
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_lanes_of_either_width_draw_the_same(normal: ctypes.CDLL, wide: bool) -> None:
+    for seed, row, group in ((0, 0, 0), (2**64 - 5, 2**40 + 3, 7), (2**63, 2**64 - 1, 2**31)):
+        out = np.empty(_normal.GROUP, np.float32)
+        place = (ctypes.c_uint64(seed), ctypes.c_uint64(row), ctypes.c_uint32(group))
+        normal.normal_group(ctypes.c_int(wide), *place, _pointer(out))
+        key = torch.tensor([seed - 2**64 if seed >> 63 else seed])
+        counter = (row & 0xFFFFFFFF, row >> 32, group, torch.arange(_normal.LANES))
+        words = _normal.philox(key, tuple(torch.as_tensor(x) for x in counter))
+        want = _normal.pairs(torch.stack(words[::2]), torch.stack(words[1::2]))
+        np.testing.assert_allclose(out, want.flatten().numpy(), rtol=1e-6, atol=1e-7)
 
 
 # The product, by every instruction set.

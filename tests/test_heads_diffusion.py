@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from jepa_fast.nn.heads import DiffusionHead
+from jepa_fast import ops
+from jepa_fast.nn.heads import DiffusionHead, adaln
 from jepa_fast.nn.heads.diffusion import alpha_bar
 
 
@@ -44,6 +48,10 @@ class ExactNoise(nn.Module):
 
     def condition(self, condition: Tensor) -> Tensor:
         return condition
+
+    def at(self, times: Tensor, condition: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        for time in times:
+            yield functools.partial(self.forward, time=time, condition=condition)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         t = (time * self.timesteps).round().long()
@@ -110,6 +118,56 @@ def test_ddim_is_a_function_of_its_starting_noise_and_ddpm_is_not() -> None:
     assert correlation() > 0.999
     head.sampler = "ddpm"
     assert abs(correlation()) < 0.3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_samples_of_any_number_of_steps_have_the_moments_of_their_recursion(
+    steps: int, sampler: str, schedule: str
+) -> None:
+    """One step, a number that 20 is no multiple of, and all: normal throughout, since the exact
+    network is linear in x; its mean and variance are carried along in float64.
+    """
+    head, truth = exact_head(sampler=sampler, timesteps=20, steps=steps, schedule=schedule)
+    remaining = alpha_bar(schedule, 20).clamp(min=4e-5)
+    levels = [remaining[t] for t in head.visited()] + [torch.tensor(1.0, dtype=torch.float64)]
+    target_mean, target_variance = truth.mean.double(), truth.variance.double()
+    mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for now, later in itertools.pairwise(levels):
+        # What the target is expected to be, offset + gain x, and the noise left, (x - ...) / noise.
+        gain = now.sqrt() * target_variance / (now * target_variance + 1 - now)
+        offset = target_mean * (1 - gain * now.sqrt())
+        if sampler == "ddim":
+            on_e, fresh = (1 - later).sqrt(), torch.zeros(())
+        else:
+            # What q(x_later | x_now, target) has: equation 7 of arXiv 2006.11239, for jumps.
+            fresh = (1 - later) / (1 - now) * (1 - now / later)
+            on_e = (1 - later - fresh).clamp(min=0).sqrt()
+        on_x = on_e / (1 - now).sqrt()
+        on_target = later.sqrt() - on_x * now.sqrt()
+        mean = on_target * (offset + gain * mean) + on_x * mean
+        variance = (on_target * gain + on_x).square() * variance + fresh
+    generator = torch.Generator().manual_seed(0)
+    samples = head.distribution(torch.zeros(1, 4)).sample(20_000, generator).double()[:, 0]
+    spread = variance.sqrt() / math.sqrt(len(samples))
+    assert ((samples.mean(0) - mean).abs() < 5 * spread).all()
+    assert ((samples.var(0) / variance - 1).abs() < 5 * math.sqrt(2 / len(samples))).all()
+
+
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_steps_computed_ahead_are_those_computed_one_at_a_time(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = DiffusionHead(4, 3, hidden_dim=8, depth=2).network
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    condition, z, times = torch.randn(5, 8), torch.randn(2, 5, 3), torch.rand(7)
+    monkeypatch.setattr(adaln, "_MODULATIONS", together * 5 * 8 * 8)
+    found = [predict(z) for predict in network.at(times, condition)]
+    for time, got in zip(times, found, strict=True):
+        torch.testing.assert_close(got, network(z, time, condition))
 
 
 def test_visited_timesteps() -> None:
@@ -217,6 +275,42 @@ def test_loss_is_that_of_the_noise() -> None:
     assert perfect.item() == pytest.approx(floor.item(), abs=0.02)
 
 
+def test_several_draws_are_a_mean_over_them_and_project_the_condition_once() -> None:
+    torch.manual_seed(0)
+    head = DiffusionHead(4, 3, hidden_dim=8)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    condition, target = torch.randn(6, 4), torch.randn(6, 3)
+    calls = []
+    head.network.condition.register_forward_hook(lambda _, __, out: calls.append(out.shape))
+    head.draws = 3
+    torch.manual_seed(1)
+    loss = head(condition, target)
+    assert calls == [(6, 8)]
+    # By hand, with the same t and the same numbers, one draw at a time.
+    torch.manual_seed(1)
+    t, seed = torch.randint(1000, (3, 6)), ops.noise_seed("cpu")
+    zeros, ones = torch.zeros(3, 6), torch.ones(3, 6)
+    losses = []
+    for at, e in zip(t, ops.q_sample(target, zeros, ones, seed), strict=True):
+        x = head.signal[at, None] * target + head.noise[at, None] * e
+        predicted = head.predict_noise(x, at, head.network.condition(condition))
+        losses.append((predicted - e).square().mean())
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+def test_the_global_generator_governs_the_loss() -> None:
+    head = DiffusionHead(4, 3, hidden_dim=8)
+    condition, target = torch.randn(6, 4), torch.randn(6, 3)
+    torch.manual_seed(1)
+    first, second = head(condition, target), head(condition, target)
+    assert first != second
+    torch.manual_seed(1)
+    assert head(condition, target) == first
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -225,6 +319,7 @@ def test_loss_is_that_of_the_noise() -> None:
         ({"steps": 0}, "steps must be between 1 and timesteps = 1000, got 0"),
         ({"steps": 11, "timesteps": 10}, "steps must be between 1 and timesteps = 10, got 11"),
         ({"timesteps": 0}, "timesteps must be at least 1"),
+        ({"draws": 0}, "draws must be at least 1"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"probes": 0}, "probes must be at least 1"),
         ({"clip": 0.0}, "clip must be positive, got 0.0"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from jepa_fast import ops
 from jepa_fast.nn.heads import CouplingFlowHead, FlowMatchingHead
 from jepa_fast.nn.heads.flow import ActNorm
 
@@ -447,7 +448,31 @@ def test_flow_matching_loss_is_that_of_the_velocity() -> None:
     assert all(p.grad is not None for p in head.parameters())
 
 
-@pytest.mark.parametrize("name", ["hidden_dim", "depth", "steps", "probes"])
+def test_several_draws_of_flow_matching_are_a_mean_over_them() -> None:
+    torch.manual_seed(0)
+    head = FlowMatchingHead(4, 3, hidden_dim=8, draws=3)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    condition, target = torch.randn(6, 4), torch.randn(6, 3)
+    torch.manual_seed(1)
+    loss = head(condition, target)
+    # By hand, with the same t and the same numbers, one draw at a time.
+    torch.manual_seed(1)
+    time, seed = torch.rand(3, 6), ops.noise_seed("cpu")
+    losses = []
+    for at, e in zip(
+        time, ops.q_sample(target, torch.zeros(3, 6), torch.ones(3, 6), seed), strict=True
+    ):
+        velocity = head.network(
+            torch.lerp(e, target, at[:, None]), at, head.network.condition(condition)
+        )
+        losses.append((velocity - (target - e)).square().mean())
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "depth", "steps", "probes", "draws"])
 def test_bad_flow_matching_options(name: str) -> None:
     with pytest.raises(ValueError, match=f"FlowMatchingHead: {name} must be at least 1, got 0"):
         FlowMatchingHead(4, 3, **{name: 0})

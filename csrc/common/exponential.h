@@ -62,17 +62,14 @@ JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
   return x < -kSmallExponent ? 0.0f : result;
 }
 
-// log(x) to 1 unit in the last place; minus infinity for 0, NaN below it and for NaN.
-JEPA_FAST_HOST_DEVICE float logarithm(float x) {
+// log(x 2^more) to 1 unit in the last place, for x that is positive, finite and not subnormal.
+JEPA_FAST_HOST_DEVICE float logarithm_of_normal(float x, int32_t more = 0) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
-  constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
   constexpr int32_t kRootOfHalf = 0x3F3504F3;
-  const bool is_subnormal = x < kSmallestNormal;
-  const float normal = x * (is_subnormal ? 8388608.0f : 1.0f);  // 2^23
   int32_t bits;
-  memcpy(&bits, &normal, sizeof bits);
+  memcpy(&bits, &x, sizeof bits);
   // x = 2^n (1 + f) with 1 + f from the square root of 1 / 2 to that of 2.
-  const int32_t n = ((bits - kRootOfHalf) >> 23) - (is_subnormal ? 23 : 0);
+  const int32_t n = ((bits - kRootOfHalf) >> 23) + more;
   bits = ((bits - kRootOfHalf) & 0x007FFFFF) + kRootOfHalf;
   float f;
   memcpy(&f, &bits, sizeof f);
@@ -88,7 +85,15 @@ JEPA_FAST_HOST_DEVICE float logarithm(float x) {
   p = p * f + 3.33333126e-1f;
   const float square = f * f, whole = static_cast<float>(n);
   const float rest = (f * square) * p - 0.5f * square + whole * kLn2Low;
-  const float log = whole * kLn2High + (f + rest);
+  return whole * kLn2High + (f + rest);
+}
+
+// log(x) to 1 unit in the last place; minus infinity for 0, NaN below it and for NaN.
+JEPA_FAST_HOST_DEVICE float logarithm(float x) {
+  constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e38f;
+  const bool is_subnormal = x < kSmallestNormal;
+  const float normal = x * (is_subnormal ? 8388608.0f : 1.0f);  // 2^23
+  const float log = logarithm_of_normal(normal, is_subnormal ? -23 : 0);
   const float end = x == 0 ? -HUGE_VALF : x > 0 ? x : NAN;
   return (x > 0) & (x <= kLargest) ? log : end;
 }

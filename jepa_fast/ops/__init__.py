@@ -20,6 +20,7 @@ from jepa_fast.ops.mixture_nll import (
     mixture_variance,
 )
 from jepa_fast.ops.patch_word_consistency import patch_word_consistency, patch_word_similarity
+from jepa_fast.ops.q_sample import denoising_loss, noise_seed, q_sample
 from jepa_fast.ops.text_cross_attention import attention_statistics, text_cross_attention
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "affine_coupling",
     "assemble_predictor_tokens",
     "attention_statistics",
+    "denoising_loss",
     "draw_block_masks",
     "ema_update_",
     "gather_packed",
@@ -42,7 +44,9 @@ __all__ = [
     "mixture_responsibilities",
     "mixture_sample",
     "mixture_variance",
+    "noise_seed",
     "patch_word_consistency",
     "patch_word_similarity",
+    "q_sample",
     "text_cross_attention",
 ]

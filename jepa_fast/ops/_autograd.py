@@ -116,6 +116,20 @@ class _Bound:
         return None
 
 
+def is_the_gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `slope`, the gradient of a loss but for the factor `grad`, may be handed on as it is:
+    a last use, with the factor 1, on a CPU, where asking for its value costs nothing.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and slope.dtype == dtype
+        and grad.device.type == "cpu"
+        and float(grad) == 1.0
+    )
+
+
 def differentiable_once(name: str, instead: str = "") -> Callable[[_Backward], _Backward]:
     """Lets the backward pass of operator `name` run with `create_graph=True`, as torch.func.grad
     always does; its results raise RuntimeError where they are differentiated themselves, and say

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_MODULATIONS = 1 << 24
+"""Numbers that a sampler computes ahead: 64 MiB of float32."""
 
 
 class AdaLNMlp(nn.Module):
@@ -38,16 +44,38 @@ class AdaLNMlp(nn.Module):
         time has any shape that broadcasts with [..., T]. Taking the condition projected lets a
         sampler project it once for all its steps.
         """
-        given = F.silu(condition + self.time(time))
+        return self._modulated(z, self._modulations(condition + self.time(time)))
+
+    def at(self, times: Tensor, condition: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        """For each of `times` [S], what `forward` makes of z with that time and the condition.
+
+        For a sampler. What modulates the layers depends on time and condition alone, so that of as
+        many times as fit into 64 MiB is computed together: for a few tokens reading the weights is
+        most of it.
+        """
+        together = max(1, _MODULATIONS // max(condition.numel() * (3 * len(self.blocks) + 2), 1))
+        for some in self.time(times).split(together):
+            modulations = self._modulations(condition + some[:, None])
+            for one_time in zip(*modulations, strict=True):
+                yield functools.partial(self._modulated, modulations=one_time)
+
+    def _modulations(self, given: Tensor) -> list[Tensor]:
+        """Of every block and of the output, from condition plus time [..., T, hidden_dim]."""
+        given = F.silu(given)
+        blocks: Any = self.blocks
+        return [*(block.modulation(given) for block in blocks), self.modulation(given)]
+
+    def _modulated(self, z: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        *of_blocks, of_output = modulations
         h = self.input(z.to(self.input.weight.dtype))
-        for block in self.blocks:
-            h = block(h, given)
-        shift, scale = self.modulation(given).chunk(2, -1)
+        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            h = block(h, modulation)
+        shift, scale = of_output.chunk(2, -1)
         return self.output(_modulate(h, shift, scale))
 
 
 class AdaLNBlock(nn.Module):
-    """`h + gate * MLP(LayerNorm(h) * (1 + scale) + shift)`."""
+    """`h + gate * MLP(LayerNorm(h) * (1 + scale) + shift)`, given shift, scale and gate as one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,8 +83,8 @@ class AdaLNBlock(nn.Module):
         self.fc1 = nn.Linear(width, width)
         self.fc2 = nn.Linear(width, width)
 
-    def forward(self, h: Tensor, given: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(given).chunk(3, -1)
+    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale, gate = modulation.chunk(3, -1)
         return h + gate * self.fc2(F.silu(self.fc1(_modulate(h, shift, scale))))
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from jepa_fast import ops
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.flow import standard_normal_log_prob
 from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
@@ -35,8 +36,8 @@ class DiffusionHead(Head):
     """Denoising diffusion of each target embedding on its own, given the predictor's token.
 
     With `x_t = signal[t] * target + noise[t] * e`, a network is trained to tell e by mean squared
-    error at a uniform t. Both are drawn from torch's global generator: under torchrun every rank
-    draws its own, and the loss equals that of one process only in expectation.
+    error at a uniform t. t and the seed of e are drawn from torch's global generator: under
+    torchrun every rank draws its own, and the loss equals that of one process only in expectation.
 
     Args:
         condition_dim: d.
@@ -53,6 +54,8 @@ class DiffusionHead(Head):
         probes: random probes of the divergence in `log_prob`; None, or D and more, for the exact
             divergence at D backward passes an evaluation; may be set later.
         moment_samples: as in `Head`.
+        draws: of t and noise for every target in a training step; the loss is their mean, and the
+            condition is projected once for all of them. May be set later.
 
     Raises:
         ValueError: an unknown name, or a number out of range.
@@ -76,10 +79,11 @@ class DiffusionHead(Head):
         clip: float | None = None,
         probes: int | None = 8,
         moment_samples: int = 1024,
+        draws: int = 1,
     ) -> None:
         super().__init__(condition_dim, target_dim, moment_samples)
         owner = "DiffusionHead"
-        check_positive(owner, hidden_dim=hidden_dim, depth=depth, timesteps=timesteps)
+        check_positive(owner, hidden_dim=hidden_dim, depth=depth, timesteps=timesteps, draws=draws)
         check_choice(owner, "schedule", schedule, ("linear", "cosine"))
         if probes is not None:
             check_positive(owner, probes=probes)
@@ -90,6 +94,7 @@ class DiffusionHead(Head):
         self.sampler = sampler
         self.steps = steps
         self.probes = probes
+        self.draws = draws
         self.visited()
         # Where the linear schedule ends. With less of the signal left, as at the cosine one's end,
         # dividing by it blows up any error of the network: the ODE and the samples diverge.
@@ -102,11 +107,11 @@ class DiffusionHead(Head):
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
         target = widened(target)
-        t = torch.randint(self.timesteps, target.shape[:1], device=target.device)
-        e = torch.randn_like(target)
-        x = self.signal[t, None] * target + self.noise[t, None] * e
-        error = (self.predict_noise(x, t, self.network.condition(condition)) - e).square()
-        return error.sum() / max(error.numel(), 1)
+        t = torch.randint(self.timesteps, (self.draws, len(target)), device=target.device)
+        seed = ops.noise_seed(target.device)
+        x = ops.q_sample(target, self.signal[t], self.noise[t], seed)
+        e = self.network(x, t / self.timesteps, self.network.condition(condition))
+        return ops.denoising_loss(e, seed)
 
     def distribution(self, condition: Tensor) -> DiffusionDistribution:
         self.check(condition)
@@ -115,11 +120,6 @@ class DiffusionHead(Head):
     def predict_noise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """e [..., T, D] from x_t [..., T, D], t (0-dim or [T]) and the projected condition."""
         return self.network(x, t / self.timesteps, condition).to(x.dtype)
-
-    def predict_target(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The target, [..., T, D], that the predicted noise leaves of x_t, within +-clip."""
-        e = self.predict_noise(x, t, condition)
-        return ((x - self.noise[t] * e) / self.signal[t]).clamp(-self.clip, self.clip)
 
     def visited(self) -> list[int]:
         """The timesteps that the sampler visits, from `timesteps` - 1 down to 0, evenly spread.
@@ -165,8 +165,10 @@ class DiffusionDistribution(LatentDistribution):
         one, zero = torch.ones_like(head.signal[:1]), torch.zeros_like(head.signal[:1])
         signal = torch.cat([head.signal[visited], one])
         noise = torch.cat([head.noise[visited], zero])
-        for i, t in enumerate(visited):
-            target = head.predict_target(x, t, self.condition)
+        predictions = head.network.at(visited / head.timesteps, self.condition)
+        for i, predict_noise in enumerate(predictions):
+            target = (x - noise[i] * predict_noise(x).to(x.dtype)) / signal[i]
+            target = target.clamp(-head.clip, head.clip)
             e = (x - signal[i] * target) / noise[i]
             x = signal[i + 1] * target
             if head.sampler == "ddim":

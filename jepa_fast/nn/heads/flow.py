@@ -536,8 +536,8 @@ class FlowMatchingHead(Head):
 
     On the straight path `x_t = (1 - t) noise + t target` the velocity is `target - noise`; the loss
     is its mean squared error at a uniform t. Samples solve `dx/dt = v(x, t)` from noise at t = 0.
-    In training, noise and t are drawn from torch's global generator: under torchrun every rank
-    draws its own, and the loss equals that of one process only in expectation.
+    In training, t and the seed of the noise are drawn from torch's global generator: under torchrun
+    every rank draws its own, and the loss equals that of one process only in expectation.
 
     Args:
         condition_dim: d.
@@ -548,6 +548,8 @@ class FlowMatchingHead(Head):
         probes: random probes of the divergence in `log_prob`; None, or D and more, for the exact
             divergence at D backward passes an evaluation; may be set later.
         moment_samples: as in `Head`.
+        draws: of t and noise for every target in a training step; the loss is their mean, and the
+            condition is projected once for all of them. May be set later.
 
     Raises:
         ValueError: a size below 1.
@@ -564,24 +566,27 @@ class FlowMatchingHead(Head):
         steps: int = 50,
         probes: int | None = 8,
         moment_samples: int = 1024,
+        draws: int = 1,
     ) -> None:
         super().__init__(condition_dim, target_dim, moment_samples)
-        check_positive("FlowMatchingHead", hidden_dim=hidden_dim, depth=depth, steps=steps)
+        check_positive(
+            "FlowMatchingHead", hidden_dim=hidden_dim, depth=depth, steps=steps, draws=draws
+        )
         if probes is not None:
             check_positive("FlowMatchingHead", probes=probes)
         self.steps = steps
         self.probes = probes
+        self.draws = draws
         self.network = AdaLNMlp(target_dim, condition_dim, hidden_dim, depth)
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
         target = widened(target)
-        noise = torch.randn_like(target)
-        time = torch.rand_like(target[:, :1])
-        x = torch.lerp(noise, target, time)
-        velocity = self.network(x, time[:, 0], self.network.condition(condition))
-        error = (velocity.to(target.dtype) - (target - noise)).square()
-        return error.sum() / max(error.numel(), 1)
+        time = torch.rand((self.draws, len(target)), dtype=target.dtype, device=target.device)
+        seed = ops.noise_seed(target.device)
+        x = ops.q_sample(target, time, 1 - time, seed)
+        velocity = self.network(x, time, self.network.condition(condition))
+        return ops.denoising_loss(velocity, seed, target)
 
     def distribution(self, condition: Tensor) -> FlowMatchingDistribution:
         self.check(condition)

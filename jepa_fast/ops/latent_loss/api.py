@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
+from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, is_the_gradient
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
@@ -36,24 +36,10 @@ class _LatentLoss(OperatorFunction):
     @differentiable_once("latent_loss")
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        if not _is_the_gradient(slope, grad, ctx.dtype):
+        if not is_the_gradient(slope, grad, ctx.dtype):
             # Plain PyTorch on every device.
             slope = contract.BACKWARD.call(grad, slope, ctx.dtype, "reference")
         return slope, *[None] * 9
-
-
-def _is_the_gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `slope` may be handed on as it is: a last use, with the factor 1, on a CPU, where
-    asking for its value costs nothing.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and slope.dtype == dtype
-        and grad.device.type == "cpu"
-        and float(grad) == 1.0
-    )
 
 
 def latent_loss(
