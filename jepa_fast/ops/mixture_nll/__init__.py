@@ -7,10 +7,15 @@ from jepa_fast.ops.mixture_nll.api import (
     mixture_sample,
     mixture_variance,
 )
-from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count, split_mixture_parameters
+from jepa_fast.ops.mixture_nll.reference import (
+    component_scale,
+    mixture_parameter_count,
+    split_mixture_parameters,
+)
 
 __all__ = [
     "check_mixture_options",
+    "component_scale",
     "mixture_mean",
     "mixture_nll",
     "mixture_parameter_count",
