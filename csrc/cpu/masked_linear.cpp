@@ -4,7 +4,7 @@
 // panels of 32, which are multiplied up to the longest prefix among them; weights beyond an output's
 // own are zeros in the copy that is multiplied. Panels take outputs as they lie in memory where their
 // degrees ascend, in one run or in several, as those of a head with several numbers a coordinate do,
-// and else in the order of their degrees.
+// and else in the order of what they see.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -144,7 +144,7 @@ struct Plan {
   Plan(const Tensor& in_degree, const Tensor& out_degree, bool strict) {
     seen = count_seen(in_degree, out_degree, strict);
     panels = make_panels(seen, true);
-    const std::vector<int32_t> order = ascending(seen);
+    const std::vector<int32_t> order = deepest(seen);
     std::vector<int32_t> sorted(seen.size());
     for (size_t i = 0; i < order.size(); ++i) sorted[i] = seen[order[i]];
     std::vector<Panel> of_sorted = make_panels(sorted, false);
@@ -184,13 +184,15 @@ struct Plan {
     return found;
   }
 
-  // The places in ascending order of `values` of at most I: a counting sort.
-  static std::vector<int32_t> ascending(const std::vector<int32_t>& values) {
-    const int32_t most = values.empty() ? 0 : *std::max_element(values.begin(), values.end());
-    std::vector<int32_t> next(most + 2), order(values.size());
-    for (const int32_t value : values) ++next[value + 1];
+  // The outputs, those that see the most first: a counting sort.
+  static std::vector<int32_t> deepest(const std::vector<int32_t>& seen) {
+    const int32_t most = seen.empty() ? 0 : *std::max_element(seen.begin(), seen.end());
+    std::vector<int32_t> next(most + 2), order(seen.size());
+    for (const int32_t count : seen) ++next[most - count + 1];
     std::partial_sum(next.begin(), next.end(), next.begin());
-    for (size_t i = 0; i < values.size(); ++i) order[next[values[i]]++] = static_cast<int32_t>(i);
+    for (size_t i = 0; i < seen.size(); ++i) {
+      order[next[most - seen[i]]++] = static_cast<int32_t>(i);
+    }
     return order;
   }
 
@@ -379,10 +381,10 @@ class Backward {
     const int64_t each = std::clamp<int64_t>(panels_ / (4 * threads), 1, 4);
     const int64_t groups = dweight_ || dbias_ != nullptr ? (panels_ + each - 1) / each : 0;
     const int64_t tiles = dx_ ? tiles_.count : 0;
-    // The larger items first, those of the most inputs before the others where degrees ascend.
+    // The larger items first: those of the deepest panels, which come last where degrees ascend.
     share_out<Scratch>(groups + tiles, 2 * tokens_ * work, [&](int64_t i, Scratch& scratch) {
       if (i < groups) {
-        const int64_t first = (groups - 1 - i) * each;
+        const int64_t first = (plan_.outputs.empty() ? groups - 1 - i : i) * each;
         differentiate_weight(first, std::min(each, panels_ - first), scratch);
       } else {
         differentiate_input((i - groups) * tiles_.rows, scratch);
@@ -410,20 +412,34 @@ class Backward {
       seeing_.push_back(seeing(q));
       offset_[q + 1] = offset_[q] + seeing_[q] * kPanel * kPanel;
     }
+    // Columns in another order are read once, row by row; else they are where they are needed.
+    const bool copies_grad = !plan_.outputs.empty();
+    if (copies_grad) packed_grad_.reserve(std::max<int64_t>(1, panels_ * tokens_ * kPanel));
     if (dx_) packed_weight_.reserve(std::max<int64_t>(1, offset_.back()));
     if (dweight_) packed_x_.reserve(std::max<int64_t>(1, columns_of_panels_ * tokens_ * kPanel));
-    const int64_t tiles = dweight_ ? tiles_.count : 0;
+    const int64_t tiles = dweight_ || copies_grad ? tiles_.count : 0;
     struct None {};
     share_out<None>(
         tiles + (dx_ ? panels_ : 0), work + tokens_ * x_.columns, [&](int64_t i, None&) {
           if (i < tiles) {
             const int64_t first = i * tiles_.rows;
             const int64_t end = std::min(tokens_, first + tiles_.rows);
-            read_inputs(packed_x_.data(), x_, tokens_, first, end);
+            if (dweight_) read_inputs(packed_x_.data(), x_, tokens_, first, end);
+            if (copies_grad) read_grads(packed_grad_.data() + first * kPanel, tokens_, first, end);
           } else {
             copy_weights(i - tiles);
           }
         });
+  }
+
+  // Rows first .. end of the gradient as panels [panels][stride][32], the deepest first.
+  void read_grads(float* to, int64_t stride, int64_t first, int64_t end) const {
+    for (int64_t t = first; t < end; ++t) {
+      for (int64_t i = 0; i < panels_; ++i) {
+        const Panel& panel = plan_.panels[plan_.deepest_first[i]];
+        grad_.read(to + (i * stride + t - first) * kPanel, t, panel.first, panel.columns);
+      }
+    }
   }
 
   void copy_weights(int64_t rank) {
@@ -441,20 +457,19 @@ class Backward {
   }
 
   void differentiate_input(int64_t first, Scratch& scratch) const {
-    const int64_t rows = std::min(tiles_.rows, tokens_ - first), stride = rows * kPanel;
-    const int64_t seeing_any = columns_of_panels_ > 0 ? seeing_[0] : 0;
-    scratch.grads.reserve(std::max<int64_t>(1, seeing_any * stride));
-    scratch.sums.reserve(stride);
-    for (int64_t t = 0; t < rows; ++t) {
-      for (int64_t i = 0; i < seeing_any; ++i) {
-        const Panel& panel = plan_.panels[plan_.deepest_first[i]];
-        float* const to = scratch.grads.data() + i * stride + t * kPanel;
-        grad_.read(to, first + t, panel.first, panel.columns);
-      }
+    const int64_t rows = std::min(tiles_.rows, tokens_ - first);
+    scratch.sums.reserve(rows * kPanel);
+    const float* grads = packed_grad_.data() + first * kPanel;
+    int64_t stride = tokens_ * kPanel;
+    if (plan_.outputs.empty()) {
+      scratch.grads.reserve(std::max<int64_t>(1, panels_ * rows * kPanel));
+      read_grads(scratch.grads.data(), rows, first, first + rows);
+      grads = scratch.grads.data();
+      stride = rows * kPanel;
     }
     for (int64_t q = 0; q < columns_of_panels_; ++q) {
       const int64_t columns = std::min(kPanel, x_.columns - q * kPanel);
-      const Left left{scratch.grads.data(), rows, seeing_[q] * kPanel, kPanel, stride};
+      const Left left{grads, rows, seeing_[q] * kPanel, kPanel, stride};
       float* const sums = scratch.sums.data();
       multiply_deep(left, packed_weight_.data() + offset_[q], columns, scratch.part, sums);
       for (int64_t t = 0; t < rows; ++t) {
@@ -475,7 +490,7 @@ class Backward {
     std::fill(scratch.sums.data(), scratch.sums.data() + count * size, 0.0f);
     for (int64_t begin = 0; begin < tokens_; begin += kTokens) {
       const int64_t rows = std::min(kTokens, tokens_ - begin);
-      for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t t = 0; plan_.outputs.empty() && t < rows; ++t) {
         for (int64_t i = 0; i < count; ++i) {
           const Panel& panel = plan_.panels[first + i];
           float* const to = scratch.grads.data() + (i * kTokens + t) * kPanel;
@@ -484,7 +499,9 @@ class Backward {
       }
       for (int64_t i = 0; i < count; ++i) {
         const Panel& panel = plan_.panels[first + i];
-        const float* const grads = scratch.grads.data() + i * kTokens * kPanel;
+        const float* const grads =
+            plan_.outputs.empty() ? scratch.grads.data() + i * kTokens * kPanel
+                                  : packed_grad_.data() + ((first + i) * tokens_ + begin) * kPanel;
         if (dbias_ != nullptr) add_sums(bias + i * kPanel, grads, rows);
         if (!dweight_) continue;
         const Left left{grads, panel.columns, rows, kTokens, 0};
@@ -522,7 +539,7 @@ class Backward {
   std::optional<Matrix> dx_, dweight_;
   const Tensor* dbias_ = nullptr;
   std::vector<int64_t> offset_, seeing_;
-  Buffer packed_weight_, packed_x_;
+  Buffer packed_weight_, packed_x_, packed_grad_;
 };
 
 // As above; grad [T, O] rows without gaps, dx, dweight and dbias contiguous where they are wanted.
