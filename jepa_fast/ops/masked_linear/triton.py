@@ -47,7 +47,7 @@ def sees(out_degree, in_degree, STRICT: tl.constexpr):
 
 @triton.jit
 def bound_degrees_kernel(degree, bound, size, LOWEST: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(bound + tl.program_id(0), extreme_degree(degree, place, size, LOWEST))
 
 
@@ -64,7 +64,7 @@ def list_tiles_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     own = extreme_degree(degree, program * BLOCK + tl.arange(0, BLOCK), size, not OUTPUTS)
     there = tile < tiles
@@ -98,26 +98,31 @@ def masked_product_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,  # of `fixed_steps`
 ):
     # One tile of columns after the other: these programs share their rows of x.
-    tile = tl.program_id(0) % column_tiles
+    tile = (tl.program_id(0) % column_tiles).to(tl.int64)
     t = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tile * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_columns = t < tokens, n < columns
     row = x + t[:, None] * x_stride
     if TRANSPOSED:
-        column = weight + n[None, :].to(tl.int64) * weight_stride
+        column = weight + n[None, :] * weight_stride
     else:
         column = weight + n[None, :]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(tl.load(number + tile)):
-        k = tl.load(listed + tile * depth_tiles + step) * DEPTH + tl.arange(0, DEPTH)
+    steps = tl.load(number + tile)
+    for step in range(steps if STEPS < 0 else STEPS):
+        depth_tile = tl.load(listed + tile * depth_tiles + step).to(tl.int64)
+        k = depth_tile * DEPTH + tl.arange(0, DEPTH)
         in_depth = k < depth
+        if STEPS >= 0:
+            in_depth = in_depth & (step < steps)
         left = tl.load(row + k[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         if TRANSPOSED:
             places = column + k[:, None]
         else:
-            places = column + k[:, None].to(tl.int64) * weight_stride
+            places = column + k[:, None] * weight_stride
         right = tl.load(places, mask=in_depth[:, None] & in_columns[None, :], other=0.0)
         sums = tl.dot(left, right, sums, input_precision="ieee")
     if BIAS:
@@ -144,9 +149,10 @@ def masked_weight_gradient_kernel(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,  # of `fixed_steps`
 ):
-    i = tl.program_id(0) % input_tiles * INPUTS + tl.arange(0, INPUTS)
-    o = tl.program_id(0) // input_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = (tl.program_id(0) % input_tiles).to(tl.int64) * INPUTS + tl.arange(0, INPUTS)
+    o = (tl.program_id(0) // input_tiles).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     in_inputs, in_outputs = i < inputs, o < outputs
     highest = extreme_degree(out_degree, o, outputs, False)
     lowest = extreme_degree(in_degree, i, inputs, True)
@@ -156,17 +162,21 @@ def masked_weight_gradient_kernel(
     left = grad + o[:, None] + t[None, :].to(tl.int64) * grad_stride
     right = x + i[None, :] + t[:, None].to(tl.int64) * x_stride
     left_step, right_step = grad_stride.to(tl.int64) * TOKENS, x_stride.to(tl.int64) * TOKENS
-    for step in range(steps):
-        there = t < tokens - step * TOKENS
+    remaining = tokens
+    for step in range(steps if STEPS < 0 else STEPS):
+        there = t < remaining
+        if STEPS >= 0:
+            there = there & (step < steps)
         of_grad = tl.load(left, mask=in_outputs[:, None] & there[None, :], other=0.0)
         of_x = tl.load(right, mask=there[:, None] & in_inputs[None, :], other=0.0)
         sums = tl.dot(of_grad, of_x, sums, input_precision="ieee")
+        remaining -= TOKENS
         left += left_step
         right += right_step
     row = tl.load(out_degree + o, mask=in_outputs, other=0)
     column = tl.load(in_degree + i, mask=in_inputs, other=0)
     counts = sees(row[:, None], column[None, :], STRICT)
-    place = dweight + o[:, None].to(tl.int64) * inputs + i[None, :]
+    place = dweight + o[:, None] * inputs + i[None, :]
     value = tl.where(counts, sums, 0.0).to(dweight.dtype.element_ty)
     tl.store(place, value, mask=in_outputs[:, None] & in_inputs[None, :])
 
@@ -207,6 +217,14 @@ def masked_linear_backward(
     if bias is not None and needs[2]:
         grads.append(rows.sum(0, dtype=torch.float32).to(bias.dtype))
     return grads
+
+
+def fixed_steps(most: int) -> int:
+    """Of a loop that on a GPU has as many steps as its kernel found, `most` at the most: -1 there.
+
+    The interpreter of Triton 3.6 takes no loops to numbers, only to constants.
+    """
+    return most if triton.knobs.runtime.interpret else -1
 
 
 def _multiply(
@@ -283,6 +301,7 @@ def _multiply(
             "ROWS": config["rows"],
             "COLUMNS": config["columns"],
             "DEPTH": config["depth"],
+            "STEPS": fixed_steps(depth_tiles),
         },
         config["num_warps"],
         config["num_stages"],
@@ -319,6 +338,7 @@ def _weight_gradient(
             "OUTPUTS": config["outputs"],
             "INPUTS": config["inputs"],
             "TOKENS": config["tokens"],
+            "STEPS": fixed_steps(triton.cdiv(tokens, config["tokens"])),
         },
         config["num_warps"],
         config["num_stages"],
@@ -329,23 +349,20 @@ def _weight_gradient(
 def compile_cases() -> list[CompileCase]:
     """A hidden layer under autocast, forward and backward, and a forward pass of odd sizes."""
 
-    def layer(dtype: torch.dtype, inputs: int, outputs: int) -> tuple[Tensor, ...]:
+    def forward(dtype: torch.dtype, inputs: int, outputs: int, strict: bool) -> object:
         x, weight = torch.empty(256, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
-        return x, weight, weight[:, 0].contiguous(), torch.arange(inputs), torch.arange(outputs)
+        degrees = torch.arange(inputs), torch.arange(outputs)
+        return masked_linear(x, weight, x.new_empty(outputs), *degrees, strict)
 
     def backward() -> object:
-        x, weight, *rest = layer(torch.bfloat16, 512, 1024)
-        grad = x.new_empty(256, 1024)
-        return masked_linear_backward(grad, x, weight, None, *rest[1:], False, [True, True])
+        x, weight = torch.empty(256, 512).bfloat16(), torch.empty(1024, 512).bfloat16()
+        grad, degrees = x.new_empty(256, 1024), (torch.arange(512), torch.arange(1024))
+        return masked_linear_backward(grad, x, weight, None, *degrees, False, [True, True])
 
     calls: dict[str, Callable[[], object]] = {
-        "masked_linear-bfloat16-forward": lambda: masked_linear(
-            *layer(torch.bfloat16, 512, 1024), False
-        ),
+        "masked_linear-bfloat16-forward": partial(forward, torch.bfloat16, 512, 1024, False),
         "masked_linear-bfloat16-backward": backward,
-        "masked_linear-float16-odd-forward": lambda: masked_linear(
-            *layer(torch.float16, 63, 65), True
-        ),
+        "masked_linear-float16-odd-forward": partial(forward, torch.float16, 63, 65, True),
     }
     # Bias and degrees take narrow accesses beside the rows'.
     return distinct(recorded_cases(CONFIGS, calls, narrow=frozenset(calls)))
