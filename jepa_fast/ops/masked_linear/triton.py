@@ -112,9 +112,10 @@ def masked_product_kernel(
         column = weight + n[None, :]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     steps = tl.load(number + tile)
+    tiles = listed + tile * depth_tiles
+    depth_tile = tl.load(tiles, mask=steps > 0, other=0)
     for step in range(steps if STEPS < 0 else STEPS):
-        depth_tile = tl.load(listed + tile * depth_tiles + step).to(tl.int64)
-        k = depth_tile * DEPTH + tl.arange(0, DEPTH)
+        k = depth_tile.to(tl.int64) * DEPTH + tl.arange(0, DEPTH)
         in_depth = k < depth
         if STEPS >= 0:
             in_depth = in_depth & (step < steps)
@@ -124,6 +125,8 @@ def masked_product_kernel(
         else:
             places = column + k[:, None] * weight_stride
         right = tl.load(places, mask=in_depth[:, None] & in_columns[None, :], other=0.0)
+        # One step ahead, so that the tiles themselves can be read ahead, too.
+        depth_tile = tl.load(tiles + step + 1, mask=step + 1 < steps, other=0)
         sums = tl.dot(left, right, sums, input_precision="ieee")
     if BIAS:
         sums += tl.load(bias + n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
