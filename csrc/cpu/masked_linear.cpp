@@ -107,6 +107,7 @@ struct Matrix {
   }
   // Zeros from column `first` of the order on.
   void clear(int64_t row, int64_t first) const {
+    if (first == columns) return;  // a matrix without columns has no memory
     char* const to = data + row * stride;
     if (order == nullptr) {
       std::memset(to + first * item, 0, (columns - first) * item);
