@@ -217,11 +217,14 @@ struct Plan {
   }
 };
 
+// As many multiplications take the time of copying one number.
+constexpr int64_t kCopy = 32;
+
 // run(i, scratch) for all items, each thread taking the next one when it has done its last. Work is
 // counted in multiplications.
 template <typename Scratch, typename Run>
 void share_out(int64_t items, int64_t work, Run&& run) {
-  constexpr int64_t kGrain = 200000;
+  constexpr int64_t kGrain = 4000000;  // some 10 times what a thread costs
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = std::min({items, threads, 1 + work / kGrain});
   std::atomic<int64_t> next{0};
@@ -303,7 +306,7 @@ void masked_linear(
   struct Rows {
     float data[kPanel * kPanel];
   };
-  share_out<Rows>(tiles.count + panels, tokens * inputs + offset[panels], [&](int64_t i, Rows& rows) {
+  share_out<Rows>(tiles.count + panels, kCopy * (tokens * inputs + offset[panels]), [&](int64_t i, Rows& rows) {
     if (i >= panels) {
       const int64_t first = (i - panels) * tiles.rows;
       read_inputs(packed_x.data(), x, tokens, first, std::min(tokens, first + tiles.rows));
@@ -421,7 +424,7 @@ class Backward {
     const int64_t tiles = dweight_ || copies_grad ? tiles_.count : 0;
     struct None {};
     share_out<None>(
-        tiles + (dx_ ? panels_ : 0), work + tokens_ * x_.columns, [&](int64_t i, None&) {
+        tiles + (dx_ ? panels_ : 0), kCopy * (work + tokens_ * x_.columns), [&](int64_t i, None&) {
           if (i < tiles) {
             const int64_t first = i * tiles_.rows;
             const int64_t end = std::min(tokens_, first + tiles_.rows);

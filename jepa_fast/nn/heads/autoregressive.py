@@ -200,14 +200,14 @@ class AutoregressiveDistribution(LatentDistribution):
         known = [0, *torch.searchsorted(head.output.in_degree, places, right=True).tolist()]
         new = [end - begin for begin, end in itertools.pairwise(known)]
 
-        # From here on coordinates are in drawing order, and a row has one of them, or one unit, of
-        # all tokens: what is known lies in one piece.
+        # A row has one coordinate or one unit of all tokens, coordinates in the order in which they
+        # are drawn: what is known lies in one piece.
         weights = [widened(layer.weight) for layer in layers]
         weights[0] = weights[0][:, order]
         by_place = [weight.split(new) for weight in weights]
         output = widened(head.output.weight).unflatten(0, (-1, self.width)).unbind(1)  # [3 K, H]
         offset = widened(self.direct + head.output.bias).unflatten(-1, (-1, self.width))
-        offset = offset[..., order].permute(2, 1, 0).unsqueeze(2).contiguous()  # [D, 3 K, 1, T]
+        offset = offset.permute(2, 1, 0).unsqueeze(2).contiguous()  # [D, 3 K, 1, T]
         film = widened(self.film).permute(1, 2, 3, 0).unsqueeze(3).contiguous()
         scale = 1 + film[:, 0]  # [depth, H, 1, T]
         bias = torch.stack([widened(layer.bias) for layer in layers])[..., None, None]
@@ -224,7 +224,7 @@ class AutoregressiveDistribution(LatentDistribution):
         for place, (coordinate, of_place) in enumerate(zip(order.tolist(), noise, strict=True)):
             seen = known[place]
             torch.mm(output[coordinate][:, :seen], hidden[-1][:seen], out=draw.parameters)
-            draw.parameters.view(offset.shape[1], *tokens).add_(offset[place])
+            draw.parameters.view(offset.shape[1], *tokens).add_(offset[coordinate])
             draw(*of_place, out=z[place])
             if new[place] == 0:
                 continue
@@ -272,7 +272,7 @@ def sampling_noise(
     for first in range(0, width, _NOISE_PLACES):
         places = min(_NOISE_PLACES, width - first)
         choice = like.new_empty(places, head.num_components, rows)
-        choice.exponential_(generator=generator).log_().neg_()
+        choice.uniform_(generator=generator).log_().neg_().log_().neg_()
         deviation = like.new_empty(places, rows)
         if head.family == "gaussian":
             deviation.normal_(generator=generator)
