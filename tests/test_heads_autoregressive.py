@@ -48,6 +48,7 @@ def test_jacobian_is_strictly_triangular_in_the_ordering(ordering, depth: int) -
     assert_strictly_triangular(jacobian(head)[order][:, order])
 
 
+@pytest.mark.native
 @needs_native
 @pytest.mark.parametrize("ordering", ["natural", "reversed", "random"])
 def test_jacobian_of_the_kernels_is_strictly_triangular(

@@ -156,12 +156,12 @@ class AutoregressiveDistribution(LatentDistribution):
         head = self.head
         h = z
         for i, layer in enumerate(head.hidden):
-            h = self._film(i, slice(None), layer(h))
+            h = self._film(i, layer(h))
         parameters = (head.output(h) + self.direct).flatten(0, -2)
         return split_mixture_parameters(parameters, head.num_components, self.width, "coordinate")
 
-    def _film(self, layer: int, units: slice, x: Tensor) -> Tensor:
-        scale, shift = self.film[:, layer, 0, units], self.film[:, layer, 1, units]
+    def _film(self, layer: int, x: Tensor) -> Tensor:
+        scale, shift = self.film[:, layer].unbind(1)
         return F.silu(x * (1 + scale) + shift)
 
     def _log_prob(self, z: Tensor) -> Tensor:
