@@ -177,9 +177,19 @@ struct Plan {
     }
     const std::vector<int64_t> out = read_degrees(out_degree);
     std::vector<int32_t> found(out.size());
+    auto end = in.begin();
     for (size_t i = 0; i < out.size(); ++i) {
-      const auto end = strict ? std::lower_bound(in.begin(), in.end(), out[i])
-                              : std::upper_bound(in.begin(), in.end(), out[i]);
+      const int64_t degree = out[i];
+      const auto is_further = [&] {
+        return end != in.end() && (strict ? *end < degree : *end <= degree);
+      };
+      // Where degrees ascend, a few steps from the last one's end are faster than a search.
+      if (i > 0 && degree < out[i - 1]) end = in.begin();
+      for (int steps = 0; steps < 4 && is_further(); ++steps) ++end;
+      if (is_further()) {
+        end = strict ? std::lower_bound(end, in.end(), degree)
+                     : std::upper_bound(end, in.end(), degree);
+      }
       found[i] = static_cast<int32_t>(end - in.begin());
     }
     return found;
