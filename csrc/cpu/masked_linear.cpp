@@ -497,7 +497,7 @@ class Backward {
     constexpr int64_t kTokens = 512, kBlock = kPanel * kPanel;
     constexpr int64_t kMost = 4;
     double bias[kMost * kPanel] = {};
-    const int64_t size = columns_of_panels_ * kBlock;
+    const int64_t size = dweight_ ? columns_of_panels_ * kBlock : 0;
     scratch.grads.reserve(count * kTokens * kPanel);
     scratch.sums.reserve(std::max<int64_t>(1, count * size));
     scratch.part.reserve(kBlock);
