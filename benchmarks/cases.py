@@ -200,6 +200,16 @@ def masked_linear_cost(case: Case, backward: bool) -> Cost:
     return forward + Cost(tokens * outputs * item, tensors, 2 * product) if backward else forward
 
 
+def autoregressive_sample_cost(case: Case) -> Cost:
+    """One pass of the masked network, half of the dense one, and of the condition's layers."""
+    item, tokens, hidden = _BYTES[case.dtype], case["T"], case["H"]
+    outputs = 3 * case["K"] * case["D"]
+    masked = hidden * (case["D"] + (case["depth"] - 1) * hidden + outputs)
+    dense = case["d"] * (2 * case["depth"] * hidden + outputs)
+    read = (masked // 2 + dense + tokens * case["d"]) * item
+    return Cost(read, tokens * case["D"] * item, tokens * (masked + 2 * dense))
+
+
 def affine_coupling_cost(case: Case, backward: bool) -> Cost:
     """x whole, scale and shift of the half that changes; 5 flops an element of that, 8 backward."""
     item, tokens, elements = _BYTES[case.dtype], case["T"], case["T"] * case["D"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from backends import needs_native
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_fast import ops
 from jepa_fast.nn.heads import AutoregressiveHead
+from jepa_fast.nn.heads.autoregressive import sampling_noise
 
 ORDERINGS = ["natural", "reversed", "random", [3, 0, 4, 1, 2]]
 
@@ -25,14 +27,14 @@ def make_head(target_dim: int = 5, **options) -> AutoregressiveHead:
 
 def jacobian(head: AutoregressiveHead) -> Tensor:
     """[D, D]: entry (j, i) is how much the parameters of coordinate j move with coordinate i."""
-    condition = torch.randn(1, 4, dtype=torch.float64)
-    distribution = head.distribution(condition)
+    dtype = head.film.weight.dtype
+    distribution = head.distribution(torch.randn(1, 4, dtype=dtype))
 
     def parameters(z: Tensor) -> Tensor:
         stacked = torch.stack(distribution.parameters(z[None]))  # [3, 1, K, D]
         return stacked.flatten(0, 2)
 
-    z = torch.randn(head.target_dim, dtype=torch.float64)
+    z = torch.randn(head.target_dim, dtype=dtype)
     return torch.autograd.functional.jacobian(parameters, z).abs().sum(0)
 
 
@@ -43,8 +45,23 @@ def test_jacobian_is_strictly_triangular_in_the_ordering(ordering, depth: int) -
     order = head.hidden[0].in_degree.argsort()
     if ordering == "random":
         assert order.tolist() not in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0])
-    matrix = jacobian(head)[order][:, order]
-    lower = torch.ones(5, 5).tril(-1).bool()
+    assert_strictly_triangular(jacobian(head)[order][:, order])
+
+
+@pytest.mark.native
+@needs_native
+@pytest.mark.parametrize("ordering", ["natural", "reversed", "random"])
+def test_jacobian_of_the_kernels_is_strictly_triangular(
+    ordering: str, backends_run: list[tuple[str, str]]
+) -> None:
+    head = make_head(70, ordering=ordering, hidden_dim=100, num_components=1).float()
+    order = head.hidden[0].in_degree.argsort()
+    assert_strictly_triangular(jacobian(head)[order][:, order])
+    assert {("masked_linear", "cpu"), ("masked_linear_backward", "cpu")} <= set(backends_run)
+
+
+def assert_strictly_triangular(matrix: Tensor) -> None:
+    lower = torch.ones_like(matrix).tril(-1).bool()
     assert (matrix[~lower] == 0).all()
     assert (matrix[lower] > 0).all()
 
@@ -63,18 +80,58 @@ def test_any_width_stays_autoregressive_and_uses_the_condition(width: int, hidde
         assert (grad != 0).all()
 
 
+def naive_sample(head: AutoregressiveHead, distribution, n: int, seed: int) -> Tensor:
+    """[n, T, D]: a pass of the whole network a coordinate."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.zeros(n, distribution.tokens, head.target_dim, dtype=torch.float64)
+    rows = z.view(-1, head.target_dim)
+    order = head.hidden[0].in_degree.argsort()
+    noise = sampling_noise(head, rows.T, generator)
+    for c, (choice, deviation) in zip(order, noise, strict=True):
+        logits, loc, log_scale = (p[..., c] for p in distribution.parameters(z))  # [n * T, K]
+        raw = log_scale.exp() if head.scale_map == "exp" else F.softplus(log_scale)
+        values = loc + (head.scale_floor + raw) * deviation[:, None]
+        component = (logits + choice.T).argmax(1, keepdim=True)
+        rows[:, c] = values.gather(1, component)[:, 0]
+    return z
+
+
 @pytest.mark.parametrize("ordering", ORDERINGS, ids=str)
 @pytest.mark.parametrize("family", ["gaussian", "logistic"])
 def test_sampling_equals_a_full_pass_a_coordinate(ordering, family: str) -> None:
     head = make_head(ordering=ordering, family=family, depth=3)
     distribution = head.distribution(torch.randn(3, 4, dtype=torch.float64))
-    got = distribution.sample(1, torch.Generator().manual_seed(5))[0]
-    generator = torch.Generator().manual_seed(5)
-    z = torch.zeros(3, 5, dtype=torch.float64)
-    for c in head.hidden[0].in_degree.argsort():
-        of_c = [p[..., c, None] for p in distribution.parameters(z)]
-        z[:, c] = ops.mixture_sample(*of_c, family, "coordinate", generator=generator)[0, :, 0]
-    torch.testing.assert_close(got, z)
+    got = distribution.sample(2, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(got, naive_sample(head, distribution, 2, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [
+        (1, {}),
+        (2, {"hidden_dim": 1}),
+        (7, {"hidden_dim": 3, "depth": 1}),
+        (40, {"num_components": 1, "ordering": "random"}),
+        (6, {"hidden_dim": 70, "scale_map": "softplus", "scale_floor": 0.5}),
+    ],
+)
+def test_sampling_equals_full_passes_at_other_sizes(width: int, options: dict) -> None:
+    head = make_head(width, **options)
+    for tokens in (0, 1, 5):
+        distribution = head.distribution(torch.randn(tokens, 4, dtype=torch.float64))
+        got = distribution.sample(1, torch.Generator().manual_seed(5))
+        torch.testing.assert_close(got, naive_sample(head, distribution, 1, seed=5))
+
+
+def test_samples_under_autocast_are_of_float32() -> None:
+    head = make_head().float()
+    condition = torch.randn(3, 4)
+    distribution = head.distribution(condition)
+    expected = distribution.sample(2, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = distribution.sample(2, torch.Generator().manual_seed(0))
+        assert head.distribution(condition).sample(2).dtype == torch.float32
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("ordering", ORDERINGS, ids=str)
@@ -99,8 +156,8 @@ def test_sampling_costs_about_one_pass() -> None:
         # The operator hides its product from the counter.
         h = z
         for layer in head.hidden:
-            h = torch.nn.functional.linear(h, layer.weight)
-        torch.nn.functional.linear(h, head.output.weight)
+            h = F.linear(h, layer.weight)
+        F.linear(h, head.output.weight)
     with FlopCounterMode(display=False) as sampling:
         distribution.sample()
     assert 0 < sampling.get_total_flops() < one_pass.get_total_flops()

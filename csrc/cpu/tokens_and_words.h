@@ -9,15 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "../common/floating.h"
 #include "clones.h"
-#include "pages.h"
-#include "panel_product.h"
+#include "panels.h"
 
 namespace jepa_fast {
 // Clones are of one file each: those of several files would not link.
@@ -25,31 +22,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kSlots = 16;  // floats of the widest vector
 constexpr float kEpsilon = 1e-8f;  // vectors shorter than this count as this long in a cosine
-
-int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-
-// A row of any floating dtype (or of bytes), times `scale`, into one row of each panel.
-template <typename From>
-JEPA_FAST_CLONES void read_row(
-    float* to, int64_t panel_stride, const void* row, int64_t width, float scale) {
-  const From* from = static_cast<const From*>(row);
-  for (; width > 0; width -= kPanel, from += kPanel, to += panel_stride) {
-    if (width >= kPanel) {
-      for (int64_t j = 0; j < kPanel; ++j) to[j] = static_cast<float>(from[j]) * scale;
-    } else {
-      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<float>(from[j]) * scale;
-      for (int64_t j = width; j < kPanel; ++j) to[j] = 0;
-    }
-  }
-}
-
-template <typename To>
-JEPA_FAST_CLONES void write_row(void* row, const float* from, int64_t width) {
-  To* to = static_cast<To*>(row);
-  for (int64_t j = 0; j < width; ++j) to[j] = static_cast<To>(from[j]);
-}
 
 template <typename T>
 JEPA_FAST_CLONES void add_rows(void* row, const void* base, const float* from, int64_t width) {
@@ -106,47 +79,6 @@ JEPA_FAST_CLONES void lengths(
     to[i] = length < kEpsilon ? kEpsilon : length;
   }
 }
-
-// Up to 32 rows of panels as the columns of one panel [width, 32], zero in those that are missing.
-JEPA_FAST_CLONES void transpose(
-    float* to, const float* from, int64_t panel_stride, int64_t rows, int64_t width) {
-  for (int64_t first = 0; first < width; first += kPanel) {
-    const float* panel = from + first / kPanel * panel_stride;
-    const int64_t count = std::min(kPanel, width - first);
-    for (int64_t i = 0; i < count; ++i) {
-      float* row = to + (first + i) * kPanel;
-      for (int64_t j = 0; j < rows; ++j) row[j] = panel[j * kPanel + i];
-      for (int64_t j = rows; j < kPanel; ++j) row[j] = 0;
-    }
-  }
-}
-
-// Memory of whole vectors. What it holds does not matter yet, or is 0 where its size is given.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size) {
-    reserve(size);
-    std::fill(data(), data() + size, 0.0f);
-  }
-
-  void reserve(int64_t size) {
-    if (size <= size_) return;
-    data_.reset(static_cast<float*>(::operator new(size * sizeof(float), kAligned)));
-    expect_writes(data_.get(), size * static_cast<int64_t>(sizeof(float)));
-    size_ = size;
-  }
-  float* data() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAligned{kSlots * sizeof(float)};
-  struct Delete {
-    void operator()(float* data) const { ::operator delete(data, kAligned); }
-  };
-
-  std::unique_ptr<float, Delete> data_;
-  int64_t size_ = 0;
-};
 
 // The words of an image that exist, caption by caption.
 struct Words {

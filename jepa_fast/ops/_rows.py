@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from torch import Tensor
 def without_gaps(tensor: Tensor) -> Tensor:
     """The tensor, or a copy, with each row (the last dimension) in one piece of memory."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """[..., D] as [T, D], where any size may be 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def flat_rows(index: Tensor, patches: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
 from jepa_fast.nn.heads.mixture import init_mixture_projection
-from jepa_fast.nn.precision import widened
-from jepa_fast.ops.mixture_nll import check_mixture_options, split_mixture_parameters
+from jepa_fast.nn.precision import widened, without_autocast
+from jepa_fast.ops.mixture_nll import (
+    check_mixture_options,
+    component_scale,
+    split_mixture_parameters,
+)
+
+_NOISE_PLACES = 32  # that are drawn at once
 
 
 class MaskedLinear(nn.Linear):
@@ -152,12 +159,12 @@ class AutoregressiveDistribution(LatentDistribution):
         head = self.head
         h = z
         for i, layer in enumerate(head.hidden):
-            h = self._film(i, slice(None), layer(h))
+            h = self._film(i, layer(h))
         parameters = (head.output(h) + self.direct).flatten(0, -2)
         return split_mixture_parameters(parameters, head.num_components, self.width, "coordinate")
 
-    def _film(self, layer: int, units: slice, x: Tensor) -> Tensor:
-        scale, shift = self.film[:, layer, 0, units], self.film[:, layer, 1, units]
+    def _film(self, layer: int, x: Tensor) -> Tensor:
+        scale, shift = self.film[:, layer].unbind(1)
         return F.silu(x * (1 + scale) + shift)
 
     def _log_prob(self, z: Tensor) -> Tensor:
@@ -186,54 +193,102 @@ class AutoregressiveDistribution(LatentDistribution):
         """[n, T, D], coordinate by coordinate, computing every hidden unit once.
 
         A unit is computed when the last coordinate that it sees has been drawn, so all D steps
-        together cost about as much as one pass of the masked network.
+        together cost about as much as one pass of the masked network. In float32 at least.
         """
         check_positive("sample", n=n)
+        with without_autocast(self.direct):
+            return self._scan(n, generator)
+
+    def _scan(self, n: int, generator: torch.Generator | None) -> Tensor:
         head = self.head
         layers: list[Any] = list(head.hidden)
         degree = layers[0].in_degree
         order = degree.argsort()
         # How many hidden units are known once the coordinate at each place has been drawn.
         places = torch.arange(self.width, device=self.device)
-        known = torch.searchsorted(head.output.in_degree, places, right=True).tolist()
+        known = [0, *torch.searchsorted(head.output.in_degree, places, right=True).tolist()]
+        new = [end - begin for begin, end in itertools.pairwise(known)]
 
-        # From here on coordinates are in drawing order: what is known is a prefix.
-        weights = [layer.weight for layer in layers]
+        # A row has one coordinate or one unit of all tokens, coordinates in the order in which they
+        # are drawn: what is known lies in one piece.
+        weights = [widened(layer.weight) for layer in layers]
         weights[0] = weights[0][:, order]
-        output = head.output.weight.unflatten(0, (-1, self.width))[:, order]  # [3 K, D, H]
-        offset = (self.direct + head.output.bias).unflatten(-1, (-1, self.width))[..., order]
-        z = widened(offset).new_zeros(n, self.tokens, self.width)
-        hidden = [offset.new_zeros(n, self.tokens, len(weight)) for weight in weights]
-        seen = 0
-        for place in range(self.width):
-            parameters = hidden[-1][..., :seen] @ output[:, place, :seen].T + offset[..., place]
-            z[..., place] = self._draw(parameters, generator)
-            new = slice(seen, known[place])
-            seen = known[place]
-            h = z[..., : place + 1].to(offset.dtype)
-            for i, layer in enumerate(layers):
-                x = F.linear(h, weights[i][new, : h.shape[-1]], layer.bias[new])
-                hidden[i][..., new] = self._film(i, new, x)
-                h = hidden[i][..., :seen]
-        return z[..., degree]
+        by_place = [weight.split(new) for weight in weights]
+        output = widened(head.output.weight).unflatten(0, (-1, self.width)).unbind(1)  # [3 K, H]
+        offset = widened(self.direct + head.output.bias).unflatten(-1, (-1, self.width))
+        offset = offset.permute(2, 1, 0).unsqueeze(2).contiguous()  # [D, 3 K, 1, T]
+        film = widened(self.film).permute(1, 2, 3, 0).unsqueeze(3).contiguous()
+        scale = 1 + film[:, 0]  # [depth, H, 1, T]
+        bias = torch.stack([widened(layer.bias) for layer in layers])[..., None, None]
+        shift = torch.addcmul(film[:, 1], bias, scale)
+        scales, shifts = ([x.split(new) for x in each] for each in (scale, shift))
 
-    def _draw(self, parameters: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One coordinate, [n, T], from its mixtures' parameters [n, T, 3 K]."""
-        head = self.head
-        logits, loc, log_scale = split_mixture_parameters(
-            parameters.flatten(0, 1), head.num_components, 1, "coordinate"
-        )
-        draw = ops.mixture_sample(
-            logits,
-            loc,
-            log_scale,
-            head.family,
-            "coordinate",
-            head.scale_floor,
-            head.scale_map,
-            generator=generator,
-        )
-        return draw.view(parameters.shape[:2])
+        tokens = (n, self.tokens)
+        rows = n * self.tokens
+        z = offset.new_empty(self.width, rows)
+        hidden = [offset.new_empty(len(weight), rows) for weight in weights]
+        fresh = [h.split(new) for h in hidden]
+        draw = _Draw(head, offset.new_empty(3 * head.num_components, rows))
+        noise = sampling_noise(head, z, generator)
+        for place, (coordinate, of_place) in enumerate(zip(order.tolist(), noise, strict=True)):
+            seen = known[place]
+            torch.mm(output[coordinate][:, :seen], hidden[-1][:seen], out=draw.parameters)
+            draw.parameters.view(offset.shape[1], *tokens).add_(offset[coordinate])
+            draw(*of_place, out=z[place])
+            if new[place] == 0:
+                continue
+            h = z[: place + 1]
+            for i in range(head.depth):
+                units = fresh[i][place]
+                torch.mm(by_place[i][place][:, : len(h)], h, out=units)
+                x = units.view(new[place], *tokens)
+                torch.addcmul(shifts[i][place], x, scales[i][place], out=x)
+                F.silu(x, inplace=True)
+                h = hidden[i][: known[place + 1]]
+        return z[degree].view(self.width, *tokens).permute(1, 2, 0).contiguous()
+
+
+class _Draw:
+    """Draws one coordinate of all tokens from the parameters of its mixtures, [3 K, rows]."""
+
+    def __init__(self, head: AutoregressiveHead, parameters: Tensor) -> None:
+        self.head = head
+        self.parameters = parameters
+        by_kind = parameters.view(3, head.num_components, parameters.shape[1])
+        self._logits, self._others = by_kind[0], by_kind[1:]
+        self._score = torch.empty_like(self._logits)
+        self._component = self._score.new_empty((1, parameters.shape[1]), dtype=torch.int64)
+        self._chosen = parameters.new_empty(2, 1, parameters.shape[1])
+
+    def __call__(self, choice: Tensor, deviation: Tensor, out: Tensor) -> None:
+        torch.add(self._logits, choice, out=self._score)
+        torch.argmax(self._score, 0, keepdim=True, out=self._component)
+        index = self._component.expand_as(self._chosen)
+        (loc,), (log_scale,) = torch.gather(self._others, 1, index, out=self._chosen)
+        scale = component_scale(log_scale, self.head.scale_floor, self.head.scale_map)
+        torch.addcmul(loc, scale, deviation, out=out)
+
+
+def sampling_noise(
+    head: AutoregressiveHead, like: Tensor, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For one place after the other, the random numbers of `like.shape[1]` tokens.
+
+    A token's component is that of the largest sum of logit and noise, which is Gumbel's: [K, rows].
+    Its coordinate is the component's mean plus scale times standard noise of the family: [rows].
+    """
+    width, rows = like.shape
+    for first in range(0, width, _NOISE_PLACES):
+        places = min(_NOISE_PLACES, width - first)
+        choice = like.new_empty(places, head.num_components, rows)
+        choice.uniform_(generator=generator).log_().neg_().log_().neg_()
+        deviation = like.new_empty(places, rows)
+        if head.family == "gaussian":
+            deviation.normal_(generator=generator)
+        else:
+            deviation.uniform_(generator=generator)
+            torch.logit(deviation, eps=torch.finfo(like.dtype).eps / 2, out=deviation)
+        yield from zip(choice, deviation, strict=True)
 
 
 def _order(ordering: str | Sequence[int], width: int, seed: int) -> list[int]:

@@ -12,10 +12,15 @@ from jepa_fast.ops.mixture_nll.distribution import (
     mixture_quantile,
     mixture_responsibilities,
 )
-from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count, split_mixture_parameters
+from jepa_fast.ops.mixture_nll.reference import (
+    component_scale,
+    mixture_parameter_count,
+    split_mixture_parameters,
+)
 
 __all__ = [
     "check_mixture_options",
+    "component_scale",
     "mixture_cdf",
     "mixture_mean",
     "mixture_nll",
