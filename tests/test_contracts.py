@@ -142,6 +142,19 @@ def test_compiles_without_a_break(sample: Sample, dynamic: bool) -> None:
         assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize(
+    "sample", {s.values[0].operators: s for s in SAMPLES if s.values[0].differentiable}.values()
+)
+def test_compiles_where_nothing_takes_a_gradient(sample: Sample) -> None:
+    """One sample an operator."""
+    torch._dynamo.reset()
+    arguments = sample.arguments()
+    compiled = torch.compile(sample.call, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for got, want in zip(compiled(*arguments), sample.call(*arguments), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 @each_differentiable_sample
 @each_choice
 def test_any_strides(sample: Sample, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:

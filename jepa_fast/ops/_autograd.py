@@ -94,6 +94,20 @@ class OperatorFunction(torch.autograd.Function):
         )
 
 
+def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, for a `forward` of which torch cannot tell how many it takes.
+
+    Where none takes a gradient, torch.compile would trace such a `forward` with a context before
+    them.
+    """
+    if torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled()
+        and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
+    ):
+        return function.forward(*arguments)
+    return function.apply(*arguments)
+
+
 class _AllInOrder(inspect.Signature):
     """Binds nothing: torch has the arguments of every `apply` bound to `forward`, at 40 us a call,
     to fill in defaults.

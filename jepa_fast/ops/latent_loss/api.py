@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, is_the_gradient
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, is_the_gradient
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
@@ -125,7 +125,8 @@ def latent_loss(
         if not 0 <= value < math.inf:
             raise ValueError(f"{op}: {name} must be at least 0 and finite, got {value}")
     with_slope = prediction.requires_grad and torch.is_grad_enabled()
-    loss, _ = _LatentLoss.apply(
+    loss, _ = applied(
+        _LatentLoss,
         prediction,
         teacher.detach(),
         target_index,

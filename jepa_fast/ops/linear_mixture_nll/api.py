@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
 from jepa_fast.ops._checks import check_choice, check_dim, check_floating, check_same_size
 from jepa_fast.ops.linear_mixture_nll import contract
 from jepa_fast.ops.mixture_nll.api import check_mixture_options
@@ -115,7 +115,8 @@ def linear_mixture_nll(
     tensors = (hidden, weight, bias, target)
     records = torch.is_grad_enabled()
     needs = [records and tensor is not None and tensor.requires_grad for tensor in tensors]
-    loss, *_ = _LinearMixtureNll.apply(
+    loss, *_ = applied(
+        _LinearMixtureNll,
         hidden,
         weight,
         bias,

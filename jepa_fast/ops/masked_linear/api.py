@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
 from jepa_fast.ops._checks import check_dim, check_index, check_same_size, check_tensor
 from jepa_fast.ops.masked_linear import contract
 
@@ -80,4 +80,4 @@ def masked_linear(
         check_dim("masked_linear", "bias", bias, 1, "[O]")
         check_same_size("masked_linear", "bias", bias, 0, "weight", weight, 0)
     x, weight, bias = linear_inputs("masked_linear", "x", x, weight, bias)
-    return _MaskedLinear.apply(x, weight, bias, in_degree, out_degree, strict, backend)
+    return applied(_MaskedLinear, x, weight, bias, in_degree, out_degree, strict, backend)

@@ -22,6 +22,7 @@ from jepa_fast.ops._compile import CompileCase
 from jepa_fast.ops._launch import distinct, launch, recorded_cases
 from jepa_fast.ops._rows import as_matrix, without_gaps
 from jepa_fast.ops._traffic import TrafficCase
+from jepa_fast.ops._triton_rows import columns_of
 from jepa_fast.perf.race import Cost
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -116,9 +117,10 @@ def masked_product_kernel(
     depth_tile = tl.load(tiles, mask=steps > 0, other=0)
     for step in range(steps if STEPS < 0 else STEPS):
         k = depth_tile.to(tl.int64) * DEPTH + tl.arange(0, DEPTH)
-        in_depth = k < depth
         if STEPS >= 0:
-            in_depth = in_depth & (step < steps)
+            in_depth = columns_of(step < steps, k, depth)
+        else:
+            in_depth = k < depth
         left = tl.load(row + k[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         if TRANSPOSED:
             places = column + k[:, None]
@@ -167,9 +169,10 @@ def masked_weight_gradient_kernel(
     left_step, right_step = grad_stride.to(tl.int64) * TOKENS, x_stride.to(tl.int64) * TOKENS
     remaining = tokens
     for step in range(steps if STEPS < 0 else STEPS):
-        there = t < remaining
         if STEPS >= 0:
-            there = there & (step < steps)
+            there = columns_of(step < steps, t, remaining)
+        else:
+            there = t < remaining
         of_grad = tl.load(left, mask=in_outputs[:, None] & there[None, :], other=0.0)
         of_x = tl.load(right, mask=there[:, None] & in_inputs[None, :], other=0.0)
         sums = tl.dot(of_grad, of_x, sums, input_precision="ieee")
@@ -369,10 +372,10 @@ def compile_cases() -> list[CompileCase]:
         return masked_linear_backward(grad, x, weight, None, *degrees, True, [True, True])
 
     calls: dict[str, Callable[[], object]] = {
-        "masked_linear-bfloat16-forward": partial(forward, torch.bfloat16, 512, 1024),
-        "masked_linear-bfloat16-backward": partial(backward, torch.bfloat16, 512, 1024),
-        "masked_linear-float16-odd-forward": partial(forward, torch.float16, 63, 65),
-        "masked_linear-float16-odd-backward": partial(backward, torch.float16, 63, 65),
+        "masked_linear-bfloat16": partial(forward, torch.bfloat16, 512, 1024),
+        "masked_linear_backward-bfloat16": partial(backward, torch.bfloat16, 512, 1024),
+        "masked_linear-float16-odd": partial(forward, torch.float16, 63, 65),
+        "masked_linear_backward-float16-odd": partial(backward, torch.float16, 63, 65),
     }
     # Bias and degrees take narrow accesses beside the rows'.
     cases = distinct(recorded_cases(CONFIGS, calls, narrow=frozenset(calls)))
@@ -392,9 +395,9 @@ def traffic_cases() -> list[TrafficCase]:
     forward = partial(masked_linear, x, weight, None, *degrees, False)
     backward = partial(masked_linear_backward, grad, x, weight, None, *degrees, False, [True, True])
     return [
-        TrafficCase("masked_linear-forward", forward, Cost(x.nbytes + seen + numbers, grad.nbytes)),
+        TrafficCase("masked_linear", forward, Cost(x.nbytes + seen + numbers, grad.nbytes)),
         TrafficCase(
-            "masked_linear-backward",
+            "masked_linear_backward",
             backward,
             Cost(grad.nbytes + x.nbytes + seen + numbers, x.nbytes + weight.nbytes),
         ),

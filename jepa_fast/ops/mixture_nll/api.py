@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
@@ -90,8 +90,8 @@ def mixture_nll(
     check_floating("mixture_nll", "target", target)
     check_same_size("mixture_nll", "target", target, 0, "loc", loc, 0)
     check_same_size("mixture_nll", "target", target, 1, "loc", loc, 2)
-    nll, _ = _MixtureNll.apply(
-        target, logits, loc, log_scale, family, event, scale_floor, scale_map, backend
+    nll, _ = applied(
+        _MixtureNll, target, logits, loc, log_scale, family, event, scale_floor, scale_map, backend
     )
     return nll
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import check_tensor
 from jepa_fast.ops.patch_word_consistency import contract, reference
 from jepa_fast.ops.text_cross_attention.api import check_similarity, check_words
@@ -81,7 +81,8 @@ def patch_word_consistency(
         op, q_layers, k_layers, word_mask, caption_mask, token_mask, num_heads
     )
     check_similarity(op, similarity, tau)
-    return _PatchWordConsistency.apply(
+    return applied(
+        _PatchWordConsistency,
         word_mask, caption_mask, token_mask, num_heads, similarity, tau, backend,
         *q_layers, *k_layers,
     )  # fmt: skip

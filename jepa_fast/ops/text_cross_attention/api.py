@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
@@ -129,7 +129,8 @@ def text_cross_attention(
             f"{op}: pool='max' takes at most {_MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
             "fewer"
         )
-    features, sparsity, _ = _TextCrossAttention.apply(
+    features, sparsity, _ = applied(
+        _TextCrossAttention,
         q, k, v, residual, word_mask, caption_mask, token_mask,
         num_heads, scale, pool, similarity, tau, backend,
     )  # fmt: skip
