@@ -18,7 +18,7 @@ from jepa_fast.ops._registry import OPERATORS as REGISTERED
 from jepa_fast.ops.linear_mixture_nll import chunked, native
 from jepa_fast.ops.mixture_nll import mixture_parameter_count, split_mixture_parameters
 
-OPERATORS = ("linear_mixture_nll",)
+OPERATORS = ("linear_mixture_nll", "linear_mixture_nll_backward")
 
 
 def _sample(

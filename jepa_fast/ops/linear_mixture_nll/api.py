@@ -34,12 +34,13 @@ class _LinearMixtureNll(OperatorFunction):
     @staticmethod
     @differentiable_once("linear_mixture_nll")
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grads = spread(ctx.saved_tensors, ctx.needs)
-        scaled = [
-            None if each is None else (each * grad).to(dtype)
-            for each, dtype in zip(grads, ctx.dtypes, strict=True)
+        # Plain PyTorch on every device.
+        scaled = contract.BACKWARD.call(grad, ctx.saved_tensors, "reference")
+        grads = [
+            None if each is None else each.to(dtype)
+            for each, dtype in zip(spread(scaled, ctx.needs), ctx.dtypes, strict=True)
         ]
-        return *scaled, *[None] * 8
+        return *grads, *[None] * 8
 
 
 def linear_mixture_nll(

@@ -21,6 +21,10 @@ def _fake(
     return loss, reference.empty_gradients(hidden, weight, bias, target, needs)
 
 
+def _fake_backward(grad: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+    return [each.new_empty(each.shape) for each in grads]
+
+
 def _reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
@@ -50,4 +54,9 @@ FORWARD = Operator(
         "cpu": Backend(f"{_FOLDER}.native:linear_mixture_nll", _unsupported),
         "reference": Backend(f"{__name__}:_reference"),
     },
+)
+BACKWARD = Operator(
+    "linear_mixture_nll_backward(Tensor grad, Tensor[] grads, str backend) -> Tensor[]",
+    fake=_fake_backward,
+    backends={"reference": Backend(f"{_FOLDER}.reference:linear_mixture_nll_backward")},
 )

@@ -70,6 +70,11 @@ def linear_mixture_nll_and_gradients(
     return loss, [room.copy_(grad).mul_(outer) for room, grad in zip(rooms, grads, strict=True)]
 
 
+def linear_mixture_nll_backward(grad: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+    """What the forward pass has left, times the factor from above."""
+    return [each * grad for each in grads]
+
+
 def factors(reduction: str, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
     """The loss over the sum of the tokens' NLL, as a product of two factors.
 
