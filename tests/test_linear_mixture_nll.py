@@ -181,6 +181,20 @@ def test_targets_that_are_no_numbers() -> None:
             ops.linear_mixture_nll(hidden, weight, offset, target, 2, backend=backend)
 
 
+@needs_native
+@pytest.mark.parametrize("trains", [True, False])
+def test_which_target_is_no_number_counts_from_the_first_chunk(
+    trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    hidden, weight, offset, target = _inputs(150, 2, 3, "joint")
+    target[[100, 140], 2] = float("inf")
+    weight.requires_grad_(trains)
+    message = "linear_mixture_nll: target must be finite, .* 2 of 150 tokens, .* token 100$"
+    with pytest.raises(ValueError, match=message):
+        ops.linear_mixture_nll(hidden, weight, offset, target, 2, backend="cpu")
+
+
 def test_split_is_the_inverse_of_the_layout() -> None:
     parameters = torch.arange(2 * 15.0).view(2, 15)
     logits, loc, log_scale = split_mixture_parameters(parameters, 3, 2, "joint")

@@ -34,6 +34,12 @@ def only_kernel_dtypes(*tensors: Tensor) -> list[str]:
     return [f"takes float32, float64, bfloat16 and float16, got {names}"]
 
 
+def only_float32_kernel_dtypes(*tensors: Tensor) -> list[str]:
+    """As `only_kernel_dtypes`, for kernels that compute in float32 whatever they are given."""
+    others = set(map(_DTYPE, tensors)) - FLOAT32_KERNEL_DTYPES
+    return [f"computes in float32, got {dtype}" for dtype in sorted(others, key=str)]
+
+
 def check_tensor(op: str, argument: str, value: object) -> None:
     """Raises TypeError if `value` is not a tensor."""
     if not isinstance(value, Tensor):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from jepa_fast.ops._checks import check_finite_target
 from jepa_fast.ops.linear_mixture_nll.reference import empty_gradients, factors
 from jepa_fast.ops.mixture_nll.reference import split_mixture_parameters
 
@@ -19,7 +20,7 @@ _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 128 << 20}
 
 
 def in_chunks(
-    mixture_nll: Callable[..., tuple[Tensor, Tensor]],
+    nll_and_posterior: Callable[..., tuple[Tensor, Tensor]],
     mixture_nll_and_gradients_: Callable[..., Tensor],
     hidden: Tensor,
     weight: Tensor,
@@ -54,8 +55,8 @@ def in_chunks(
         else:
             torch.addmm(bias, inputs, weight.T, out=outputs)
         parameters = split_mixture_parameters(outputs, num_components, width, event)
-        if grad_hidden is grad_weight is grad_bias is grad_target is None:
-            nll[part], _ = mixture_nll(target[part], *parameters, *options)
+        if not grads:
+            nll[part], _ = nll_and_posterior(target[part], *parameters, *options)
             continue
         to_target = None if grad_target is None else grad_target[part]
         nll[part] = mixture_nll_and_gradients_(
@@ -68,6 +69,7 @@ def in_chunks(
         if grad_bias is not None:
             sums = outputs.sum(0, dtype=torch.float32)
             grad_bias.copy_(sums) if first == 0 else grad_bias.add_(sums)
+    check_finite_target("linear_mixture_nll", target, nll)
     if tokens == 0 or outer != 1:
         for grad in grads:
             grad.mul_(outer) if tokens else grad.zero_()

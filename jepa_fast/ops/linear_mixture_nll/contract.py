@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, check_finite_target
+from jepa_fast.ops._checks import check_finite_target, only_float32_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.linear_mixture_nll import reference
 from jepa_fast.ops.mixture_nll.reference import compute_dtype
@@ -36,8 +36,7 @@ def _reference(
 def _unsupported(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
 ) -> list[str]:
-    others = {hidden.dtype, target.dtype} - FLOAT32_KERNEL_DTYPES
-    return [f"computes in float32, got {dtype}" for dtype in others]
+    return only_float32_kernel_dtypes(hidden, target)
 
 
 _FOLDER = "jepa_fast.ops.linear_mixture_nll"

@@ -12,4 +12,4 @@ from jepa_fast.ops.mixture_nll import native
 
 def linear_mixture_nll(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """As `reference.linear_mixture_nll_and_gradients`."""
-    return in_chunks(native.mixture_nll, native.mixture_nll_and_gradients_, *arguments)
+    return in_chunks(native.nll_and_posterior, native.mixture_nll_and_gradients_, *arguments)

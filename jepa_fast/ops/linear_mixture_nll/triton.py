@@ -20,7 +20,7 @@ from jepa_fast.perf.race import Cost
 
 def linear_mixture_nll(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """As `reference.linear_mixture_nll_and_gradients`."""
-    return in_chunks(triton.mixture_nll, triton.mixture_nll_and_gradients_, *arguments)
+    return in_chunks(triton.nll_and_posterior, triton.mixture_nll_and_gradients_, *arguments)
 
 
 def _likelihood(

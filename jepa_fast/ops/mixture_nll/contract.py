@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from jepa_fast.ops._autograd import recomputed_gradients
-from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, check_finite_target
+from jepa_fast.ops._checks import check_finite_target, only_float32_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.mixture_nll import reference
 
@@ -37,16 +37,11 @@ def _reference(target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _unsupported(
     target: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *options: Any
 ) -> list[str]:
-    return _float32_only(target, logits, loc, log_scale)
+    return only_float32_kernel_dtypes(target, logits, loc, log_scale)
 
 
 def _unsupported_backward(grad: Tensor, *arguments: Any) -> list[str]:
     return _unsupported(*arguments)
-
-
-def _float32_only(*tensors: Tensor) -> list[str]:
-    others = {t.dtype for t in tensors} - FLOAT32_KERNEL_DTYPES
-    return [f"computes in float32, got {dtype}" for dtype in others]
 
 
 def _fake_backward(

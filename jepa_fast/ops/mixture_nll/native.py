@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,14 @@ _BACKWARD = _native.define(
 )
 
 
-def mixture_nll(
+def mixture_nll(target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `nll_and_posterior`; on a CPU a target that is not finite is an error."""
+    nll, posterior = nll_and_posterior(target, *arguments)
+    check_finite_target("mixture_nll", target, nll)
+    return nll, posterior
+
+
+def nll_and_posterior(
     target: Tensor,
     logits: Tensor,
     loc: Tensor,
@@ -39,7 +47,6 @@ def mixture_nll(
     posterior = empty_posterior(target, loc, event, torch.float32)
     rows = _rows((target, logits, loc, log_scale), event)
     _FORWARD(*rows, *_options(family, event, scale_floor, scale_map), nll, posterior)
-    check_finite_target("mixture_nll", target, nll)
     return nll, posterior
 
 
@@ -97,7 +104,6 @@ def mixture_nll_and_gradients_(
         nll,
         *_rows((grad_target, logits, loc, log_scale), event),
     )
-    check_finite_target("mixture_nll", target, nll)
     return nll
 
 

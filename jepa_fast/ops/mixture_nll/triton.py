@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -303,7 +304,14 @@ def mixture_nll_backward_kernel(
         store_nll(nll + token, tl.sum(tl.sum(total, 1), 0), WIDTH, LOGISTIC)
 
 
-def mixture_nll(
+def mixture_nll(target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `nll_and_posterior`; on a CPU a target that is not finite is an error."""
+    nll, posterior = nll_and_posterior(target, *arguments)
+    check_finite_target("mixture_nll", target, nll)
+    return nll, posterior
+
+
+def nll_and_posterior(
     target: Tensor,
     logits: Tensor,
     loc: Tensor,
@@ -331,7 +339,6 @@ def mixture_nll(
         constants,
         num_warps,
     )
-    check_finite_target("mixture_nll", target, nll)
     return nll, posterior
 
 
@@ -384,7 +391,6 @@ def mixture_nll_and_gradients_(
         scale_floor,
         scale_map,
     )
-    check_finite_target("mixture_nll", target, nll)
     return nll
 
 
