@@ -76,6 +76,52 @@ def component(target, loc, log_scale, floor, LOGISTIC: tl.constexpr, SOFTPLUS: t
 
 
 @triton.jit
+def components_at(
+    d,  # [1, BLOCK] coordinates
+    targets,  # a token's row
+    locs,  # [ROWS, 1] rows of its components, as log_scales
+    log_scales,
+    present,  # [ROWS, 1]: those that are there
+    inside,  # [1, BLOCK]
+    floor,
+    LOGISTIC: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """`component` of what lies in memory."""
+    there = present & inside
+    target = tl.load(targets + d, mask=inside, other=0.0).to(tl.float32)
+    loc = tl.load(locs + d, mask=there, other=0.0).to(tl.float32)
+    log_scale = tl.load(log_scales + d, mask=there, other=0.0).to(tl.float32)
+    return component(target, loc, log_scale, floor, LOGISTIC, SOFTPLUS)
+
+
+@triton.jit
+def joint_log_density(
+    targets,
+    locs,
+    log_scales,
+    present,
+    floor,
+    LOGISTIC: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[ROWS, 1]: of each component the sum over all coordinates, but for a Gaussian's constant."""
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        d = first + tl.arange(0, BLOCK)[None, :]
+        inside = d < WIDTH
+        log_density, scale, _, _ = components_at(
+            d, targets, locs, log_scales, present, inside, floor, LOGISTIC, SOFTPLUS
+        )
+        log_density -= tl.log(scale)
+        total += tl.sum(tl.where(inside, log_density, 0.0), 1, keep_dims=True)
+    return total
+
+
+@triton.jit
 def halved(scale):
     """(n ln 2, 2^n / scale), the latter in (1 / 2, 1]: what a scale does to a density, its power of
     2 as a logarithm.
@@ -131,38 +177,13 @@ def mixture_nll_kernel(
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, ROWS)[:, None].to(tl.int64)
     present = k < COMPONENTS
-    log_joint = tl.zeros([ROWS, 1], tl.float32)
-    total = tl.zeros([1, BLOCK], tl.float32)
-    for first in range(0, WIDTH, BLOCK):
-        d = first + tl.arange(0, BLOCK)[None, :]
-        inside = d < WIDTH
-        there = present & inside
-        at_target = tl.load(target + token * target_stride + d, mask=inside, other=0.0)
-        at_loc = tl.load(loc + token * loc_stride + k * loc_row + d, mask=there, other=0.0)
-        at_scale = tl.load(
-            log_scale + token * scale_stride + k * scale_row + d, mask=there, other=0.0
-        )
-        log_density, scale, _, _ = component(
-            at_target.to(tl.float32),
-            at_loc.to(tl.float32),
-            at_scale.to(tl.float32),
-            floor,
-            LOGISTIC,
-            SOFTPLUS,
-        )
-        if JOINT:
-            log_density -= tl.log(scale)
-            log_joint += tl.sum(tl.where(inside, log_density, 0.0), 1, keep_dims=True)
-        else:
-            at_logits = logits + token * logits_stride + k * logits_row + d
-            prior = tl.load(at_logits, mask=there, other=0.0).to(tl.float32)
-            prior = tl.where(present, prior, float("-inf"))
-            from_scale, factor = halved(scale)
-            top_prior, _, sum_prior = shares(prior, 1.0)
-            top_joint, _, sum_joint = shares(prior + log_density - from_scale, factor)
-            loss = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
-            total += tl.where(inside, loss, 0.0)
+    targets = target + token * target_stride
+    locs = loc + token * loc_stride + k * loc_row
+    log_scales = log_scale + token * scale_stride + k * scale_row
     if JOINT:
+        log_joint = joint_log_density(
+            targets, locs, log_scales, present, floor, LOGISTIC, SOFTPLUS, WIDTH, ROWS, BLOCK
+        )
         at_logits = logits + token * logits_stride + k
         prior = tl.load(at_logits, mask=present, other=0.0).to(tl.float32)
         prior = tl.where(present, prior, float("-inf"))
@@ -170,6 +191,22 @@ def mixture_nll_kernel(
         top_joint, weight, sum_joint = shares(prior + log_joint, 1.0)
         tl.store(posterior + token * COMPONENTS + k, weight / sum_joint, mask=present)
         total = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
+    else:
+        total = tl.zeros([1, BLOCK], tl.float32)
+        for first in range(0, WIDTH, BLOCK):
+            d = first + tl.arange(0, BLOCK)[None, :]
+            inside = d < WIDTH
+            log_density, scale, _, _ = components_at(
+                d, targets, locs, log_scales, present, inside, floor, LOGISTIC, SOFTPLUS
+            )
+            at_logits = logits + token * logits_stride + k * logits_row + d
+            prior = tl.load(at_logits, mask=present & inside, other=0.0).to(tl.float32)
+            prior = tl.where(present, prior, float("-inf"))
+            from_scale, factor = halved(scale)
+            top_prior, _, sum_prior = shares(prior, 1.0)
+            top_joint, _, sum_joint = shares(prior + log_density - from_scale, factor)
+            loss = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
+            total += tl.where(inside, loss, 0.0)
     store_nll(nll + token, tl.sum(tl.sum(total, 1), 0), WIDTH, LOGISTIC)
 
 
@@ -214,6 +251,9 @@ def mixture_nll_backward_kernel(
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, ROWS)[:, None].to(tl.int64)
     present = k < COMPONENTS
+    targets = target + token * target_stride
+    locs = loc + token * loc_stride + k * loc_row
+    log_scales = log_scale + token * scale_stride + k * scale_row
     factor = tl.load(grad + token)
     total = tl.zeros([1, BLOCK], tl.float32)
     weight = tl.zeros([ROWS, 1], tl.float32)
@@ -222,26 +262,9 @@ def mixture_nll_backward_kernel(
         prior = tl.where(present, at_logits.to(tl.float32), float("-inf"))
         top_prior, prior_weight, sum_prior = shares(prior, 1.0)
         if FUSED:
-            log_joint = tl.zeros([ROWS, 1], tl.float32)
-            for first in range(0, WIDTH, BLOCK):
-                d = first + tl.arange(0, BLOCK)[None, :]
-                inside = d < WIDTH
-                there = present & inside
-                at_target = tl.load(target + token * target_stride + d, mask=inside, other=0.0)
-                at_loc = tl.load(loc + token * loc_stride + k * loc_row + d, mask=there, other=0.0)
-                at_scale = tl.load(
-                    log_scale + token * scale_stride + k * scale_row + d, mask=there, other=0.0
-                )
-                log_density, scale, _, _ = component(
-                    at_target.to(tl.float32),
-                    at_loc.to(tl.float32),
-                    at_scale.to(tl.float32),
-                    floor,
-                    LOGISTIC,
-                    SOFTPLUS,
-                )
-                log_density -= tl.log(scale)
-                log_joint += tl.sum(tl.where(inside, log_density, 0.0), 1, keep_dims=True)
+            log_joint = joint_log_density(
+                targets, locs, log_scales, present, floor, LOGISTIC, SOFTPLUS, WIDTH, ROWS, BLOCK
+            )
             top_joint, joint_weight, sum_joint = shares(prior + log_joint, 1.0)
             share = joint_weight / sum_joint
             loss = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
@@ -257,18 +280,8 @@ def mixture_nll_backward_kernel(
         d = first + tl.arange(0, BLOCK)[None, :]
         inside = d < WIDTH
         there = present & inside
-        at_target = tl.load(target + token * target_stride + d, mask=inside, other=0.0)
-        at_loc = tl.load(loc + token * loc_stride + k * loc_row + d, mask=there, other=0.0)
-        at_scale = tl.load(
-            log_scale + token * scale_stride + k * scale_row + d, mask=there, other=0.0
-        )
-        log_density, scale, by_target, by_scale = component(
-            at_target.to(tl.float32),
-            at_loc.to(tl.float32),
-            at_scale.to(tl.float32),
-            floor,
-            LOGISTIC,
-            SOFTPLUS,
+        log_density, scale, by_target, by_scale = components_at(
+            d, targets, locs, log_scales, present, inside, floor, LOGISTIC, SOFTPLUS
         )
         if JOINT:
             share_here = weight
