@@ -10,10 +10,10 @@ benchmarks/results/recipes/heads.json, from which the README has its table, and 
     python benchmarks/heads.py --ablation components
     python benchmarks/heads.py --recipe tiny_imagenet100_mixture --jobs 1
 
-On CIFAR-10 the runs are cut to as many epochs as let all of them finish within an hour on 2 cores,
-without flow matching, which `--variants` adds; other recipes run as long as they say. Each run is a
-process with its share of the cores; finished ones of the same commit and recipe are kept in
---scratch, and the same command goes on from there.
+On CIFAR-10 the runs are cut so that all of them finish within an hour on 2 cores, to one epoch, in
+small batches for the steps, and flow matching is left out, which `--variants` adds; other recipes
+run as they say. Each run is a process with its share of the cores; finished ones of the same commit
+and recipe are kept in --scratch, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ from jepa_fast.train.distributed import (  # noqa: E402
 from jepa_fast.train.logs import read_rows  # noqa: E402
 
 RECIPE = "cifar10_prob_mixture"
-EPOCHS = {RECIPE: 2}
-"""Of recipes that are cut; others run as long as they say."""
+CUT = {RECIPE: {"epochs": 1, "batch_size": 32}}
+"""What recipes that are cut have in `train` instead; the others run as they say."""
 
 HEADS: dict[str, dict[str, Any]] = {
     "ijepa": {"method": "ijepa"},
@@ -229,7 +229,7 @@ def recipe(
         name: one of `HEADS`, or of the ablation.
         base: recipe of the mixture head; those of other heads have its name with theirs in it.
         ablation: one of `ABLATIONS`.
-        epochs: length of the run; None: `EPOCHS`, or the recipe's.
+        epochs: length of the run; None: that of `CUT`, or the recipe's.
         overrides: `key=value`, the same for all.
     """
     changes = deepcopy((ABLATIONS[ablation] if ablation else HEADS)[name])
@@ -242,13 +242,13 @@ def recipe(
         head_options = {**(model["head_options"] or {}), **changes.pop("head_options", {})}
         model |= changes
         model["head_options"] = head_options or None
-    epochs = epochs or EPOCHS.get(base)
     train = config["train"]
+    whole = train["epochs"]
+    train |= CUT.get(base, {})
     if epochs is not None:
-        warmup = train["lr"]["warmup_epochs"]
-        if warmup is not None:
-            train["lr"]["warmup_epochs"] = warmup * epochs / train["epochs"]
         train["epochs"] = epochs
+    if train["lr"]["warmup_epochs"] is not None and train["epochs"] != whole:
+        train["lr"]["warmup_epochs"] *= train["epochs"] / whole
     # A variant that learns nothing, or collapses, is a result.
     train |= {"require_learning": False, "collapse": {}}
     config["tensorboard"] = False
