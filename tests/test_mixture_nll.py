@@ -147,13 +147,16 @@ def test_tails_in_float32(family: str, event: str, backend: str, device: str) ->
 @each_family
 @each_event
 @pytest.mark.parametrize(
-    ("components", "width", "dtype", "scale_map"),
+    ("components", "width", "dtype", "scale_map", "level"),
     [
-        (1, 1, torch.float32, "exp"),
-        (5, 384, torch.float32, "exp"),
-        (5, 384, torch.float32, "softplus"),
-        (3, 77, torch.bfloat16, "exp"),
-        (32, 65, torch.float16, "softplus"),
+        (1, 1, torch.float32, "exp", 0.0),
+        (5, 384, torch.float32, "exp", 0.0),
+        (5, 384, torch.float32, "softplus", 0.0),
+        (3, 77, torch.bfloat16, "exp", 0.0),
+        (32, 65, torch.float16, "softplus", 0.0),
+        (4, 1, torch.float32, "exp", 1e5),
+        (5, 77, torch.float32, "exp", 100.0),
+        (5, 77, torch.float32, "exp", -1000.0),
     ],
     ids=str,
 )
@@ -162,6 +165,7 @@ def test_as_accurate_as_eager(
     width: int,
     dtype: torch.dtype,
     scale_map: str,
+    level: float,
     family: str,
     event: str,
     backend: str,
@@ -169,11 +173,12 @@ def test_as_accurate_as_eager(
     backends_run: list[tuple[str, str]],
     poisoned_memory: None,
 ) -> None:
-    """Values and gradients; every component has a share of its tokens."""
-    target, *rest = (x.detach().float() for x in parameters(7, components, width, event))
+    """Values and gradients; every component has a share of its tokens, and all logits a level in
+    common, which changes nothing."""
+    target, *rest = (x.detach().float() for x in parameters(24, components, width, event))
     near = 1.0 if event == "coordinate" else width**-0.5
-    rest = [(x if x is rest[0] else near * x).to(dtype) for x in rest]
-    upstream = torch.linspace(-1, 2, 7)
+    rest = [(x + level if x is rest[0] else near * x).to(dtype) for x in rest]
+    upstream = torch.linspace(-1, 2, 24)
 
     def run(inputs: list[Tensor], backend: str) -> list[Tensor]:
         leaves = [x.detach().clone().requires_grad_() for x in inputs]

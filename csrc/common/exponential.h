@@ -62,6 +62,15 @@ JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
   return x < -kSmallExponent ? 0.0f : result;
 }
 
+// exp(x), at most 1e38, in few steps; 0 instead of subnormal numbers, NaN for NaN.
+JEPA_FAST_HOST_DEVICE float bounded_exponential(float x) {
+  constexpr float kLargestExponent = 87.4982335f;  // log(1e38)
+  float inside = x < -kSmallExponent ? -kSmallExponent : x;
+  inside = inside > kLargestExponent ? kLargestExponent : inside;
+  const float result = small_exponential(inside);
+  return x < -kSmallExponent ? 0.0f : result;
+}
+
 // log(x 2^more) to 1 unit in the last place, for x that is positive, finite and not subnormal.
 JEPA_FAST_HOST_DEVICE float logarithm_of_normal(float x, int32_t more = 0) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact

@@ -26,6 +26,9 @@ constexpr double kConstant = family == kGaussian ? 0.91893853320467274 : 0.0;  /
 // Scales stay normal numbers, whose exponents are what they say.
 constexpr float kLargestScale = 1e38f, kSmallestFloor = FLT_MIN;
 
+constexpr float kLn2 = 0.693147181f;
+constexpr int32_t kBias = 127;  // of a float32's exponent
+
 // A component at one coordinate of a target.
 template <Family family, ScaleMap map>
 struct Component {
@@ -33,16 +36,11 @@ struct Component {
 
   inline __attribute__((always_inline)) Component(
       float target, float loc, float log_scale, float floor)
-      : raw(map == kExp ? exponential(log_scale) : softplus(log_scale)) {
-    raw = raw > kLargestScale ? kLargestScale : raw;
+      : raw(map == kExp ? bounded_exponential(log_scale) : softplus(log_scale)) {
+    if constexpr (map == kSoftplus) raw = raw > kLargestScale ? kLargestScale : raw;
     scale = floor + raw;
     inverse = 1.0f / scale;
     z = (target - loc) * inverse;
-  }
-
-  // The log-density, but for the constant.
-  inline __attribute__((always_inline)) float log_density() const {
-    return log_shape() - logarithm(scale);
   }
 
   // The density, but for the constant, is exp(log_part) * factor with a factor in (1 / 2, 1]: the
@@ -52,12 +50,15 @@ struct Component {
   };
 
   inline __attribute__((always_inline)) Parts density() const {
-    constexpr float kLn2 = 0.693147181f;
+    const int32_t n = (scale_bits() >> 23) - kBias;
+    return {log_shape() - kLn2 * static_cast<float>(n), inverse * power_of_two(n)};
+  }
+
+  inline __attribute__((always_inline)) int32_t scale_bits() const {
     const float number = scale;
     int32_t bits;
     memcpy(&bits, &number, sizeof bits);
-    const int32_t n = (bits >> 23) - 127;
-    return {log_shape() - kLn2 * static_cast<float>(n), inverse * power_of_two(n)};
+    return bits;
   }
 
   // The slope of the density's potential, -d log p / dz.
@@ -111,12 +112,43 @@ struct Sizes {
 
 // Joint events: one component for all coordinates of a token.
 
+constexpr int64_t kFactors = 64;  // in [1, 2), whose product is a float32
+
+// The log-density of a component, but for the constant. Scales are multiplied instead of the sum of
+// their logarithms: powers of 2 as whole numbers, what is left of them in `product`.
 template <Family family, ScaleMap map>
 JEPA_FAST_CLONES double joint_log_density(
     const float* target, const float* loc, const float* log_scale, Sizes sizes) {
-  return sum_over<float>(sizes.width, [&](int64_t j) {
-    return Component<family, map>(target[j], loc[j], log_scale[j], sizes.floor).log_density();
-  });
+  double sum = 0;
+  for (int64_t first = 0; first < sizes.width; first += kFactors * kLanes) {
+    const int64_t end = std::min(sizes.width, first + kFactors * kLanes);
+    float shape[kLanes] = {}, product[kLanes];
+    int32_t power[kLanes] = {};
+    std::fill(product, product + kLanes, 1.0f);
+    const auto add = [&](int64_t j, int64_t i) __attribute__((always_inline)) {
+      const Component<family, map> component(target[i], loc[i], log_scale[i], sizes.floor);
+      const int32_t bits = component.scale_bits();
+      const int32_t left = (bits & 0x007FFFFF) | kBias << 23;
+      float factor;
+      memcpy(&factor, &left, sizeof factor);
+      shape[j] += component.log_shape();
+      product[j] *= factor;
+      power[j] += (bits >> 23) - kBias;
+    };
+    int64_t begin = first;
+    for (; begin + kLanes <= end; begin += kLanes) {
+#pragma omp simd
+      for (int64_t j = 0; j < kLanes; ++j) add(j, begin + j);
+    }
+    for (int64_t j = 0; begin + j < end; ++j) add(j, begin + j);
+    int64_t powers = 0;
+    for (int64_t j = 0; j < kLanes; ++j) powers += power[j];
+    sum -= M_LN2 * static_cast<double>(powers);
+    sum += sum_over<float>(kLanes, [&](int64_t j) {
+      return shape[j] - logarithm_of_normal(product[j]);
+    });
+  }
+  return sum;
 }
 
 // The gradients of `weight` times a component's log-density, negated.
@@ -245,6 +277,13 @@ JEPA_FAST_CLONES double coordinate_block(
     top_prior[j] = top_joint[j] = -FLT_MAX;
     sum_prior[j] = sum_joint[j] = 0.0f;
   }
+  for (int64_t k = 0; k < sizes.components; ++k) {
+    const float* const logits = token.logits + k * token.logit_stride + first;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      top_prior[j] = top_prior[j] < logits[j] ? logits[j] : top_prior[j];
+    }
+  }
   const float* const target = token.target + first;
   for (int64_t k = 0; k < sizes.components; ++k) {
     const float* const logits = token.logits + k * token.logit_stride + first;
@@ -258,12 +297,15 @@ JEPA_FAST_CLONES double coordinate_block(
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       const Component<family, map> component(target[j], loc[j], log_scale[j], sizes.floor);
-      prior[j] = logits[j];
+      // What all logits have in common would round the densities away.
+      const float logit = logits[j] - top_prior[j];
       const auto density = component.density();
-      joint[j] = logits[j] + density.log_part;
+      joint[j] = logit + density.log_part;
       factor[j] = density.factor;
-      top_prior[j] = top_prior[j] < prior[j] ? prior[j] : top_prior[j];
       top_joint[j] = top_joint[j] < joint[j] ? joint[j] : top_joint[j];
+      const float share = exponential_of_negative(logit);
+      prior[j] = share;
+      sum_prior[j] += share;
       if constexpr (with_gradient) {
         const float potential = component.potential_slope();
         slope[j] = potential * component.inverse;
@@ -273,14 +315,11 @@ JEPA_FAST_CLONES double coordinate_block(
     }
   }
   for (int64_t k = 0; k < sizes.components; ++k) {
-    float* const prior = block.prior + k * kBlock;
     float* const joint = block.joint + k * kBlock;
     const float* const factor = block.factor + k * kBlock;
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      prior[j] = exponential_of_negative(prior[j] - top_prior[j]);
       joint[j] = exponential_of_negative(joint[j] - top_joint[j]) * factor[j];
-      sum_prior[j] += prior[j];
       sum_joint[j] += joint[j];
     }
   }
@@ -300,7 +339,7 @@ JEPA_FAST_CLONES double coordinate_block(
       float* const scale_gradient = out.log_scale + k * out.scale_stride + first;
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
-        const float posterior = joint[j] / sum_joint[j] * grad;
+        const float posterior = joint[j] / sum_joint[j] * grad;  // grad where there is but one
         logit_gradient[j] = prior[j] * share_prior[j] - posterior;
         // A component without a share has no gradient, however far off it is.
         const float by_target = posterior == 0 ? 0.0f : posterior * slope[j];
@@ -312,7 +351,7 @@ JEPA_FAST_CLONES double coordinate_block(
     if (out.target != nullptr) std::copy(target_gradient, target_gradient + count, out.target + first);
   }
   return sum_over<float>(count, [&](int64_t j) {
-    return (top_prior[j] - top_joint[j]) + logarithm(sum_prior[j] / sum_joint[j]);
+    return logarithm(sum_prior[j] / sum_joint[j]) - top_joint[j];
   });
 }
 

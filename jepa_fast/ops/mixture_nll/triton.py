@@ -143,6 +143,18 @@ def shares(log_weight, factor):
 
 
 @triton.jit
+def prior_and_joint(prior, log_density, factor):
+    """The NLL, and `shares` but for the largest, of weights exp(prior) and of the same times the
+    densities exp(log_density) * factor.
+    """
+    top_prior, prior_weight, prior_sum = shares(prior, 1.0)
+    # What all logits have in common would round the densities away.
+    top_joint, joint_weight, joint_sum = shares(prior - top_prior + log_density, factor)
+    loss = tl.log(prior_sum / joint_sum) - top_joint
+    return loss, prior_weight, prior_sum, joint_weight, joint_sum
+
+
+@triton.jit
 def store_nll(place, nll, WIDTH: tl.constexpr, LOGISTIC: tl.constexpr):
     """Stores it with the constant."""
     if not LOGISTIC:
@@ -187,10 +199,8 @@ def mixture_nll_kernel(
         at_logits = logits + token * logits_stride + k
         prior = tl.load(at_logits, mask=present, other=0.0).to(tl.float32)
         prior = tl.where(present, prior, float("-inf"))
-        top_prior, _, sum_prior = shares(prior, 1.0)
-        top_joint, weight, sum_joint = shares(prior + log_joint, 1.0)
-        tl.store(posterior + token * COMPONENTS + k, weight / sum_joint, mask=present)
-        total = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
+        total, _, _, weight, weights = prior_and_joint(prior, log_joint, 1.0)
+        tl.store(posterior + token * COMPONENTS + k, weight / weights, mask=present)
     else:
         total = tl.zeros([1, BLOCK], tl.float32)
         for first in range(0, WIDTH, BLOCK):
@@ -203,9 +213,7 @@ def mixture_nll_kernel(
             prior = tl.load(at_logits, mask=present & inside, other=0.0).to(tl.float32)
             prior = tl.where(present, prior, float("-inf"))
             from_scale, factor = halved(scale)
-            top_prior, _, sum_prior = shares(prior, 1.0)
-            top_joint, _, sum_joint = shares(prior + log_density - from_scale, factor)
-            loss = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
+            loss, _, _, _, _ = prior_and_joint(prior, log_density - from_scale, factor)
             total += tl.where(inside, loss, 0.0)
     store_nll(nll + token, tl.sum(tl.sum(total, 1), 0), WIDTH, LOGISTIC)
 
@@ -260,20 +268,21 @@ def mixture_nll_backward_kernel(
     if JOINT:
         at_logits = tl.load(logits + token * logits_stride + k, mask=present, other=0.0)
         prior = tl.where(present, at_logits.to(tl.float32), float("-inf"))
-        top_prior, prior_weight, sum_prior = shares(prior, 1.0)
         if FUSED:
             log_joint = joint_log_density(
                 targets, locs, log_scales, present, floor, LOGISTIC, SOFTPLUS, WIDTH, ROWS, BLOCK
             )
-            top_joint, joint_weight, sum_joint = shares(prior + log_joint, 1.0)
-            share = joint_weight / sum_joint
-            loss = (top_prior - top_joint) + tl.log(sum_prior / sum_joint)
+            loss, prior_weight, prior_sum, joint_weight, joint_sum = prior_and_joint(
+                prior, log_joint, 1.0
+            )
+            share = joint_weight / joint_sum
             store_nll(nll + token, tl.sum(tl.sum(loss, 1), 0), WIDTH, LOGISTIC)
         else:
+            _, prior_weight, prior_sum = shares(prior, 1.0)
             share = tl.load(posterior + token * COMPONENTS + k, mask=present, other=0.0)
         weight = factor * share
         if PARAMETERS:
-            by_logit = factor * (prior_weight / sum_prior) - weight
+            by_logit = factor * (prior_weight / prior_sum) - weight
             to_logits = grad_logits + token * grad_logits_stride + k
             tl.store(to_logits, by_logit.to(grad_logits.dtype.element_ty), mask=present)
     for first in range(0, WIDTH, BLOCK):
@@ -290,11 +299,11 @@ def mixture_nll_backward_kernel(
             prior_here = tl.load(at_logits, mask=there, other=0.0).to(tl.float32)
             prior_here = tl.where(present, prior_here, float("-inf"))
             from_scale, rest = halved(scale)
-            top_here, prior_part, prior_sum = shares(prior_here, 1.0)
-            top_both, joint_part, joint_sum = shares(prior_here + log_density - from_scale, rest)
+            loss, prior_part, prior_sum, joint_part, joint_sum = prior_and_joint(
+                prior_here, log_density - from_scale, rest
+            )
             share_here = factor * (joint_part / joint_sum)
             if FUSED:
-                loss = (top_here - top_both) + tl.log(prior_sum / joint_sum)
                 total += tl.where(inside, loss, 0.0)
             if PARAMETERS:
                 slope = factor * (prior_part / prior_sum) - share_here
