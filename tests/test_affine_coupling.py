@@ -211,6 +211,8 @@ def test_low_precision_keeps_its_dtype_and_a_float32_logdet() -> None:
     ("change", "error", "message"),
     [
         ({"mask": torch.zeros(5)}, TypeError, "mask must be bool"),
+        ({"x": torch.ones(3, 5).long()}, TypeError, "x must be of a floating dtype"),
+        ({"shift": torch.ones(3, 5).cfloat()}, TypeError, "shift must be of a floating dtype"),
         ({"mask": torch.zeros(4) > 0}, ValueError, r"mask.shape\[0\] and x.shape\[1\]"),
         ({"shift": torch.zeros(2, 4)}, ValueError, r"shift.shape\[1\] and x.shape\[1\]"),
         ({"raw_scale": torch.zeros(3, 5)}, ValueError, r"raw_scale.shape\[0\] and x.shape\[0\]"),

@@ -224,11 +224,49 @@ def test_first_derivatives_with_a_graph_and_no_second(sample: Sample) -> None:
 
 
 @each_differentiable_sample
+def test_second_derivatives_are_refused_of_sums_too(sample: Sample) -> None:
+    """The gradient of a sum does not depend on the operator's outputs, but may on its inputs."""
+    arguments = sample.arguments()
+    wanted = _floating(arguments)
+
+    def total(*leaves: Tensor) -> Tensor:
+        outputs = sample.call(*_with_leaves(arguments, iter(leaves)))
+        return sum(o.sum() for o in outputs if o.is_floating_point())
+
+    def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(total(*leaves), leaves, create_graph=True)
+
+    here = gradients(*wanted)
+    elsewhere = gradients(*((x.detach() * 1.5 + 0.1).requires_grad_() for x in wanted))
+    if all(torch.allclose(*pair) for pair in zip(here, elsewhere, strict=True)):
+        return  # linear: all second derivatives are 0
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(sum(g.sum() for g in here), wanted, allow_unused=True)
+    places = tuple(range(len(wanted)))
+    first = torch.func.grad(total, argnums=places)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda *x: sum(g.sum() for g in first(*x)), argnums=places)(
+            *(x.detach() for x in wanted)
+        )
+
+
+@each_differentiable_sample
 def test_vmap_is_refused(sample: Sample) -> None:
     arguments = sample.arguments()
     mapped = [x.detach()[None] for x in _floating(arguments)]
     with pytest.raises(RuntimeError, match=r"arguments mapped by torch\.func\.vmap"):
         torch.func.vmap(lambda *x: sample.call(*_with_leaves(arguments, iter(x))))(*mapped)
+
+
+@each_sample
+def test_meta_tensors_and_others_do_not_go_together(sample: Sample) -> None:
+    arguments = sample.arguments()
+    flat = [x for x in arguments if isinstance(x, Tensor) and x.ndim > 0]
+    if len(flat) < 2:
+        return
+    moved = [x.to("meta") if x is flat[0] else x for x in arguments]
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        sample.call(*moved)
 
 
 @each_sample

@@ -218,6 +218,8 @@ def test_under_autocast() -> None:
         ({"x": torch.zeros(2, 5)}, ValueError, r"x.shape\[-1\] and weight.shape\[1\]"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[..., I\]"),
         ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"x": torch.zeros(2, 4).long()}, TypeError, "x must be of a floating dtype"),
+        ({"weight": torch.zeros(3, 4).long()}, TypeError, "weight must be of a floating dtype"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias.shape\[0\] and weight.shape\[0\]"),
         ({"in_degree": torch.arange(3)}, ValueError, r"in_degree.shape\[0\] and weight.shape\[1\]"),
         ({"out_degree": torch.arange(4)}, ValueError, r"out_degree.shape\[0\]"),

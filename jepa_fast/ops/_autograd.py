@@ -108,6 +108,19 @@ def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
+def keep_slopes(ctx: Any, *slopes: Tensor) -> None:
+    """Keeps for the backward pass those outputs that are its gradients but for a factor.
+
+    They stay differentiable, so that a second derivative finds its way through them to the inputs,
+    where `differentiable_once` refuses it, and not to a silent zero.
+    """
+    if torch.compiler.is_compiling():  # where torch refuses it, and outputs need gradients
+        ctx.mark_non_differentiable(*slopes)
+    else:
+        ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*slopes)
+
+
 class _AllInOrder(inspect.Signature):
     """Binds nothing: torch has the arguments of every `apply` bound to `forward`, at 40 us a call,
     to fill in defaults.

@@ -145,6 +145,16 @@ def check_finite_target(op: str, target: Tensor, nll: Tensor) -> None:
         )
 
 
+def may_be_read(tensor: Tensor) -> bool:
+    """Whether Python may ask for the tensor's values: it is not traced, fake, mapped or on meta."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not tensor.is_meta
+    )
+
+
 def check_finite(op: str, argument: str, tensor: Tensor) -> None:
     """Raises ValueError if an element is NaN or infinite; reads the values as `reads_values` says.
 

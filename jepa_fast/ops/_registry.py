@@ -168,6 +168,13 @@ class Operator:
 
     def _run_fake(self, *args: Any) -> Any:
         *inputs, _ = args
+        # Numbers may lie anywhere: momenta and seeds of shape [].
+        types = _machine.device_types([each for each in _tensors(inputs) if each.ndim > 0])
+        if "meta" in types and len(types) > 1:
+            raise ValueError(
+                f"{self.name}: tensors must be on one device, got {sorted(types)}; move them with "
+                "tensor.to(device)"
+            )
         return self.fake(*inputs)
 
     def function(self, backend: str) -> Callable[..., Any]:

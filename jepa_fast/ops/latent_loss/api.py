@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, is_the_gradient
+from jepa_fast.ops._autograd import (
+    OperatorFunction,
+    applied,
+    differentiable_once,
+    is_the_gradient,
+    keep_slopes,
+)
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
@@ -29,13 +35,12 @@ class _LatentLoss(OperatorFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, slope = output
         ctx.dtype = inputs[0].dtype
-        ctx.mark_non_differentiable(slope)
-        ctx.save_for_backward(slope)
+        keep_slopes(ctx, slope)
 
     @staticmethod
     @differentiable_once("latent_loss")
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
+        slope = ctx.saved_tensors[0].detach()
         if not is_the_gradient(slope, grad, ctx.dtype):
             # Plain PyTorch on every device.
             slope = contract.BACKWARD.call(grad, slope, ctx.dtype, "reference")

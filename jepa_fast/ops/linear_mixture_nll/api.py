@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
-from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
+from jepa_fast.ops._autograd import (
+    OperatorFunction,
+    applied,
+    differentiable_once,
+    keep_slopes,
+    spread,
+)
 from jepa_fast.ops._checks import check_choice, check_dim, check_floating, check_same_size
 from jepa_fast.ops.linear_mixture_nll import contract
 from jepa_fast.ops.mixture_nll.api import check_mixture_options
@@ -28,14 +34,14 @@ class _LinearMixtureNll(OperatorFunction):
         _, *grads = output
         ctx.needs = inputs[-2]
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
-        ctx.mark_non_differentiable(*grads)
-        ctx.save_for_backward(*grads)
+        keep_slopes(ctx, *grads)
 
     @staticmethod
     @differentiable_once("linear_mixture_nll")
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Plain PyTorch on every device.
-        scaled = contract.BACKWARD.call(grad, ctx.saved_tensors, "reference")
+        slopes = [slope.detach() for slope in ctx.saved_tensors]
+        scaled = contract.BACKWARD.call(grad, slopes, "reference")
         grads = [
             None if each is None else each.to(dtype)
             for each, dtype in zip(spread(scaled, ctx.needs), ctx.dtypes, strict=True)

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, is_the_gradient
+from jepa_fast.ops._autograd import (
+    OperatorFunction,
+    differentiable_once,
+    is_the_gradient,
+    keep_slopes,
+)
 from jepa_fast.ops._checks import check_dim, check_floating, check_same_size, check_tensor
 from jepa_fast.ops.q_sample import contract
 
@@ -52,13 +57,12 @@ class _DenoisingLoss(OperatorFunction):
         prediction, target = inputs[:2]
         ctx.dtype = prediction.dtype
         ctx.target_dtype = None if target is None else target.dtype
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        keep_slopes(ctx, output[1])
 
     @staticmethod
     @differentiable_once("q_sample")
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
+        slope = ctx.saved_tensors[0].detach()
         to_target = None
         if ctx.needs_input_grad[1]:
             wide = slope.to(grad.dtype)
