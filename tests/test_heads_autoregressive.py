@@ -222,6 +222,8 @@ def test_the_ordering_travels_in_the_state_dict() -> None:
     ("options", "message"),
     [
         ({"ordering": "backwards"}, "ordering must be 'natural', 'reversed', 'random' or a perm"),
+        ({"ordering": 3}, "permutation of 0 .. 2, got 3"),
+        ({"ordering": None}, "permutation of 0 .. 2, got None"),
         ({"ordering": [0, 1, 1]}, r"permutation of 0 .. 2, got \[0, 1, 1\]"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"hidden_dim": 0}, "hidden_dim must be at least 1"),

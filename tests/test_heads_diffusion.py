@@ -194,6 +194,21 @@ def test_likelihood(schedule: str, probes: int | None) -> None:
     torch.testing.assert_close(log_prob, truth.log_prob(z).sum(1), rtol=0, atol=0.03)
 
 
+def test_likelihood_of_a_sampler_of_one_step() -> None:
+    """It spans all timesteps, too: a standard normal stays where it is, so that no step errs."""
+    head, _ = exact_head(steps=1)
+    head.network = ExactNoise(head, torch.zeros(3), torch.ones(3))
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    log_prob = head.distribution(torch.zeros(6, 4)).log_prob(z)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-3)
+
+
+def test_fewer_timesteps_than_the_samplers_default() -> None:
+    assert DiffusionHead(4, 3, timesteps=10).visited() == list(range(9, -1, -1))
+    assert len(DiffusionHead(4, 3).visited()) == 50
+
+
 class BentNoise(ExactNoise):
     """No longer that of a normal distribution: the coordinates move each other."""
 

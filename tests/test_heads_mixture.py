@@ -66,6 +66,17 @@ def test_entropy_of_modes_far_apart_is_that_of_one_and_of_the_choice() -> None:
     assert entropy.item() == pytest.approx(exact, abs=4 * math.sqrt(1.5 / 1024))
 
 
+def test_the_entropy_has_as_many_samples_as_the_head_says() -> None:
+    head = MixtureHead(4, 3, moment_samples=64)
+    distribution = head.distribution(torch.randn(2, 4))
+    assert distribution.moment_samples == 64
+    few = distribution.entropy
+    distribution.moment_samples = 128
+    assert not torch.equal(distribution.entropy, few)
+    with pytest.raises(ValueError, match="moment_samples must be at least 2, got 1"):
+        MixtureHead(4, 3, moment_samples=1)
+
+
 def test_components_start_apart_with_equal_weights() -> None:
     head = MixtureHead(6, 5)
     distribution = head.distribution(torch.zeros(1, 6))

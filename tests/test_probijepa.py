@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion": {"hidden_dim": 16, "steps": 3},
 }
 OWN_SAMPLES = {name: {"moment_samples": 15} for name in HEADS if name != "mixture"}
-"""Few samples, and so few solutions of an ODE, where there is no closed form."""
+"""Of heads without closed forms: few samples, and so few solutions of an ODE."""
 each_head = pytest.mark.parametrize("name", HEADS)
 
 
@@ -133,7 +133,54 @@ def test_entropy_and_cdf(name: str) -> None:
         distribution.cdf(z)
 
 
-@pytest.mark.parametrize("name", [name for name in HEADS if name != "mixture"])
+@each_head
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_targets_that_are_not_finite(name: str, wrong: float) -> None:
+    torch.manual_seed(0)
+    head = create_head(name, 4, 3, OPTIONS[name])
+    condition, target = torch.randn(5, 4), torch.randn(5, 3)
+    head(condition, target)  # the flow is normalised
+    distribution = head.distribution(condition)
+    target[2, 1] = wrong
+    with pytest.raises(ValueError, match=r"target must be finite, .* for 1 of 5 .* token 2"):
+        head(condition, target)
+    for z in (target, target[None]):
+        with pytest.raises(ValueError, match=r"must (have a|be) finite"):
+            distribution.log_prob(z)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"must (have a|be) finite"):
+            distribution.log_prob(z)
+
+
+@each_head
+def test_arguments_that_are_not_of_floating_dtypes(name: str) -> None:
+    head = create_head(name, 4, 3, OPTIONS[name])
+    condition, target = torch.randn(5, 4), torch.randn(5, 3)
+    for wrong in ((condition.long(), target), (condition, target.long()), (condition, [1.0])):
+        with pytest.raises(TypeError, match=r"(condition|target) must be"):
+            head(*wrong)
+    with pytest.raises(TypeError, match="z must be"):
+        head.distribution(condition).log_prob(target.long())
+
+
+@each_head
+def test_no_sample_has_no_density(name: str) -> None:
+    distribution = create_head(name, 4, 3, OPTIONS[name]).distribution(torch.randn(5, 4))
+    assert distribution.log_prob(torch.zeros(0, 5, 3)).shape == (0, 5)
+
+
+@each_head
+def test_densities_in_inference_mode_are_those_outside(name: str) -> None:
+    torch.manual_seed(0)
+    head = create_head(name, 4, 3, OPTIONS[name])
+    head(torch.randn(5, 4), torch.randn(5, 3))
+    condition, z = torch.randn(5, 4), torch.randn(5, 3)
+    expected = head.distribution(condition).log_prob(z).detach()
+    with torch.inference_mode():
+        got = head.distribution(condition + 0).log_prob(z + 0)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", OWN_SAMPLES)
 def test_moments_come_from_as_many_samples_as_the_head_says(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +388,10 @@ def test_entropy_and_cdf_from_samples() -> None:
     cdf = distribution.cdf(distribution.loc + offset)
     share = torch.special.ndtr(offset)
     assert ((cdf - share).abs() < 4 * (share * (1 - share) / n).sqrt() + 1 / n).all()
+    of_many = distribution.mean, distribution.entropy
     distribution.moment_samples = 3
+    assert not torch.equal(distribution.mean, of_many[0])
+    assert not torch.equal(distribution.entropy, of_many[1])
     ranks = distribution.cdf(torch.full((2, 2), 1e6)) * 4
     assert torch.equal(ranks, torch.full((2, 2), 3.5))
 

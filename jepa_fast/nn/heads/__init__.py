@@ -8,7 +8,8 @@ from typing import Any
 
 from jepa_fast.nn.heads.autoregressive import AutoregressiveHead
 from jepa_fast.nn.heads.diffusion import DiffusionHead
-from jepa_fast.nn.heads.flow import CouplingFlowHead, FlowMatchingHead
+from jepa_fast.nn.heads.flow import CouplingFlowHead
+from jepa_fast.nn.heads.flow_matching import FlowMatchingHead
 from jepa_fast.nn.heads.interface import Head, LatentDistribution
 from jepa_fast.nn.heads.mixture import MixtureHead
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -300,9 +300,11 @@ def _order(ordering: str | Sequence[int], width: int, seed: int) -> list[int]:
         return natural[::-1]
     if ordering == "random":
         return random.Random(seed).sample(natural, width)
-    if isinstance(ordering, str) or sorted(ordering) != natural:
-        raise ValueError(
-            f"AutoregressiveHead: ordering must be 'natural', 'reversed', 'random' or a "
-            f"permutation of 0 .. {width - 1}, got {ordering!r}"
-        )
-    return list(ordering)
+    if isinstance(ordering, Iterable) and not isinstance(ordering, str):
+        listed = list(ordering)
+        if sorted(listed) == natural:
+            return listed
+    raise ValueError(
+        f"AutoregressiveHead: ordering must be 'natural', 'reversed', 'random' or a "
+        f"permutation of 0 .. {width - 1}, got {ordering!r}"
+    )

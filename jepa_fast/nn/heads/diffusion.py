@@ -9,9 +9,13 @@ from torch import Tensor
 
 from jepa_fast import ops
 from jepa_fast.nn.heads.adaln import AdaLNMlp
-from jepa_fast.nn.heads.flow import standard_normal_log_prob
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
-from jepa_fast.nn.heads.ode import integrate_with_divergence
+from jepa_fast.nn.heads.interface import (
+    Head,
+    LatentDistribution,
+    check_positive,
+    standard_normal_log_prob,
+)
+from jepa_fast.nn.heads.ode import integrate_with_divergence, recordable
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import check_choice
 
@@ -45,9 +49,11 @@ class DiffusionHead(Head):
         hidden_dim: width of the network.
         depth: its blocks.
         timesteps: T of the training schedule.
-        schedule: `"linear"` or `"cosine"`.
+        schedule: `"linear"` or `"cosine"`, as `alpha_bar` says, which is kept from falling below
+            4e-5 here: where the linear schedule of 1000 steps ends.
         sampler: `"ddim"`, deterministic given the starting noise, or `"ddpm"`; may be set later.
-        steps: how many of the timesteps the sampler visits, 1 to `timesteps`; may be set later.
+        steps: how many of the timesteps the sampler visits, 1 to `timesteps`; None: 50, or all if
+            there are fewer; may be set later.
         clip: bound on the coordinates of the target that the sampler sees predicted; `log_prob` has
             none. None: 10, or sqrt(D) where that is more, which no LayerNorm-ed vector passes.
             `math.inf` turns it off.
@@ -75,7 +81,7 @@ class DiffusionHead(Head):
         timesteps: int = 1000,
         schedule: str = "linear",
         sampler: str = "ddim",
-        steps: int = 50,
+        steps: int | None = None,
         clip: float | None = None,
         probes: int | None = 8,
         moment_samples: int = 1024,
@@ -92,7 +98,7 @@ class DiffusionHead(Head):
             raise ValueError(f"{owner}: clip must be positive, got {clip}; math.inf turns it off")
         self.timesteps = timesteps
         self.sampler = sampler
-        self.steps = steps
+        self.steps = min(50, timesteps) if steps is None else steps
         self.probes = probes
         self.draws = draws
         self.visited()
@@ -111,7 +117,9 @@ class DiffusionHead(Head):
         seed = ops.noise_seed(target.device)
         x = ops.q_sample(target, self.signal[t], self.noise[t], seed)
         e = self.network(x, t / self.timesteps, self.network.condition(condition))
-        return ops.denoising_loss(e, seed)
+        loss = ops.denoising_loss(e, seed)
+        self.check_loss(loss, target)
+        return loss
 
     def distribution(self, condition: Tensor) -> DiffusionDistribution:
         self.check(condition)
@@ -181,20 +189,22 @@ class DiffusionDistribution(LatentDistribution):
                 x = x + scale * (ratio * noise[i + 1] * e + fresh)
         return x
 
-    @torch.no_grad()
     def _log_prob(self, z: Tensor) -> Tensor:
         """Follows `x = cos(angle) * target + sin(angle) * e` up the angle, where the ODE is tame:
         its velocity is `cos(angle) * e - sin(angle) * target`, of the size of x throughout."""
         head = self.head
-        visited = torch.tensor(head.visited()[::-1], device=self.device)
-        signal, noise = head.signal[visited].to(z.dtype), head.noise[visited].to(z.dtype)
+        with recordable() as plain:
+            condition = plain(self.condition)
+            # A sampler of one step visits the last timestep alone.
+            visited = torch.tensor(sorted({0, *head.visited()}), device=self.device)
+            signal, noise = head.signal[visited].to(z.dtype), head.noise[visited].to(z.dtype)
 
-        def velocity(x: Tensor, k: int) -> Tensor:
-            # With the target that e leaves of x put in. Clipping that would make the ODE stiff.
-            e = head.predict_noise(x, visited[k], self.condition)
-            return (e - noise[k] * x) / signal[k]
+            def velocity(x: Tensor, k: int) -> Tensor:
+                # With the target that e leaves of x put in. Clipping that would make the ODE stiff.
+                e = head.predict_noise(x, visited[k], condition)
+                return (e - noise[k] * x) / signal[k]
 
-        end, integral = integrate_with_divergence(
-            velocity, signal[0] * z, torch.atan2(noise, signal), head.probes
-        )
-        return standard_normal_log_prob(end) + integral + self.width * signal[0].log()
+            end, integral = integrate_with_divergence(
+                velocity, signal[0] * plain(z), torch.atan2(noise, signal), head.probes
+            )
+            return standard_normal_log_prob(end) + integral + self.width * signal[0].log()

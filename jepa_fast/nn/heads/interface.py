@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -10,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.nn.precision import widened
-from jepa_fast.ops._checks import check_finite
+from jepa_fast.ops._checks import (
+    check_finite,
+    check_finite_target,
+    check_floating,
+    may_be_read,
+)
 
 
 class LatentDistribution(ABC):
@@ -27,8 +33,11 @@ class LatentDistribution(ABC):
         width: D.
         device: of the samples.
         dtype: of the noise that sampling starts from.
-        moment_samples: how many samples mean, variance, entropy and `cdf` come from; may be set
-            later.
+        moment_samples: how many samples mean, variance, entropy and `cdf` come from, at least 2;
+            may be set later.
+
+    Raises:
+        ValueError: fewer than 2 samples.
     """
 
     def __init__(
@@ -45,12 +54,25 @@ class LatentDistribution(ABC):
         self.dtype = dtype
         self.moment_samples = moment_samples
 
+    @property
+    def moment_samples(self) -> int:
+        return self._moment_samples
+
+    @moment_samples.setter
+    def moment_samples(self, number: int) -> None:
+        _check_moment_samples(number)
+        self._moment_samples = number
+        for found in ("_sampled_moments", "_sampled_entropy"):
+            self.__dict__.pop(found, None)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats of z [T, D] or [n, T, D]: [T] or [n, T], float32 or wider.
 
         Raises:
-            ValueError: another shape.
+            TypeError: z is not a floating tensor.
+            ValueError: another shape; on a CPU, a z that is not finite.
         """
+        check_floating("log_prob", "z", z)
         if z.ndim not in (2, 3) or z.shape[-2:] != (self.tokens, self.width):
             raise ValueError(
                 f"log_prob: z must be [T, D] or [n, T, D] with T = {self.tokens} and "
@@ -58,8 +80,14 @@ class LatentDistribution(ABC):
             )
         z = widened(z)
         if z.ndim == 2:
-            return self._log_prob(z)
-        return torch.stack([self._log_prob(each) for each in z])
+            log_prob = self._log_prob(z)
+        elif len(z) == 0:
+            log_prob = z.new_empty(z.shape[:2])
+        else:
+            log_prob = torch.stack([self._log_prob(each) for each in z])
+        if may_be_read(log_prob):
+            check_finite_target("log_prob", z.flatten(0, -2), log_prob.detach().flatten())
+        return log_prob
 
     @abstractmethod
     def _log_prob(self, z: Tensor) -> Tensor:
@@ -199,8 +227,7 @@ class Head(nn.Module, ABC):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.condition_dim = condition_dim
         self.target_dim = target_dim
-        if moment_samples < 2:
-            raise ValueError(f"moment_samples must be at least 2, got {moment_samples}")
+        _check_moment_samples(moment_samples)
         self.moment_samples = moment_samples
 
     @abstractmethod
@@ -217,8 +244,12 @@ class Head(nn.Module, ABC):
         """The distributions that condition [T, d] stands for."""
 
     def check(self, condition: Tensor, target: Tensor | None = None) -> None:
-        """Raises ValueError where the shapes of condition and target do not fit the head."""
+        """Raises TypeError where condition or target is not a floating tensor, and ValueError where
+        their shapes do not fit the head."""
         name = type(self).__name__
+        check_floating(name, "condition", condition)
+        if target is not None:
+            check_floating(name, "target", target)
         if condition.ndim != 2 or condition.shape[1] != self.condition_dim:
             raise ValueError(
                 f"{name}: condition must be [T, {self.condition_dim}], got "
@@ -230,9 +261,25 @@ class Head(nn.Module, ABC):
                 f"{list(target.shape)}"
             )
 
+    def check_loss(self, loss: Tensor, target: Tensor) -> None:
+        """Raises ValueError where a loss, of a batch or of each of its tokens, is not finite as
+        target is not, on a CPU: a GPU is not waited for."""
+        if may_be_read(loss):
+            check_finite_target(type(self).__name__, target, loss.detach())
+
+
+def _check_moment_samples(number: int) -> None:
+    if number < 2:
+        raise ValueError(f"moment_samples must be at least 2, got {number}")
+
 
 def check_positive(owner: str, **values: int) -> None:
     """Raises ValueError for a named value below 1."""
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+
+
+def standard_normal_log_prob(u: Tensor) -> Tensor:
+    """[T] from u [T, D]."""
+    return -0.5 * (u.square().sum(-1) + u.shape[-1] * math.log(2 * math.pi))

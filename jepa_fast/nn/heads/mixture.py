@@ -29,9 +29,11 @@ class MixtureHead(Head):
         event: `"joint"`, one mixture over whole vectors, or `"coordinate"`, one a coordinate.
         scale_floor: added to every scale, positive.
         scale_map: `"exp"` or `"softplus"`.
+        moment_samples: as in `Head`; for the entropy of more than one component.
 
     Raises:
-        ValueError: an unknown name, no component, a floor that is not positive.
+        ValueError: an unknown name, no component, a floor that is not positive, or fewer than 2
+            samples.
 
     Source: mixture density networks, Bishop 1994.
     """
@@ -45,8 +47,9 @@ class MixtureHead(Head):
         event: str = "joint",
         scale_floor: float = 1e-3,
         scale_map: str = "exp",
+        moment_samples: int = 1024,
     ) -> None:
-        super().__init__(condition_dim, target_dim)
+        super().__init__(condition_dim, target_dim, moment_samples)
         check_mixture_options("MixtureHead", family, event, scale_floor, scale_map, num_components)
         self.num_components = num_components
         self.family = family
@@ -78,7 +81,12 @@ class MixtureHead(Head):
             self.projection(condition), self.num_components, self.target_dim, self.event
         )
         return MixtureDistribution(
-            *parameters, self.family, self.event, self.scale_floor, self.scale_map
+            *parameters,
+            self.family,
+            self.event,
+            self.scale_floor,
+            self.scale_map,
+            self.moment_samples,
         )
 
 
@@ -97,8 +105,9 @@ class MixtureDistribution(LatentDistribution):
         event: str,
         scale_floor: float,
         scale_map: str,
+        moment_samples: int = 1024,
     ) -> None:
-        super().__init__(loc.shape[0], loc.shape[2], loc.device)
+        super().__init__(loc.shape[0], loc.shape[2], loc.device, moment_samples=moment_samples)
         self.logits, self.loc, self.log_scale = logits, loc, log_scale
         self.family, self.event = family, event
         self.scale_floor, self.scale_map = scale_floor, scale_map

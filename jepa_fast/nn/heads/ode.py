@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, int], Tensor]
-"""v at x and at grid point k; row by row, so that dv_i/dx_j vanishes between rows i and j."""
+"""v at x and at grid point k, row by row, so that dv_i/dx_j vanishes between rows i and j."""
 
 
-def integrate(velocity: Velocity, x: Tensor, grid: Tensor) -> Tensor:
-    """x carried from grid[0] to grid[-1] by Heun's method: two evaluations a step, second order."""
-    for k in range(len(grid) - 1):
-        step = grid[k + 1] - grid[k]
-        first = velocity(x, k)
-        x = x + 0.5 * step * (first + velocity(x + step * first, k + 1))
+@contextmanager
+def recordable() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Without gradients, but where `integrate_with_divergence` can have its own: not in inference
+    mode. What it gives has tensors from outside as autograd takes them.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield lambda tensor: tensor.clone() if tensor.is_inference() else tensor
+
+
+def integrate(velocities: Iterable[Callable[[Tensor], Tensor]], x: Tensor, grid: Tensor) -> Tensor:
+    """x carried from grid[0] to grid[-1] by Heun's method: two evaluations a step, second order.
+
+    `velocities` has v at each point of the grid, in turn, in any dtype.
+    """
+    remaining = iter(velocities)
+    here = next(remaining)
+    for step, there in zip(grid.diff(), remaining, strict=True):
+        first = here(x).to(x.dtype)
+        x = x + 0.5 * step * (first + there(x + step * first).to(x.dtype))
+        here = there
     return x
 
 
