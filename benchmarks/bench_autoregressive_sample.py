@@ -17,12 +17,14 @@ from jepa_fast.perf import Case, Race, benchmark
 
 _SMALL = {"T": 8, "D": 24, "d": 16, "H": 32, "depth": 2, "K": 5}
 _HEAD = {"T": 128, "D": 384, "d": 384, "H": 512, "depth": 2, "K": 5}
+_FEW = _HEAD | {"T": 16}  # every round has 384 dense passes of each way but ours
 
 
 @benchmark(
     [
         Case("autoregressive_sample", "small", _SMALL, quick=True),
-        Case("autoregressive_sample", "128-tokens", _HEAD),
+        Case("autoregressive_sample", "16-tokens", _FEW, devices=("cpu",)),
+        Case("autoregressive_sample", "128-tokens", _HEAD, devices=("cuda",)),
     ]
 )
 def bench_autoregressive_sample(case: Case, device: str) -> Race:
