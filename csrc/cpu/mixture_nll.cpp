@@ -94,6 +94,7 @@ struct Token {
   const float* loc;         // K rows of D
   const float* log_scale;   // K rows of D
   int64_t logit_stride, loc_stride, scale_stride;
+  int64_t next_logits, next_loc, next_log_scale;  // from here to the next token's
 };
 
 // Where the gradients of one token go.
@@ -103,6 +104,7 @@ struct Gradient {
   float* loc;
   float* log_scale;
   int64_t logit_stride, loc_stride, scale_stride;
+  int64_t next_logits, next_loc, next_log_scale;
 };
 
 struct Sizes {
@@ -244,6 +246,13 @@ void joint_gradient(
 
 // Coordinate events: every coordinate draws a component of its own.
 
+// Of a block so few numbers of so many rows are read that the hardware does not see them coming.
+template <bool to_write = false>
+inline void prefetch_block(const float* next, int64_t count) {
+  constexpr int64_t kLine = 16;
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(next + i, to_write);
+}
+
 constexpr int64_t kBlock = 64;  // coordinates at a time: what is known of all their components fits
                                 // into the first cache
 
@@ -279,6 +288,7 @@ JEPA_FAST_CLONES double coordinate_block(
   }
   for (int64_t k = 0; k < sizes.components; ++k) {
     const float* const logits = token.logits + k * token.logit_stride + first;
+    prefetch_block(logits + token.next_logits, count);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       top_prior[j] = top_prior[j] < logits[j] ? logits[j] : top_prior[j];
@@ -294,6 +304,8 @@ JEPA_FAST_CLONES double coordinate_block(
     float* const factor = block.factor + k * kBlock;
     float* const slope = block.slope + k * kBlock;
     float* const stretch = block.stretch + k * kBlock;
+    prefetch_block(loc + token.next_loc, count);
+    prefetch_block(log_scale + token.next_log_scale, count);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       const Component<family, map> component(target[j], loc[j], log_scale[j], sizes.floor);
@@ -337,6 +349,9 @@ JEPA_FAST_CLONES double coordinate_block(
       float* const logit_gradient = out.logits + k * out.logit_stride + first;
       float* const loc_gradient = out.loc + k * out.loc_stride + first;
       float* const scale_gradient = out.log_scale + k * out.scale_stride + first;
+      prefetch_block<true>(logit_gradient + out.next_logits, count);
+      prefetch_block<true>(loc_gradient + out.next_loc, count);
+      prefetch_block<true>(scale_gradient + out.next_log_scale, count);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         const float posterior = joint[j] / sum_joint[j] * grad;  // grad where there is but one
@@ -392,6 +407,9 @@ class Wide {
     });
     return scratch.data();
   }
+
+  // From a token to the next in what `read` returns; 0 if that is not where the next one lies.
+  int64_t step() const { return is_float() ? rows_.outer / int64_t{sizeof(float)} : 0; }
 
   // Where a token's values are to be put, before `write` has them in the tensor.
   float* place(int64_t token, std::vector<float>& scratch) const {
@@ -473,7 +491,8 @@ struct Reader {
         loc(from.loc.scratch()),
         log_scale(from.log_scale.scratch()) {}
 
-  Token read(int64_t token) {
+  Token read(int64_t token, int64_t end) {
+    const bool is_last = token + 1 == end;
     return {
         inputs.target.read(token, target),
         inputs.logits.read(token, logits),
@@ -481,7 +500,10 @@ struct Reader {
         inputs.log_scale.read(token, log_scale),
         inputs.logits.stride(),
         inputs.loc.stride(),
-        inputs.log_scale.stride()};
+        inputs.log_scale.stride(),
+        is_last ? 0 : inputs.logits.step(),
+        is_last ? 0 : inputs.loc.step(),
+        is_last ? 0 : inputs.log_scale.step()};
   }
 };
 
@@ -499,6 +521,8 @@ struct Slot {
   float* place(int64_t token) {
     return tensor.has_value() ? tensor->place(token, scratch) : scratch.data();
   }
+
+  int64_t step() const { return tensor.has_value() ? tensor->step() : 0; }
 
   void write(int64_t token) const {
     if (tensor.has_value()) tensor->write(token, scratch);
@@ -529,7 +553,7 @@ void mixture_nll(
       const Block block(is_joint ? 0 : sizes.components);
       std::vector<double> sums(2 * sizes.components);
       for (int64_t t = begin; t < end; ++t) {
-        const Token token = reader.read(t);
+        const Token token = reader.read(t, end);
         const double loss =
             is_joint ? joint_nll<family(), map()>(
                            token, sizes, sums.data(), posteriors + t * sizes.components)
@@ -585,7 +609,8 @@ void mixture_nll_backward(
       std::vector<double> sums(2 * sizes.components);
       std::vector<float> own_posterior(sizes.components);
       for (int64_t t = begin; t < end; ++t) {
-        const Token token = reader.read(t);
+        const Token token = reader.read(t, end);
+        const bool is_last = t + 1 == end;
         const Gradient out{
             outputs.target.has_value() ? to_target.place(t) : nullptr,
             to_logits.place(t),
@@ -593,7 +618,10 @@ void mixture_nll_backward(
             to_log_scale.place(t),
             to_logits.stride,
             to_loc.stride,
-            to_log_scale.stride};
+            to_log_scale.stride,
+            is_last ? 0 : to_logits.step(),
+            is_last ? 0 : to_loc.step(),
+            is_last ? 0 : to_log_scale.step()};
         double loss = 0;
         if (is_joint) {
           const float* shares = own_posterior.data();
