@@ -173,7 +173,7 @@ def heads(results: Results, *words: str) -> list[str]:
     rows = []
     untrained = result["untrained"]
     row = ["encoder without training", *(_mean_and_range(untrained[p]) for p in ("knn", "linear"))]
-    rows.append([*row, *7 * ["-"]])
+    rows.append([*row, *9 * ["-"]])
     for name, variant in result["variants"].items():
         runs, costs = variant["runs"], variant["costs"]
         row = [_HEADS.get(name, name)]
@@ -181,22 +181,27 @@ def heads(results: Results, *words: str) -> list[str]:
             _mean_and_range([run["probes"][probe] for run in runs]) for probe in ("knn", "linear")
         ]
         row.append(f"{fmean(run['target_rank'] for run in runs):.0f}")
+        row.append(f"{costs['parameters'] / 1e6:.2f} M")
         if "nll" in runs[0]:
             nll = [run["nll"] for run in runs]
             normal = fmean(run["normal_nll"] for run in runs)
-            row.append("not finite" if None in nll else f"{fmean(nll):.3f} ({normal:.3f})")
+            if None in nll:
+                row += ["not finite", "-"]
+            else:
+                row += [f"{fmean(nll):.3f}", f"{normal - fmean(nll):.2f}"]
             covered = (fmean(run["coverage"][c] for run in runs) for c in ("50", "80", "95"))
             row.append(" / ".join(f"{100 * share:.0f}" for share in covered) + " %")
             row.append(f"{fmean(run['diversity'] for run in runs):.2f}")
         else:
-            row += 3 * ["-"]
+            row += 4 * ["-"]
         row.append(f"{costs['images_per_second']:.0f}")
         row.append(f"{costs['step_bytes'] / 2**20:.0f} MiB")
         latency = costs["sample_microseconds"]
         row.append("-" if latency is None else f"{latency:.3g} µs")
         rows.append(row)
-    heads = ["", "kNN", "linear", "rank of targets", "NLL (of a normal), nats a coordinate"]
-    heads += ["within central 50 / 80 / 95 %", "diversity of samples", "images/s"]
+    heads = ["", "kNN", "linear", "effective rank of targets", "parameters of predictor and head"]
+    heads += ["NLL, nats a coordinate", "better than a normal by"]
+    heads += ["targets within central 50 / 80 / 95 %", "spread of samples", "images/s"]
     return _table([*heads, "memory of a step", "a sample of a token"], rows)
 
 

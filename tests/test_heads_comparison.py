@@ -276,7 +276,12 @@ def results() -> dict[str, Any]:
         "coverage": {"50": 0.501, "80": 0.79, "95": 0.96},
         "diversity": 0.875,
     }
-    cost = {"images_per_second": 211.4, "step_bytes": 3 * 2**20, "sample_microseconds": 12.345}
+    cost = {
+        "images_per_second": 211.4,
+        "step_bytes": 3 * 2**20,
+        "parameters": 500_000,
+        "sample_microseconds": 12.345,
+    }
     variants = {name: {"costs": cost, "runs": [{**plain, **asked}] * 2} for name in heads.HEADS}
     without = {**cost, "sample_microseconds": None}
     variants["ijepa"] = {"costs": without, "runs": [plain, plain]}
@@ -294,15 +299,15 @@ def test_the_table_shows_all_heads(tmp_path: Path) -> None:
     lines = tables.heads(tables.Results(tmp_path))
     assert lines[2] == (
         "| encoder without training | 25.0 % (20.0 to 30.0) | 40.0 % (40.0 to 40.0) | - | - | - "
-        "| - | - | - | - |"
+        "| - | - | - | - | - | - |"
     )
     assert lines[3] == (
-        "| I-JEPA, deterministic | 25.0 % (25.0 to 25.0) | 50.0 % (50.0 to 50.0) | 41 | - | - | - "
-        "| 211 | 3 MiB | - |"
+        "| I-JEPA, deterministic | 25.0 % (25.0 to 25.0) | 50.0 % (50.0 to 50.0) | 41 | 0.50 M | - "
+        "| - | - | - | 211 | 3 MiB | - |"
     )
     assert lines[4] == (
-        "| mixture, joint | 25.0 % (25.0 to 25.0) | 50.0 % (50.0 to 50.0) | 41 | 0.750 (1.250) "
-        "| 50 / 79 / 96 % | 0.88 | 211 | 3 MiB | 12.3 µs |"
+        "| mixture, joint | 25.0 % (25.0 to 25.0) | 50.0 % (50.0 to 50.0) | 41 | 0.50 M | 0.750 "
+        "| 0.50 | 50 / 79 / 96 % | 0.88 | 211 | 3 MiB | 12.3 µs |"
     )
     assert "| not finite |" in lines[2 + list(heads.HEADS).index("diffusion") + 1]
     assert len(lines) == 3 + len(heads.HEADS)
