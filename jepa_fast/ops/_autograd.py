@@ -168,6 +168,8 @@ def differentiable_once(name: str, instead: str = "") -> Callable[[_Backward], _
     def decorate(backward: _Backward) -> _Backward:
         @functools.wraps(backward)
         def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            if grads[0] is None:  # as only those of `keep_slopes` see: nothing follows from it
+                return (None,) * len(ctx.needs_input_grad)
             # A compiled graph refuses second derivatives by itself.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *grads)
