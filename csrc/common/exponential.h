@@ -64,11 +64,8 @@ JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
 
 // exp(x), at most 1e38, in few steps; 0 instead of subnormal numbers, NaN for NaN.
 JEPA_FAST_HOST_DEVICE float bounded_exponential(float x) {
-  constexpr float kLargestExponent = 87.4982335f;  // log(1e38)
-  float inside = x < -kSmallExponent ? -kSmallExponent : x;
-  inside = inside > kLargestExponent ? kLargestExponent : inside;
-  const float result = small_exponential(inside);
-  return x < -kSmallExponent ? 0.0f : result;
+  constexpr float kLargestExponent = 87.4982335f;  // log(1e38), where 2^n is a float32 yet
+  return exponential_of_negative(x > kLargestExponent ? kLargestExponent : x);
 }
 
 // log(x 2^more) to 1 unit in the last place, for x that is positive, finite and not subnormal.
