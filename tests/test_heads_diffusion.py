@@ -271,16 +271,42 @@ def test_predicted_targets_stay_within_what_layer_norm_allows(width: int, bound:
     torch.manual_seed(0)
     head = DiffusionHead(4, width, hidden_dim=8)
     assert head.clip == bound
-    samples = head.distribution(torch.zeros(4, 4)).sample(8)  # untrained: it predicts no noise
+    nn.init.constant_(head.network.output.bias, 1e3)  # a network gone astray
+    samples = head.distribution(torch.zeros(4, 4)).sample(8)
     assert samples.abs().max() == bound
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_an_untrained_head_describes_a_standard_normal(schedule: str) -> None:
+    """What LayerNorm makes of embeddings, to the first order; a step then changes nothing."""
+    torch.manual_seed(0)
+    head = DiffusionHead(4, 3, hidden_dim=8, schedule=schedule)
+    distribution = head.distribution(torch.zeros(2000, 4))
+    samples = distribution.sample(1)[0]
+    assert samples.mean(0).abs().max() < 4 / math.sqrt(2000)
+    assert (samples.var(0) - 1).abs().max() < 4 * math.sqrt(2 / 2000)
+    z = torch.randn(2000, 3)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    torch.testing.assert_close(distribution.log_prob(z), expected, rtol=0, atol=1e-3)
+
+
+def test_the_network_tells_noise_by_what_the_layers_tell_of_v() -> None:
+    """v = signal e - noise target (arXiv 2202.00512): of the true one, the true noise."""
+    head = DiffusionHead(4, 3, hidden_dim=8, timesteps=20)
+    target, e, t = torch.randn(6, 3), torch.randn(6, 3), torch.arange(0, 18, 3)
+    signal, noise = head.signal[t, None], head.noise[t, None]
+    v = signal * e - noise * target
+    network = head.network
+    found = network._noise_in(signal * target + noise * e, v, network._step(t / 20))
+    torch.testing.assert_close(found, e)
+
+
 def test_loss_is_that_of_the_noise() -> None:
-    """An untrained head says 0, so its loss is the noise's variance."""
+    """An untrained head says noise * x, so its loss is signal^2 times that of v, 1 on average."""
     torch.manual_seed(0)
     head = DiffusionHead(4, 3, hidden_dim=8)
     loss = head(torch.randn(5000, 4), torch.randn(5000, 3))
-    assert loss.item() == pytest.approx(1.0, abs=0.05)
+    assert loss.item() == pytest.approx(head.signal.square().mean().item(), abs=0.02)
     loss.backward()
     assert all(p.grad is not None for p in head.parameters())
     exact, truth = exact_head()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,11 +37,59 @@ def alpha_bar(schedule: str, timesteps: int) -> Tensor:
     return torch.cumprod(1 - beta.clamp(max=0.999), 0)
 
 
+class NoiseNetwork(AdaLNMlp):
+    """Tells the noise in `x_t`: `noise[t] * x_t + signal[t] * v`, where the MLP is asked for v.
+
+    With v = 0, as it begins, that is the best guess for targets of mean 0 and variance 1, such as
+    LayerNorm makes them. And where next to nothing of the signal is left, an error of the MLP moves
+    the target that the noise leaves of x_t by as much, not by as much over `signal[t]`.
+
+    Args:
+        target_dim, condition_dim, hidden_dim, depth: as in `AdaLNMlp`.
+        signal: [timesteps].
+        noise: [timesteps], with `signal**2 + noise**2 = 1`.
+
+    Source: arXiv 2202.00512, section 4 (v).
+    """
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(
+        self,
+        target_dim: int,
+        condition_dim: int,
+        hidden_dim: int,
+        depth: int,
+        signal: Tensor,
+        noise: Tensor,
+    ) -> None:
+        super().__init__(target_dim, condition_dim, hidden_dim, depth)
+        self.register_buffer("signal", signal, persistent=False)
+        self.register_buffer("noise", noise, persistent=False)
+
+    def forward(self, z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """As of `AdaLNMlp`, for times t / timesteps; in the dtype of z or wider."""
+        return self._noise_in(z, super().forward(z, time, condition), self._step(time))
+
+    def at(self, times: Tensor, condition: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        for t, v in zip(self._step(times), super().at(times, condition), strict=True):
+            yield lambda z, t=t, v=v: self._noise_in(z, v(z), t)
+
+    def _step(self, time: Tensor) -> Tensor:
+        timesteps = len(self.signal)
+        return (time * timesteps).round().long().clamp(0, timesteps - 1)
+
+    def _noise_in(self, z: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        signal, noise = self.signal[t].unsqueeze(-1), self.noise[t].unsqueeze(-1)
+        return noise * z + signal * v
+
+
 class DiffusionHead(Head):
     """Denoising diffusion of each target embedding on its own, given the predictor's token.
 
-    With `x_t = signal[t] * target + noise[t] * e`, a network is trained to tell e by mean squared
-    error at a uniform t. t and the seed of e are drawn from torch's global generator: under
+    With `x_t = signal[t] * target + noise[t] * e`, a `NoiseNetwork` is trained to tell e by mean
+    squared error at a uniform t. t and the seed of e are drawn from torch's global generator: under
     torchrun every rank draws its own, and the loss equals that of one process only in expectation.
 
     Args:
@@ -108,7 +157,9 @@ class DiffusionHead(Head):
         # Rounded from float64: in float32, 1 - alpha_bar would lose what matters at small t.
         self.register_buffer("signal", remaining.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - remaining).sqrt().float(), persistent=False)
-        self.network = AdaLNMlp(target_dim, condition_dim, hidden_dim, depth)
+        self.network = NoiseNetwork(
+            target_dim, condition_dim, hidden_dim, depth, self.signal, self.noise
+        )
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
