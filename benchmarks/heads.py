@@ -11,15 +11,17 @@ benchmarks/results/recipes/heads.json, from which the README has its table, and 
     python benchmarks/heads.py --recipe tiny_imagenet100_mixture --jobs 1
 
 On CIFAR-10 the runs are cut so that all of them finish within an hour on 2 cores, to one epoch, in
-small batches for the steps, and flow matching is left out, which `--variants` adds; other recipes
-run as they say. Each run is a process with its share of the cores; finished ones of the same commit
-and recipe are kept in --scratch, and the same command goes on from there.
+small batches for the steps, and flow matching is left out, which `--ablation flow` sets beside the
+coupling flow; other recipes run as they say. Each run is a process with its share of the cores;
+finished ones of the same commit and recipe are kept in --scratch, and the same command goes on from
+there. What ablations share with each other, or with the comparison, is trained once.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -36,6 +38,7 @@ from typing import Any
 
 import torch
 import yaml
+from tables import HEAD_NAMES
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,7 @@ if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not 
 
 from jepa_fast.data import Loader  # noqa: E402
 from jepa_fast.masks import BlockMasks, BlockMaskSampler  # noqa: E402
+from jepa_fast.nn import heads  # noqa: E402
 from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters  # noqa: E402
 from jepa_fast.perf.files import write_json  # noqa: E402
 from jepa_fast.perf.machine import commit, describe, uncommitted, versions  # noqa: E402
@@ -92,6 +96,10 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         f"{n} timesteps": {"head": "diffusion", "head_options": {"timesteps": n}}
         for n in (100, 1000)
     },
+    "flow": {
+        HEAD_NAMES["flow"]: {"head": "flow"},
+        HEAD_NAMES["flow_matching"]: {"head": "flow_matching"},
+    },
 }
 """What variants put into the recipe's `model`; head options over those of the head's own recipe."""
 
@@ -113,14 +121,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="key=value over every variant's recipe")
-    parser.add_argument("--recipe", default=RECIPE, help="that of the mixture head")
+    parser.add_argument("--recipe", default=RECIPE, help="that of the mixture head (%(default)s)")
     parser.add_argument("--ablation", choices=ABLATIONS, help="variants of one head instead")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="these instead")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="the warm-up is cut in proportion")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "heads")
-    parser.add_argument("--output", type=Path, help="a .json file; the picture goes beside it")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help=f"only these: of {', '.join(HEADS)}, or of the ablation",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (%(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, help="of a run; the warm-up is cut in proportion (as the recipe says)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at a time (cores: %(default)s)"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=ROOT / "build" / "heads",
+        help="where runs are kept (build/heads)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a .json file, with the picture beside it (in benchmarks/results/recipes)",
+    )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--costs", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -263,6 +289,20 @@ def _recipe_of(head: str, base: str) -> str:
     return base.removesuffix("mixture") + ("flow" if head == "flow_matching" else head)
 
 
+def without_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without options that its head has anyway: what is left tells runs apart."""
+    model = recipe["model"]
+    if not model.get("head_options"):
+        return recipe
+    options = inspect.signature(heads.HEADS[model["head"]]).parameters
+    kept = {
+        name: value
+        for name, value in model["head_options"].items()
+        if name not in options or value != options[name].default
+    }
+    return {**recipe, "model": {**model, "head_options": kept or None}}
+
+
 # Runs
 
 
@@ -281,19 +321,21 @@ class Runs:
     threads: int
 
     def result(self, seed: int, with_untrained: bool) -> dict[str, Any]:
-        """Trains, probes and measures a run, unless that has been done."""
-        told = json.dumps(self.recipe, sort_keys=True).encode()
+        """Trains, probes and measures a run; of that, what has not been done."""
+        told = json.dumps(without_defaults(self.recipe), sort_keys=True).encode()
         run = self.folder / f"{hashlib.sha256(told).hexdigest()[:16]}-{seed}"
         result = run / "result.json"
-        if not result.exists() or (with_untrained and not _read(result)["untrained"]):
+        finished = _read(result) if result.exists() else None
+        cli = ("-m", "jepa_fast.cli")
+        if finished is None:
             file = run.with_suffix(".yaml")
             file.write_text(yaml.safe_dump(self.recipe))
-            cli = ("-m", "jepa_fast.cli")
             self._python(*cli, "pretrain", file, f"seed={seed}", f"output={run}", "--overwrite")
-            untrained = _UNTRAINED if with_untrained else 0
-            self._python(*cli, "eval", run, "--untrained-seeds", untrained)
             if self.recipe["model"]["method"] == "probijepa":
                 self._python(__file__, "--measure", run)
+        if finished is None or (with_untrained and not finished["untrained"]):
+            untrained = _UNTRAINED if with_untrained else 0
+            self._python(*cli, "eval", run, "--untrained-seeds", untrained)
             write_json(result, _result(run))
         return _read(result)
 
@@ -529,18 +571,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
     Raises:
         PerfError: matplotlib is not installed.
     """
-    figure = new_figure((15, 4.5))
+    figure = new_figure((15.5, 4.5))
     pits, likelihoods, accuracies = figure.subplots(1, 3)
     variants = results["variants"]
-    heads = {n: v["runs"] for n, v in variants.items() if "pit" in v["runs"][0]}
+    judged = {n: v["runs"] for n, v in variants.items() if "pit" in v["runs"][0]}
     colours = {name: f"C{i}" for i, name in enumerate(variants)}
+    names = {name: HEAD_NAMES.get(name, name) for name in variants}
 
     edges = [i / (SAMPLES + 1) for i in range(SAMPLES + 2)]
-    for name, runs in heads.items():
+    for name, runs in judged.items():
         density = [
             (SAMPLES + 1) * fmean(ranks) for ranks in zip(*(r["pit"] for r in runs), strict=True)
         ]
-        pits.stairs(density, edges, color=colours[name], label=name)
+        pits.stairs(density, edges, color=colours[name], label=names[name])
     pits.axhline(1, color="0.4", linewidth=1, linestyle="--")
     pits.set(
         title="rank of held-out targets among samples",
@@ -550,20 +593,23 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     pits.legend(fontsize=7, frameon=False)
 
-    for name, runs in heads.items():
-        _bar(likelihoods, name, [run["nll"] for run in runs], colours[name])
+    for name, runs in judged.items():
+        _bar(likelihoods, names[name], [run["nll"] for run in runs], colours[name])
         normal = fmean(run["normal_nll"] for run in runs)
-        likelihoods.plot([name], [normal], marker="_", markersize=24, color="black")
+        likelihoods.plot([names[name]], [normal], marker="_", markersize=24, color="black")
     likelihoods.set(title="NLL, nats a coordinate (black: of a fitted normal)")
 
     for name, value in variants.items():
         for probe, hatch in (("linear", None), ("knn", "//")):
             shares = [100 * run["probes"][probe] for run in value["runs"]]
-            _bar(accuracies, name, shares, colours[name], hatch=hatch, alpha=0.6)
+            _bar(accuracies, names[name], shares, colours[name], hatch=hatch, alpha=0.6)
     for probe, shares in results["untrained"].items():
         mean = 100 * fmean(shares)
         accuracies.axhline(mean, color="0.4", linewidth=1, linestyle="--")
-        accuracies.annotate(f"{probe}, untrained", (-0.5, mean), fontsize=7, va="bottom")
+        told = f"{'kNN' if probe == 'knn' else probe},\nuntrained\nencoder"
+        right = (1.01, mean)  # of the axes, where no bar is
+        place = accuracies.get_yaxis_transform()
+        accuracies.annotate(told, right, xycoords=place, fontsize=7, va="center")
     accuracies.set(title="linear probe (plain) and kNN (hatched), %")
     for axes in (likelihoods, accuracies):
         axes.tick_params(axis="x", rotation=30, labelsize=7)

@@ -151,12 +151,12 @@ def learning(results: Results) -> list[str]:
     return _table(heads, rows)
 
 
-_HEADS = {
+HEAD_NAMES = {
     "ijepa": "I-JEPA, deterministic",
     "mixture": "mixture, joint",
     "mixture_coordinate": "mixture, per coordinate",
     "autoregressive": "autoregressive",
-    "flow": "flow",
+    "flow": "coupling flow",
     "diffusion": "diffusion",
     "flow_matching": "flow matching",
 }
@@ -176,7 +176,7 @@ def heads(results: Results, *words: str) -> list[str]:
     rows.append([*row, *9 * ["-"]])
     for name, variant in result["variants"].items():
         runs, costs = variant["runs"], variant["costs"]
-        row = [_HEADS.get(name, name)]
+        row = [HEAD_NAMES.get(name, name)]
         row += [
             _mean_and_range([run["probes"][probe] for run in runs]) for probe in ("knn", "linear")
         ]

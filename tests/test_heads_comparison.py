@@ -100,12 +100,15 @@ def test_variants_of_an_ablation_differ_in_what_its_name_says(ablation: str, bas
         "family": {"family", "event"},
         "couplings": {"num_couplings"},
         "timesteps": {"timesteps"},
+        "flow": set(),
     }[ablation]
     without, values = [], []
     for name in heads.ABLATIONS[ablation]:
         variant = heads.recipe(name, base, ablation)
         head_options = variant["model"]["head_options"]
         values.append([head_options.pop(option) for option in sorted(options)])
+        if ablation == "flow":
+            assert variant["model"].pop("head").replace("_", " ") in name
         without.append(variant)
         for value in values[-1]:
             assert str(value) in name
@@ -123,6 +126,7 @@ def test_variants_of_an_ablation_differ_in_what_its_name_says(ablation: str, bas
             ],
             "couplings": [[2], [6], [10]],
             "timesteps": [[100], [1000]],
+            "flow": [[], []],
         }[ablation]
     )
 
@@ -137,6 +141,7 @@ def test_results_have_names_of_their_own() -> None:
         "heads_family.json",
         "heads_couplings.json",
         "heads_timesteps.json",
+        "heads_flow.json",
     ]
     assert {str(path.parent.relative_to(heads.ROOT)) for path in names} == {
         "benchmarks/results/recipes"
@@ -235,7 +240,7 @@ def test_a_whole_comparison_and_going_on_from_there(
     command = ["--recipe", str(tmp_path / "recipe.yaml"), "--scratch", str(tmp_path / "scratch")]
     command += ["--output", str(tmp_path / "heads.json"), "--epochs", "1", "--seeds", "1"]
     heads.main([*command, "--variants", "ijepa", "mixture", "--", "train.steps=2"])
-    assert commands == ["pretrain", "eval", "pretrain", "eval", "--measure", "--costs"]
+    assert commands == ["pretrain", "eval", "pretrain", "--measure", "eval", "--costs"]
     found = json.loads((tmp_path / "heads.json").read_text())
     assert (found["steps"], found["ablation"], found["uncommitted"]) == (2, None, [])
     assert list(found["variants"]) == ["ijepa", "mixture"]
@@ -250,7 +255,16 @@ def test_a_whole_comparison_and_going_on_from_there(
 
     commands.clear()
     heads.main([*command, "--variants", "ijepa", "mixture_coordinate", "--", "train.steps=2"])
-    assert commands == ["pretrain", "eval", "--measure", "--costs"]
+    assert commands == ["pretrain", "--measure", "eval", "--costs"]
+
+    # 5 components are the default, so this run is that of the mixture.
+    commands.clear()
+    ablation = ["--ablation", "components", "--variants"]
+    heads.main([*command, *ablation, "K=5", "K=1", "--", "train.steps=2"])
+    assert commands == ["eval", "pretrain", "--measure", "eval", "--costs"]
+    found = json.loads((tmp_path / "heads.json").read_text())
+    assert found["variants"]["K=5"]["runs"] == [run_of_mixture]
+    assert len(found["untrained"]["knn"]) == 3
     with pytest.raises(SystemExit):
         heads.main([*command, "--variants", "gan"])
 
@@ -289,7 +303,7 @@ def results() -> dict[str, Any]:
 
 
 def test_the_table_shows_all_heads(tmp_path: Path) -> None:
-    assert list(tables._HEADS) == list(heads.HEADS)
+    assert list(tables.HEAD_NAMES) == list(heads.HEADS)
     (tmp_path / "recipes").mkdir()
     some = results()
     some["variants"]["diffusion"]["runs"] = [

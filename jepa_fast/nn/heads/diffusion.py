@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,7 +75,10 @@ class NoiseNetwork(AdaLNMlp):
 
     def at(self, times: Tensor, condition: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
         for t, v in zip(self._step(times), super().at(times, condition), strict=True):
-            yield lambda z, t=t, v=v: self._noise_in(z, v(z), t)
+            yield partial(self._noise_by, v, t)
+
+    def _noise_by(self, v: Callable[[Tensor], Tensor], t: Tensor, z: Tensor) -> Tensor:
+        return self._noise_in(z, v(z), t)
 
     def _step(self, time: Tensor) -> Tensor:
         timesteps = len(self.signal)
