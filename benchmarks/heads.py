@@ -23,7 +23,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import math
 import os
 import subprocess
 import sys
@@ -39,22 +38,21 @@ from typing import Any
 import torch
 import yaml
 from tables import HEAD_NAMES
-from torch import Tensor, nn
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not installed
     sys.path.append(str(ROOT))
 
-from jepa_fast.data import Loader  # noqa: E402
-from jepa_fast.masks import BlockMasks, BlockMaskSampler  # noqa: E402
+from jepa_fast.eval.heads import SAMPLES  # noqa: E402
+from jepa_fast.masks import BlockMaskSampler  # noqa: E402
 from jepa_fast.nn import heads  # noqa: E402
 from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters  # noqa: E402
 from jepa_fast.perf.files import write_json  # noqa: E402
 from jepa_fast.perf.machine import commit, describe, uncommitted, versions  # noqa: E402
 from jepa_fast.perf.memory import peak_allocation  # noqa: E402
 from jepa_fast.perf.picture import new_figure, save  # noqa: E402
-from jepa_fast.train.build import build_loader, build_model, build_probe_loader  # noqa: E402
-from jepa_fast.train.checkpoint import load_checkpoint, load_weights  # noqa: E402
+from jepa_fast.train.build import build_loader, build_model  # noqa: E402
 from jepa_fast.train.config import Config, load_config, overridden, parse_config  # noqa: E402
 from jepa_fast.train.distributed import (  # noqa: E402
     World,
@@ -103,15 +101,9 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What variants put into the recipe's `model`; head options over those of the head's own recipe."""
 
-SAMPLES = 39
-"""A token. Of a calibrated head the 40 ranks of a target among them are equally likely, so that the
-intervals below hold a whole number of ranks."""
-COVERAGES = (50, 80, 95)  # percent
-TOKENS = 512  # held-out targets that the heads are asked about
-_DIVERSE = 8  # samples a token whose distances are taken
-_IMAGES = 250  # that the targets are of
+TOKENS = 512  # that are sampled at once, where it is timed
 _ROUNDS = 12  # of what is timed
-_SEED = 0  # of masks and of what is drawn for the measurements: the same for all runs
+_SEED = 0  # of what is timed: the same for all variants
 _UNTRAINED = 3  # encoders without training, for scale
 
 
@@ -147,14 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         help="a .json file, with the picture beside it (in benchmarks/results/recipes)",
     )
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--costs", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    # What a process of its own does for the command.
-    if options.measure:
-        write_json(options.measure / "heads.json", measure(options.measure))
-        return
-    if options.costs:
+    if options.costs:  # what a process of its own does for the command
         recipes, output = options.costs
         configs = {n: parse_config(values) for n, values in _read(recipes).items()}
         write_json(output, measure_costs(configs))
@@ -208,7 +195,6 @@ def compare(options: argparse.Namespace, names: Sequence[str]) -> None:
         "ablation": options.ablation,
         "overrides": options.overrides,
         "steps": steps.pop(),
-        "tokens": TOKENS,
         "samples": SAMPLES,
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "untrained": found[0]["untrained"],
@@ -259,7 +245,9 @@ def recipe(
         overrides: `key=value`, the same for all.
     """
     changes = deepcopy((ABLATIONS[ablation] if ablation else HEADS)[name])
-    config = load_config(_recipe_of(changes.get("head", "mixture"), base)).as_dict()
+    # A recipe whose name does not end in `mixture`, such as a file, serves all heads.
+    its_own = base.removesuffix("mixture") + changes.get("head", "mixture")
+    config = load_config(its_own if base.endswith("mixture") else base).as_dict()
     model = config["model"]
     if changes.get("method") == "ijepa":
         del model["head"], model["head_options"]
@@ -279,14 +267,6 @@ def recipe(
     train |= {"require_learning": False, "collapse": {}}
     config["tensorboard"] = False
     return overridden(config, overrides)
-
-
-def _recipe_of(head: str, base: str) -> str:
-    """The recipe of a head, by that of the mixture: flow matching has the flow's. A recipe whose
-    name does not end in `mixture`, such as a file, serves all heads."""
-    if not base.endswith("mixture"):
-        return base
-    return base.removesuffix("mixture") + ("flow" if head == "flow_matching" else head)
 
 
 def without_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -331,8 +311,6 @@ class Runs:
             file = run.with_suffix(".yaml")
             file.write_text(yaml.safe_dump(self.recipe))
             self._python(*cli, "pretrain", file, f"seed={seed}", f"output={run}", "--overwrite")
-            if self.recipe["model"]["method"] == "probijepa":
-                self._python(__file__, "--measure", run)
         if finished is None or (with_untrained and not finished["untrained"]):
             untrained = _UNTRAINED if with_untrained else 0
             self._python(*cli, "eval", run, "--untrained-seeds", untrained)
@@ -345,14 +323,13 @@ class Runs:
 
 def _result(run: Path) -> dict[str, Any]:
     probed = _read(run / "eval.json")
-    judged = run / "heads.json"
     probes = probed["probes"].items()
     return {
         "step": probed["step"],
         "probes": {probe: values["trained"] for probe, values in probes},
         "untrained": {p: values["untrained"] for p, values in probes if values["untrained"]},
         "target_rank": read_rows(run)[-1]["target_rank"],
-        **(_read(judged) if judged.exists() else {}),
+        **probed.get("head", {}),
     }
 
 
@@ -380,82 +357,6 @@ def _python(threads: int, *arguments: object) -> None:
     if done.returncode:
         command = " ".join(map(str, arguments))
         raise RuntimeError(f"{command} failed, exit code {done.returncode}:\n{done.stderr[-4000:]}")
-
-
-# What is asked of a trained head
-
-
-def measure(run: Path) -> dict[str, Any]:
-    """What the head of a finished run says of held-out targets: `judge`, of `TOKENS` of them.
-
-    Images, masks and the choice of tokens are the same for all runs; what is predicted is not, as
-    every run has its own teacher. `normal_nll` says how hard these targets are for a normal fitted
-    to each of their coordinates, that knows nothing else.
-    """
-    state = load_checkpoint(run)
-    config = parse_config(state["config"])
-    device = torch.device(resolve_device(config.device))
-    model = build_model(config).to(device).eval()
-    load_weights(model, state)
-    images = _spread_images(build_probe_loader(config, "val", device)).to(device)
-    masks = _masks(config, model, len(images)).to(device)
-    with torch.no_grad():
-        output = model(images, masks)
-        condition, target = output.prediction.flatten(0, 1), output.target.flatten(0, 1)
-        order = torch.randperm(len(target), generator=torch.Generator().manual_seed(_SEED))
-        chosen = order[:TOKENS].to(device)
-        found = judge(model.head.distribution(condition[chosen]), target[chosen])
-    normal = 0.5 * (2 * math.pi * math.e * target.var(0).clamp_min(1e-12)).log().mean()
-    return {**found, "normal_nll": _finite(normal)}
-
-
-@torch.no_grad()
-def judge(distribution: Any, target: Tensor) -> dict[str, Any]:
-    """How well distributions of T tokens describe their targets, [T, D].
-
-    Returns:
-        nll: nats a coordinate; None where that is not finite.
-        pit: shares of the ranks that the targets' coordinates have among `SAMPLES` samples.
-        coverage: by percent, the share of coordinates in the central interval of as many samples.
-        diversity: mean distance of samples of one token, over that of targets of different tokens.
-    """
-    nll = -distribution.log_prob(target).mean() / target.shape[1]
-    generator = torch.Generator(target.device).manual_seed(_SEED)
-    samples = distribution.sample(SAMPLES, generator)
-    rank = (samples < target).sum(0)
-    pit = torch.bincount(rank.flatten(), minlength=SAMPLES + 1).double() / rank.numel()
-    coverage = {}
-    for percent in COVERAGES:
-        outside = (SAMPLES + 1) * (100 - percent) // 200  # ranks at either end
-        coverage[str(percent)] = pit[outside : SAMPLES + 1 - outside].sum().item()
-    few = samples[:_DIVERSE].transpose(0, 1)  # [T, n, D]
-    within = torch.cdist(few, few).sum((1, 2)).mean() / (_DIVERSE * (_DIVERSE - 1))
-    return {
-        "nll": _finite(nll),
-        "pit": pit.tolist(),
-        "coverage": coverage,
-        "diversity": _finite(within / torch.pdist(target).mean()),
-    }
-
-
-def _spread_images(loader: Loader) -> Tensor:
-    """`_IMAGES` images from all over the data, where classes may come one after another."""
-    stride = max(1, len(loader.source) // _IMAGES)
-    kept, seen = [], 0
-    for batch in loader:
-        kept.append(batch.images[-seen % stride :: stride])
-        seen += len(batch.images)
-    return torch.cat(kept)[:_IMAGES]
-
-
-def _masks(config: Config, model: Any, images: int) -> BlockMasks:
-    sampler = BlockMaskSampler(model.encoder.grid, seed=_SEED, **config.masks.model_dump())
-    return sampler(0, images)
-
-
-def _finite(value: Tensor) -> float | None:
-    number = value.item()
-    return number if math.isfinite(number) else None
 
 
 # What it costs
@@ -503,7 +404,8 @@ class Step:
         self.has_head = config.model.method == "probijepa"
         batch = next(iter(build_loader(config, World(self.device))))
         self.images = batch.images.to(self.device)
-        self.masks = _masks(config, self.model, len(self.images)).to(self.device)
+        masks = BlockMaskSampler(self.model.encoder.grid, seed=_SEED, **config.masks.model_dump())
+        self.masks = masks(0, len(self.images)).to(self.device)
         train = config.train
         self.clip = train.clip_grad
         self.halved = resolve_precision(train.precision, self.device) == "bfloat16"

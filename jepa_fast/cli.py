@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = commands.add_parser(
-        "eval", help="kNN, linear and per-patch probes of a checkpoint", allow_abbrev=False
+        "eval", help="probes of a checkpoint, and what its head is worth", allow_abbrev=False
     )
     evaluate.set_defaults(command=_eval)
     evaluate.add_argument("checkpoint", help="a checkpoint, or the output folder of a run")
@@ -213,9 +213,9 @@ def _evaluate(
     report: bool,
     trusted: dict[str, Any] | None = None,
 ) -> None:
-    from jepa_fast.train.evaluate import evaluate, format_probes
+    from jepa_fast.train.evaluate import evaluate
 
-    probes = evaluate(
+    found = evaluate(
         checkpoint,
         overrides,
         untrained_seeds=seeds,
@@ -223,7 +223,7 @@ def _evaluate(
         report=report,
         trusted=trusted,
     )
-    print(format_probes(probes))
+    print(found)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from jepa_fast.train.build import (
 from jepa_fast.train.checkpoint import load_checkpoint, load_weights
 from jepa_fast.train.distributed import World
 from jepa_fast.train.errors import ConfigError
-from jepa_fast.train.evaluate import evaluate, format_probes
+from jepa_fast.train.evaluate import evaluate
 from jepa_fast.train.run import pretrain
 
 CPU = torch.device("cpu")
@@ -241,9 +241,9 @@ def test_tijepa_stands_on_the_teacher_of_a_run(tmp_path: Path) -> None:
 
     folder = tmp_path / "tijepa"
     assert pretrain(tiny(folder, *TIJEPA, weights, "train.steps=2")) == []
-    probes = evaluate(folder)
-    assert {probe.name for probe in probes} == {"knn", "linear", "patch"}
-    assert "knn" in format_probes(probes)
+    found = evaluate(folder)
+    assert {probe.name for probe in found.probes} == {"knn", "linear", "patch"}
+    assert "knn" in str(found)
 
     pretrain(tiny(tmp_path / "ijepa", "train.steps=3"), overwrite=True)
     with pytest.raises(CheckpointError, match="frozen encoder has other weights"):

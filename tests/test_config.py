@@ -130,6 +130,9 @@ def test_options_of_a_head_are_checked_by_its_signature() -> None:
     assert "model.head_options.hidden: unknown key; nearest: model.head_options.hidden_dim" in (
         message("model.head_options={hidden: 8}", model=flow)
     )
+    # As where a recipe's head is replaced, and its options are not.
+    other = message("model.head=mixture", model={**flow, "head_options": {"hidden_dim": 8}})
+    assert "model.head_options=null takes what this head has by default" in other
     assert "model.head_options.hidden_dim: expected a valid integer" in (
         message("model.head_options={hidden_dim: wide}", model=flow)
     )
@@ -138,6 +141,11 @@ def test_options_of_a_head_are_checked_by_its_signature() -> None:
     mixture = {"method": "probijepa", "head": "mixture"}
     config = parse_config({**VALUES, "model": mixture}, ["model.head_options.scale_floor=1e-2"])
     assert config.model.head_options == {"scale_floor": 0.01}
+    # A key of what is null, as it is in a run's own configuration.
+    again = parse_config(
+        {**VALUES, "model": {**mixture, "head_options": None}}, ["model.head_options.event=joint"]
+    )
+    assert again.model.head_options == {"event": "joint"}
 
 
 def test_cached_features_and_augmentation_exclude_each_other() -> None:

@@ -230,7 +230,8 @@ ARGUMENTS = {
     [
         ({"family": "cauchy"}, ValueError, "family must be one of"),
         ({"scale_map": "relu"}, ValueError, "scale_map must be one of"),
-        ({"scale_floor": 0.0}, ValueError, "scale_floor must be positive and finite, got 0.0"),
+        ({"scale_floor": 0.0}, ValueError, "scale_floor must be positive and at most 1e.38, got 0"),
+        ({"scale_floor": 1e39}, ValueError, "scale_floor must be positive and at most 1e.38"),
         ({"scale_floor": -1.0}, ValueError, "scale_floor must be positive"),
         ({"logits": torch.zeros(2, 4)}, ValueError, r"logits must be .* got \[2, 4\]"),
         ({"logits": torch.zeros(2)}, ValueError, r"logits must be \[T, K\]"),

@@ -356,6 +356,14 @@ class OwnHead(nn.Module):
         return UnitNormal(self.linear(condition))
 
 
+class NoLoss(nn.Module):
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+
+    def distribution(self, condition: Tensor) -> UnitNormal:
+        return UnitNormal(condition)
+
+
 @pytest.mark.parametrize("tokens", [3, 1500, 5000])
 def test_moments_are_those_of_all_samples_though_drawn_in_chunks(tokens: int) -> None:
     """Far from 0, where a difference of squares would have no digit left."""
@@ -430,6 +438,10 @@ def test_a_head_of_ones_own(how: str) -> None:
         (3, {}, TypeError, "head must be a name, a class or a module, got int"),
         (nn.Linear(12, 16), {}, TypeError, "module with forward.*and distribution.*got Linear"),
         (nn.Linear, {}, TypeError, "got Linear"),
+        (NoLoss, {}, TypeError, "module with forward.*and distribution.*got NoLoss"),
+        (NoLoss(), {}, TypeError, "module with forward.*and distribution.*got NoLoss"),
+        (OwnHead, {"gain": 2}, TypeError, r"OwnHead\(condition_dim, target_dim.*'gain'"),
+        (lambda width: OwnHead(width, width), {}, TypeError, "too many positional arguments"),
         (OwnHead(12, 16), {"bias": True}, ValueError, r"finished head, got \['bias'\]"),
         (create_head("mixture", 16, 16), {}, ValueError, "condition_dim must be 12.*predictor"),
         (create_head("mixture", 12, 12), {}, ValueError, "target_dim must be 16.*encoder"),

@@ -54,7 +54,7 @@ NAMES = recipe_names()
 
 
 def test_the_recipes_of_the_papers_are_there() -> None:
-    heads = ("mixture", "autoregressive", "flow", "diffusion")
+    heads = ("mixture", "autoregressive", "flow", "flow_matching", "diffusion")
     assert set(NAMES) == {
         "demo",
         "cifar10_ijepa",

@@ -1,9 +1,10 @@
-"""Evaluation: probes on frozen features, and the report of a run."""
+"""Evaluation: probes on frozen features, what heads are worth, and the report of a run."""
 
 from __future__ import annotations
 
 from jepa_fast.eval.features import Encode, Features, extract
 from jepa_fast.eval.figures import MaskExample, WordMap
+from jepa_fast.eval.heads import HeadScores, score_distribution, score_head
 from jepa_fast.eval.knn import knn_accuracy
 from jepa_fast.eval.linear import LinearProbe, fit_linear_probe
 from jepa_fast.eval.patches import patch_accuracy
@@ -13,6 +14,7 @@ from jepa_fast.eval.report import write_report
 __all__ = [
     "Encode",
     "Features",
+    "HeadScores",
     "LinearProbe",
     "MaskExample",
     "ProbeComparison",
@@ -23,5 +25,7 @@ __all__ = [
     "knn_accuracy",
     "patch_accuracy",
     "probe_all",
+    "score_distribution",
+    "score_head",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Pictures of a report as data URIs: curves, masks over images, patch-word similarity."""
+"""Pictures of a report as data URIs: curves, ranks, masks over images, patch-word similarity."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def curve(
     limit: a level to draw as a dashed line.
     """
     ticker = require("matplotlib.ticker", "The report")
-    figure, axes = _figure(4.2, 2.3)
+    figure, axes = _chart(theme)
     for (key, label), colour in zip(names.items(), _LINES[theme], strict=False):
         steps = [row["step"] for row in rows if key in row]
         values = [_number(row[key]) for row in rows if key in row]
@@ -82,19 +82,24 @@ def curve(
         axes.plot(steps, values, color=colour, label=label, linewidth=1.7, marker=marker, ms=3)
     if limit is not None:
         axes.axhline(limit, color=_LIMIT, linewidth=1.4, linestyle="--", label="limit")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GRID[theme])
-    axes.grid(axis="y", color=_GRID[theme], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK[theme], labelsize=8, length=0)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
     axes.set_xlabel("step", color=_INK[theme], fontsize=8)
     if len(names) > 1 or limit is not None:
         above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2}
         axes.legend(frameon=False, labelcolor=_INK[theme], fontsize=8, borderpad=0, **above)
+    return _png(figure)
+
+
+def ranks(shares: Sequence[float], theme: str) -> str:
+    """A histogram of ranks from 0 on, over the line of equal shares."""
+    figure, axes = _chart(theme)
+    count = len(shares)
+    edges = [i / count for i in range(count + 1)]
+    axes.stairs([count * share for share in shares], edges, color=_LINES[theme][0], linewidth=1.7)
+    axes.axhline(1, color=_INK[theme], linewidth=1, linestyle="--")
+    axes.set_ylim(0, None)
+    axes.set_xlabel("rank", color=_INK[theme], fontsize=8)
     return _png(figure)
 
 
@@ -164,6 +169,19 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     # Figure itself rather than pyplot, which keeps global state and may look for a display.
     figure = require("matplotlib.figure", "The report").Figure((width, height), layout="tight")
     return figure, figure.add_subplot()
+
+
+def _chart(theme: str) -> tuple[Any, Any]:
+    """Empty axes in the colours of a theme."""
+    figure, axes = _figure(4.2, 2.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GRID[theme])
+    axes.grid(axis="y", color=_GRID[theme], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK[theme], labelsize=8, length=0)
+    return figure, axes
 
 
 def _canvas(pixels: NDArray[np.float32], grid: tuple[int, int]) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from jepa_fast.data.extras import require
 from jepa_fast.eval import figures
 from jepa_fast.eval.figures import MaskExample, WordMap
+from jepa_fast.eval.heads import HeadScores
 from jepa_fast.eval.probes import ProbeComparison
 
 Rows = Sequence[Mapping[str, float | None]]
@@ -62,6 +63,7 @@ def write_report(
     title: str,
     rows: Rows = (),
     probes: Sequence[ProbeComparison] = (),
+    head: HeadScores | None = None,
     masks: Sequence[MaskExample] = (),
     word_maps: Sequence[WordMap] = (),
     findings: Sequence[tuple[bool, str]] = (),
@@ -75,6 +77,7 @@ def write_report(
     rows: the metrics log, one mapping a row, each with "step"; None stands for a value that was not
         finite.
     probes: from `compare_with_untrained`.
+    head: from `score_head`.
     masks: images with their context and target blocks.
     word_maps: images with the similarity of their patches to words.
     findings: (good, sentence), shown at the top.
@@ -103,6 +106,7 @@ def write_report(
         charts=charts,
         more_charts=more,
         probes=[_probe(probe) for probe in probes],
+        head=head and {"told": str(head), "ranks": _themed(figures.ranks, head.pit)},
         masks=[(figures.plain_image(each.image), figures.masked_image(each)) for each in masks],
         word_maps=[_word_map(each) for each in word_maps],
         notes=notes,
@@ -161,8 +165,13 @@ def _chart(
     title: str, tells: str, rows: Rows, names: Mapping[str, str], limits: Mapping[str, float]
 ) -> tuple[str, str, str, str]:
     limit = next((limits[key] for key in names if key in limits), None)
-    light, dark = (figures.curve(rows, names, theme, limit) for theme in ("light", "dark"))
-    return title, tells, light, dark
+    return title, tells, *_themed(figures.curve, rows, names, limit=limit)
+
+
+def _themed(draw: Callable[..., str], *arguments: Any, **options: Any) -> tuple[str, str]:
+    """The same picture on light and on dark ground."""
+    light, dark = (draw(*arguments, theme=theme, **options) for theme in ("light", "dark"))
+    return light, dark
 
 
 def _tiles(rows: Rows, probes: Sequence[ProbeComparison]) -> list[tuple[str, str, str]]:

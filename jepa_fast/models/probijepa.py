@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ class ProbIJepa(IJepa):
         img_size, predictor_dim, predictor_depth, predictor_heads, init: as in `IJepa`.
 
     Raises:
-        TypeError: `head` is none of these, or lacks a method.
+        TypeError: `head` is none of these, takes other arguments, or lacks a method.
         ValueError: an unknown head or option, a head of other widths, options for a finished head,
             and as `IJepa`.
     """
@@ -159,10 +160,15 @@ def _make_head(
             )
         made = head
     elif callable(head):
+        _check_signature(head, condition_dim, target_dim, options or {})
         made = head(condition_dim, target_dim, **(options or {}))
     else:
         raise TypeError(f"head must be a name, a class or a module, got {type(head).__name__}")
-    if not isinstance(made, nn.Module) or not callable(getattr(made, "distribution", None)):
+    if not (
+        isinstance(made, nn.Module)
+        and callable(getattr(made, "distribution", None))
+        and getattr(made.forward, "__func__", None) is not nn.Module.forward  # which only raises
+    ):
         raise TypeError(
             f"head must be a module with forward(condition, target) and distribution(condition), "
             f"got {type(made).__name__}; see jepa_fast.nn.heads.Head"
@@ -175,3 +181,24 @@ def _make_head(
                 f"got {getattr(made, name)}"
             )
     return made
+
+
+def _check_signature(
+    head: Callable[..., nn.Module],
+    condition_dim: int,
+    target_dim: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Raises TypeError where a class or function cannot be called as one that makes heads."""
+    try:
+        signature = inspect.signature(head)
+    except ValueError:  # of some callables written in C there is none
+        return
+    try:
+        signature.bind(condition_dim, target_dim, **options)
+    except TypeError as error:
+        name = getattr(head, "__name__", type(head).__name__)
+        raise TypeError(
+            f"head: {name} is called as {name}(condition_dim, target_dim, **head_options), with "
+            f"options {sorted(options)}, and takes {signature}: {error}"
+        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.vit import create_encoder
 from jepa_fast.ranges import phase
-from jepa_fast.train.checkpoint import find_last
-from jepa_fast.train.config import Config, DataBase
+from jepa_fast.train.checkpoint import find_last, load_checkpoint, load_weights
+from jepa_fast.train.config import Config, DataBase, parse_config
 from jepa_fast.train.distributed import World
 from jepa_fast.train.errors import ConfigError
 
@@ -66,6 +66,23 @@ def build_model(config: Config) -> Any:
             if isinstance(module, Block):
                 module.compile()
     return model
+
+
+def load_model(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The trained model of a run, on the default device, in eval mode.
+
+    Args:
+        checkpoint: file, or the output folder of a run.
+        overrides: `key=value` over the run's own configuration.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another model than it says.
+        ConfigError: a configuration of another version, or overrides that do not fit.
+    """
+    state = load_checkpoint(checkpoint)
+    model = build_model(parse_config(state["config"], overrides, source=str(checkpoint)))
+    load_weights(model, state)
+    return model.eval()
 
 
 def _load_frozen(encoder: nn.Module, weights: str | None) -> None:

@@ -351,16 +351,19 @@ class TrainConfig(Section):
 
 
 class EvalSection(Section):
-    """The probes.
+    """What `jepa-fast eval` asks.
 
     k: neighbours of kNN.
     patches_per_image: labelled patches an image that the per-patch probe looks at.
     batch_size: images encoded at a time.
+    head_tokens: held-out targets that a probabilistic head is asked about; 0: none. Likelihoods of
+        `diffusion` and `flow_matching` solve an ODE for each.
     """
 
     k: Positive = 20
     patches_per_image: Positive = 16
     batch_size: Positive = 250
+    head_tokens: Count = 512
 
 
 if TYPE_CHECKING:
@@ -429,6 +432,9 @@ def _check_head_options(head: type, options: Any) -> None:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         found = [_describe(problem, section, "model.head_options.") for problem in problems]
+        if any(problem["type"] == "extra_forbidden" for problem in problems):
+            # Where only `model.head` was meant, they are the recipe's, for its own head.
+            found.append("model.head_options=null takes what this head has by default")
         raise ValueError("; ".join(found)) from None
 
 
@@ -539,7 +545,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
     *sections, name = key.split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
+        if values.get(section) is None:  # as options that a recipe leaves to the defaults
+            values[section] = {}
+        inner = values[section]
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: {section!r} is the value {inner!r}, it has no keys")
         values = inner

@@ -1,11 +1,12 @@
-"""From a checkpoint to probe results and a report."""
+"""From a checkpoint to probe results, what its head is worth, and a report."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from jepa_fast.data import Batch, DigitScenes, HashedWords, Loader
 from jepa_fast.data.skips import SkipLog
 from jepa_fast.eval.figures import MaskExample, WordMap
+from jepa_fast.eval.heads import HeadScores, score_head
 from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
 from jepa_fast.eval.report import write_report
+from jepa_fast.masks import BlockMaskSampler
 from jepa_fast.train.build import (
     Prepare,
     build_model,
@@ -32,8 +35,21 @@ from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import failures, summary
 
 _PICTURES = 4  # images shown in a report
+_HEAD_IMAGES = 250  # whose targets a head is asked about
 # `::` joins URLs, and may hide a pipe behind braces.
 _RUNS_A_COMMAND = re.compile(r"pipe:|::", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """probes: `untrained` is empty without untrained seeds. head: of a probabilistic model."""
+
+    probes: list[ProbeComparison]
+    head: HeadScores | None
+
+    def __str__(self) -> str:
+        lines = [format_probes(self.probes)] if self.probes else []
+        return "\n".join([*lines, *([] if self.head is None else [str(self.head)])])
 
 
 def evaluate(
@@ -44,8 +60,10 @@ def evaluate(
     output: str | Path | None = None,
     report: bool = False,
     trusted: Mapping[str, Any] | None = None,
-) -> list[ProbeComparison]:
+) -> Evaluation:
     """Probe the teacher of a checkpoint: kNN, linear, and per patch where patches have labels.
+
+    A probabilistic head is asked about targets of validation images.
 
     Args:
         checkpoint: file, or the output folder of a run.
@@ -54,9 +72,6 @@ def evaluate(
         output: JSON file for the results; None: `eval.json` beside the checkpoint.
         report: also write `report.html` beside the checkpoint.
         trusted: plain values of a configuration that is the caller's own, as `overrides` are.
-
-    Returns:
-        The probes; `untrained` is empty without untrained seeds.
 
     Raises:
         ConfigError, CheckpointError: there is no such checkpoint, its data are not here, or they
@@ -81,7 +96,8 @@ def evaluate(
 
     started = time.perf_counter()
     probes = _probe(config, model, known, asked, device, untrained_seeds)
-    if not probes:
+    head = _score_head(config, model, device)
+    if not probes and head is None:
         raise ConfigError(
             "data: nothing to probe, since the images of data.train or data.val have no labels; "
             "give labelled ones, such as data={kind: folder, train: ..., val: ...}"
@@ -93,6 +109,7 @@ def evaluate(
         "skipped": {"known": known.skipped, "asked": asked.skipped},
         "seconds": round(time.perf_counter() - started, 1),
         "probes": {p.name: {"trained": p.trained, "untrained": p.untrained} for p in probes},
+        **({} if head is None else {"head": asdict(head)}),
     }
     results_path.write_text(json.dumps(results, indent=2) + "\n")
     if report:
@@ -105,8 +122,8 @@ def evaluate(
             "Images that probes are tested on": asked.skips,
         }
         notes = [f"{name}: {some.summary()}" for name, some in skips.items() if some]
-        _report(folder, config, model, probes, next(iter(asked)), device, notes)
-    return probes
+        _report(folder, config, model, probes, head, next(iter(asked)), device, notes)
+    return Evaluation(probes, head)
 
 
 def _refuse_foreign_code(config: Config, own: Mapping[str, Any]) -> None:
@@ -174,7 +191,10 @@ def _probe(
     device: torch.device,
     untrained_seeds: int,
 ) -> list[ProbeComparison]:
-    options: dict[str, Any] = {"device": device, **config.eval.model_dump(exclude={"batch_size"})}
+    options: dict[str, Any] = {
+        "device": device,
+        **config.eval.model_dump(include={"k", "patches_per_image"}),
+    }
     if untrained_seeds == 0:
         found = probe_all(model.encode, known, asked, **options)
         return [ProbeComparison(name, value, ()) for name, value in found.items()]
@@ -188,11 +208,49 @@ def _probe(
     )
 
 
+def _score_head(config: Config, model: Any, device: torch.device) -> HeadScores | None:
+    """None for a model without a probabilistic head, or where nothing is to be asked of it."""
+    if config.model.method != "probijepa" or config.eval.head_tokens == 0:
+        return None
+    # One seed for all runs: they are asked about the same patches.
+    sampler = BlockMaskSampler(model.encoder.grid, seed=0, **config.masks.model_dump())
+    images = _spread_images(build_probe_loader(config, "val", device))
+    training = model.training
+    try:
+        return score_head(
+            model.eval(),
+            (
+                (part.to(device), sampler(0, start + torch.arange(len(part))).to(device))
+                for start, part in _parts(images, config.eval.batch_size)
+            ),
+            config.eval.head_tokens,
+        )
+    finally:
+        model.train(training)
+
+
+def _spread_images(loader: Loader) -> Tensor:
+    """`_HEAD_IMAGES` images from all over the data, where classes may come one after another."""
+    stride = max(1, len(loader.source) // _HEAD_IMAGES)
+    kept, seen = [], 0
+    for batch in loader:
+        kept.append(batch.images[-seen % stride :: stride])
+        seen += len(batch.images)
+    return torch.cat(kept)[:_HEAD_IMAGES]
+
+
+def _parts(images: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts of so many, and where each begins."""
+    for start in range(0, len(images), size):
+        yield start, images[start : start + size]
+
+
 def _report(
     folder: Path,
     config: Config,
     model: Any,
     probes: list[ProbeComparison],
+    head: HeadScores | None,
     batch: Batch,
     device: torch.device,
     notes: list[str],
@@ -219,6 +277,7 @@ def _report(
         title=f"{folder.name}: {type(model).__name__}",
         rows=rows,
         probes=[p for p in probes if p.untrained],
+        head=head,
         masks=[
             MaskExample(
                 pictures[i], masks.context[i][valid[i]].cpu(), masks.targets[i].cpu(), masks.grid

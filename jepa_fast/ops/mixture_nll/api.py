@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from jepa_fast.ops._checks import (
     check_tensor,
 )
 from jepa_fast.ops.mixture_nll import contract, reference
+
+_LARGEST = 1e38  # of a float32
 
 
 class _MixtureNll(OperatorFunction):
@@ -68,7 +69,7 @@ def mixture_nll(
         log_scale: [T, K, D]; `scale = scale_floor + exp(log_scale)`.
         family: `"gaussian"` or `"logistic"` components.
         event: `"joint"` or `"coordinate"`.
-        scale_floor: positive; what a component's scale cannot fall to.
+        scale_floor: positive, at most 1e38; what a component's scale cannot fall to.
         scale_map: `"exp"`, or `"softplus"` for `scale = scale_floor + softplus(log_scale)`.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
@@ -191,16 +192,16 @@ def check_mixture_options(
     scale_map: str,
     num_components: int = 1,
 ) -> None:
-    """Raises ValueError on an unknown name, no component, or a floor that is not positive."""
+    """Raises ValueError on an unknown name, no component, or a floor that no scale can have."""
     if num_components < 1:
         raise ValueError(f"{op}: num_components must be at least 1, got {num_components}")
     check_choice(op, "family", family, reference.FAMILIES)
     check_choice(op, "event", event, reference.EVENTS)
     check_choice(op, "scale_map", scale_map, reference.SCALE_MAPS)
-    if not 0 < scale_floor < math.inf:
+    if not 0 < scale_floor <= _LARGEST:
         raise ValueError(
-            f"{op}: scale_floor must be positive and finite, got {scale_floor}; without a floor "
-            f"the likelihood of a component that sits on a target has no bound"
+            f"{op}: scale_floor must be positive and at most {_LARGEST:g}, got {scale_floor}; "
+            f"without a floor the likelihood of a component that sits on a target has no bound"
         )
 
 

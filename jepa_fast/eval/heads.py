@@ -1,0 +1,118 @@
+"""What a probabilistic head says of held-out targets, and how far it can be believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_fast.masks import BlockMasks
+from jepa_fast.nn.heads import LatentDistribution
+
+SAMPLES = 39
+"""A token. Of a calibrated head the 40 ranks of a target among them are equally likely, so that the
+intervals below hold a whole number of ranks."""
+COVERAGES = (50, 80, 95)  # percent
+_DIVERSE = 8  # samples a token whose distances are taken
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """How well the distributions of a head describe targets.
+
+    tokens: how many targets were asked about.
+    nll: nats a coordinate; None where that is not finite.
+    normal_nll: that of a normal fitted to every coordinate of the targets, which knows nothing
+        else: how hard these targets are. None where that is not finite.
+    coverage: by percent, the share of coordinates in the central interval of `SAMPLES` samples.
+    pit: shares of the ranks that the targets' coordinates have among as many samples.
+    diversity: mean distance of samples of one token, over that of targets of different tokens; None
+        where that is not finite.
+    """
+
+    tokens: int
+    nll: float | None
+    normal_nll: float | None
+    coverage: dict[str, float]
+    pit: tuple[float, ...]
+    diversity: float | None
+
+    def __str__(self) -> str:
+        nll, normal = (
+            "not finite" if value is None else f"{value:.3f}"
+            for value in (self.nll, self.normal_nll)
+        )
+        held = " / ".join(f"{100 * share:.0f}" for share in self.coverage.values())
+        return (
+            f"{self.tokens} held-out targets: NLL {nll} nats a coordinate (a fitted normal: "
+            f"{normal}), {held} % within the central {' / '.join(self.coverage)} %"
+        )
+
+
+@torch.no_grad()
+def score_head(
+    model: Any, batches: Iterable[tuple[Tensor, BlockMasks]], tokens: int = 512, seed: int = 0
+) -> HeadScores:
+    """Asks the head of a `ProbIJepa` about targets of images that it did not see.
+
+    Args:
+        model: in eval mode.
+        batches: images [B, 3, H, W] and their masks, on the model's device.
+        tokens: how many of all their targets, at most; chosen by `seed`.
+        seed: also of the samples.
+
+    Raises:
+        ValueError: fewer than 2 targets.
+    """
+    outputs = [model(images, masks) for images, masks in batches]
+    if sum(output.target.shape[:2].numel() for output in outputs) < 2:
+        raise ValueError("score_head: batches must have at least 2 target tokens")
+    condition = torch.cat([output.prediction.flatten(0, 1) for output in outputs])
+    target = torch.cat([output.target.flatten(0, 1) for output in outputs])
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:tokens].to(target.device)
+    return score_distribution(
+        model.head.distribution(condition[chosen]), target[chosen], population=target, seed=seed
+    )
+
+
+@torch.no_grad()
+def score_distribution(
+    distribution: LatentDistribution, target: Tensor, population: Tensor, seed: int = 0
+) -> HeadScores:
+    """How well distributions of T tokens describe their targets.
+
+    Args:
+        target: [T, D].
+        population: [P, D], the targets that the normal is fitted to.
+        seed: of the samples.
+    """
+    nll = -distribution.log_prob(target).mean() / target.shape[1]
+    normal = 0.5 * (2 * math.pi * math.e * population.var(0).clamp_min(1e-12)).log().mean()
+    generator = torch.Generator(target.device).manual_seed(seed)
+    samples = distribution.sample(SAMPLES, generator)
+    rank = (samples < target).sum(0)
+    pit = torch.bincount(rank.flatten(), minlength=SAMPLES + 1).double() / rank.numel()
+    coverage = {}
+    for percent in COVERAGES:
+        outside = (SAMPLES + 1) * (100 - percent) // 200  # ranks at either end
+        coverage[str(percent)] = pit[outside : SAMPLES + 1 - outside].sum().item()
+    few = samples[:_DIVERSE].transpose(0, 1)  # [T, n, D]
+    within = torch.cdist(few, few).sum((1, 2)).mean() / (_DIVERSE * (_DIVERSE - 1))
+    return HeadScores(
+        tokens=len(target),
+        nll=_finite(nll),
+        normal_nll=_finite(normal),
+        coverage=coverage,
+        pit=tuple(pit.tolist()),
+        diversity=_finite(within / torch.pdist(target).mean()),
+    )
+
+
+def _finite(value: Tensor) -> float | None:
+    number = value.item()
+    return number if math.isfinite(number) else None

@@ -1,0 +1,146 @@
+"""What is said of a probabilistic head: of distributions that are known, and after a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_probijepa import OPTIONS, OwnHead, UnitNormal
+from tiny_runs import tiny
+from torch import Tensor
+
+from jepa_fast import CheckpointError
+from jepa_fast.eval.heads import SAMPLES as DRAWN
+from jepa_fast.eval.heads import HeadScores, score_distribution, score_head
+from jepa_fast.masks import BlockMaskSampler
+from jepa_fast.models.probijepa import ProbIJepa
+from jepa_fast.nn.heads import LatentDistribution
+from jepa_fast.train.build import load_model
+from jepa_fast.train.checkpoint import load_checkpoint
+from jepa_fast.train.evaluate import evaluate
+from jepa_fast.train.run import pretrain
+
+
+class Wide(UnitNormal):
+    """Samples lie twice as far apart as its density says."""
+
+    def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        return self.loc + 2 * self._normal(n, generator)
+
+
+def scores(distribution: LatentDistribution, target: Tensor) -> HeadScores:
+    return score_distribution(distribution, target, population=target)
+
+
+def test_a_true_distribution_is_judged_calibrated() -> None:
+    torch.manual_seed(1)  # not that of the samples
+    loc = torch.zeros(600, 8)
+    target = torch.randn(600, 8)
+    found = scores(UnitNormal(loc), target)
+    assert found.tokens == 600
+    assert found.nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=0.05)
+    assert found.normal_nll == pytest.approx(found.nll, abs=0.05)
+    error = 3 / math.sqrt(600 * 8)
+    assert found.coverage == {
+        "50": pytest.approx(0.50, abs=0.5 * error),
+        "80": pytest.approx(0.80, abs=0.4 * error),
+        "95": pytest.approx(0.95, abs=0.22 * error),
+    }
+    assert len(found.pit) == DRAWN + 1
+    assert sum(found.pit) == pytest.approx(1)
+    expected = torch.full((DRAWN + 1,), 1 / (DRAWN + 1)).double()
+    chi2 = 4800 * ((torch.tensor(found.pit) - expected).square() / expected).sum()
+    assert chi2 < 73  # of 39 degrees of freedom, 1 in 1000 is larger
+    assert found.diversity == pytest.approx(1, abs=0.02)
+    # The same question has the same answer.
+    assert scores(UnitNormal(loc), target) == found
+
+
+def test_distributions_too_wide_or_far_off_are_found_out() -> None:
+    torch.manual_seed(1)
+    loc, target = torch.zeros(600, 8), torch.randn(600, 8)
+    wide = scores(Wide(loc), target)
+    assert wide.coverage["50"] > 0.7
+    assert wide.diversity == pytest.approx(2, abs=0.05)
+    assert wide.pit[0] < 0.01 < 0.04 < wide.pit[DRAWN // 2]
+    off = scores(UnitNormal(loc - 100), target)
+    assert off.coverage == {"50": 0, "80": 0, "95": 0}
+    assert off.pit[-1] == 1
+    never = scores(UnitNormal(loc), torch.full_like(target, 1e30))
+    assert never.nll is None
+    assert "NLL not finite nats" in str(never)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_eval_asks_the_head_of_a_run(name: str, tmp_path: Path) -> None:
+    options = json.dumps(OPTIONS[name])
+    head = ("model.method=probijepa", f"model.head={name}", f"model.head_options={options}")
+    folder = tmp_path / name
+    pretrain(tiny(folder, *head, "train.steps=2"))
+    found = evaluate(folder, ["eval.head_tokens=40"], report=True)
+    assert found.head is not None
+    assert found.head.tokens == 40
+    assert all(
+        value is not None and math.isfinite(value)
+        for value in (found.head.nll, found.head.normal_nll, found.head.diversity)
+    )
+    assert {probe.name for probe in found.probes} == {"knn", "linear", "patch"}
+    assert str(found).endswith(str(found.head))
+    assert str(found.head).startswith("40 held-out targets: NLL ")
+    told = json.loads((folder / "eval.json").read_text())["head"]
+    assert told["nll"] == found.head.nll
+    assert told["coverage"] == found.head.coverage
+    assert "Ranks of targets among samples" in (folder / "report.html").read_text()
+
+    assert evaluate(folder, ["eval.head_tokens=40"]).head == found.head
+
+
+def test_eval_asks_no_head_where_there_is_none_or_nothing_to_ask(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path / "plain", "train.steps=2"))
+    assert evaluate(tmp_path / "plain").head is None
+    assert "head" not in json.loads((tmp_path / "plain" / "eval.json").read_text())
+    pretrain(tiny(tmp_path / "head", "model.method=probijepa", "train.steps=2"))
+    assert evaluate(tmp_path / "head", ["eval.head_tokens=0"]).head is None
+
+
+def test_a_heads_scores_are_of_its_own_distribution() -> None:
+    torch.manual_seed(0)
+    model = ProbIJepa(
+        "vit_tiny_patch4", OwnHead, img_size=16, predictor_dim=12, predictor_heads=2
+    ).eval()
+    batches = []
+    for i in range(2):
+        masks = BlockMaskSampler(model.encoder.grid, seed=0)(0, 3 * i + torch.arange(3))
+        batches.append((torch.randn(3, 3, 16, 16), masks))
+    with torch.no_grad():
+        target = torch.cat([model.targets(*batch) for batch in batches])
+        nll = torch.cat(
+            [-model.predict_distribution(*b).log_prob(model.targets(*b)) for b in batches]
+        )
+    found = score_head(model, batches, tokens=10**6)
+    assert found.tokens == len(target)
+    assert found.nll == pytest.approx(nll.mean().item() / target.shape[1], rel=1e-5)
+    few = score_head(model, batches, tokens=20)
+    assert few.tokens == 20
+    assert few.normal_nll == found.normal_nll  # of all targets
+    assert few.nll != found.nll
+    with pytest.raises(ValueError, match="at least 2 target tokens"):
+        score_head(model, [])
+
+
+def test_a_model_of_a_run_is_loaded_to_be_used(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", "model.method=probijepa", "train.steps=2")
+    pretrain(config)
+    model = load_model(config.output)
+    assert type(model) is ProbIJepa
+    assert not model.training
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with pytest.raises(CheckpointError, match="of another model"):
+        load_model(config.output, ["model.head_options.num_components=2"])
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_model(tmp_path / "nowhere")
