@@ -24,7 +24,6 @@ import hashlib
 import inspect
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,29 +36,29 @@ from typing import Any
 
 import torch
 import yaml
+from processes import ROOT, run_python
 from tables import HEAD_NAMES
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not installed
     sys.path.append(str(ROOT))
 
-from jepa_fast.eval.heads import SAMPLES  # noqa: E402
-from jepa_fast.masks import BlockMaskSampler  # noqa: E402
-from jepa_fast.nn import heads  # noqa: E402
-from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters  # noqa: E402
-from jepa_fast.perf.files import write_json  # noqa: E402
-from jepa_fast.perf.machine import commit, describe, uncommitted, versions  # noqa: E402
-from jepa_fast.perf.memory import peak_allocation  # noqa: E402
-from jepa_fast.perf.picture import new_figure, save  # noqa: E402
-from jepa_fast.train.build import build_loader, build_model  # noqa: E402
-from jepa_fast.train.config import Config, load_config, overridden, parse_config  # noqa: E402
-from jepa_fast.train.distributed import (  # noqa: E402
+from jepa_fast.eval.heads import SAMPLES
+from jepa_fast.masks import BlockMaskSampler
+from jepa_fast.nn import heads
+from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters
+from jepa_fast.perf.files import write_json
+from jepa_fast.perf.machine import commit, describe, uncommitted, versions
+from jepa_fast.perf.memory import peak_allocation
+from jepa_fast.perf.picture import new_figure, save
+from jepa_fast.train.build import build_loader, build_model
+from jepa_fast.train.config import Config, load_config, overridden, parse_config
+from jepa_fast.train.distributed import (
     World,
     resolve_device,
     resolve_precision,
 )
-from jepa_fast.train.logs import read_rows  # noqa: E402
+from jepa_fast.train.logs import read_rows
 
 RECIPE = "cifar10_prob_mixture"
 CUT = {RECIPE: {"epochs": 1, "batch_size": 32}}
@@ -318,7 +317,7 @@ class Runs:
         return _read(result)
 
     def _python(self, *arguments: object) -> None:
-        _python(self.threads, *arguments)
+        run_python(self.threads, *arguments)
 
 
 def _result(run: Path) -> dict[str, Any]:
@@ -337,26 +336,12 @@ def _costs(folder: Path, recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the variants cost, measured on all cores while nothing else runs."""
     asked, told = folder / "recipes.json", folder / "costs.json"
     write_json(asked, recipes)
-    _python(os.cpu_count() or 1, __file__, "--costs", asked, told)
+    run_python(os.cpu_count() or 1, __file__, "--costs", asked, told)
     return _read(told)
 
 
 def _read(file: Path) -> Any:
     return json.loads(file.read_text())
-
-
-def _python(threads: int, *arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        command = " ".join(map(str, arguments))
-        raise RuntimeError(f"{command} failed, exit code {done.returncode}:\n{done.stderr[-4000:]}")
 
 
 # What it costs

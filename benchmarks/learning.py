@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -21,15 +20,15 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from processes import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not installed
     sys.path.append(str(ROOT))
 
-from jepa_fast.perf.files import write_json  # noqa: E402
-from jepa_fast.perf.machine import commit, uncommitted, versions  # noqa: E402
-from jepa_fast.train.config import RECIPES  # noqa: E402
-from jepa_fast.train.logs import read_rows  # noqa: E402
+from jepa_fast.perf.files import write_json
+from jepa_fast.perf.machine import commit, uncommitted, versions
+from jepa_fast.train.config import RECIPES
+from jepa_fast.train.logs import read_rows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ijepa": {},
@@ -112,8 +111,9 @@ def _run(scratch: Path, name: str, seed: int, images: int | None) -> dict[str, A
     if not probes.exists():
         file = scratch / f"{name}-{seed}.yaml"
         file.write_text(yaml.safe_dump(recipe(name, images)))
-        _command("pretrain", str(file), f"seed={seed}", f"output={folder}", "--overwrite")
-        _command("eval", str(folder))
+        cli = (1, "-m", "jepa_fast.cli")
+        run_python(*cli, "pretrain", file, f"seed={seed}", f"output={folder}", "--overwrite")
+        run_python(*cli, "eval", folder)
         print(f"{name}, seed {seed}: done", flush=True)
     rows = read_rows(folder)
     last = rows[-1]["step"]
@@ -130,18 +130,6 @@ def _run(scratch: Path, name: str, seed: int, images: int | None) -> dict[str, A
         "target_rank": rows[-1]["target_rank"],
         "probes": {probe: values["trained"] for probe, values in found["probes"].items()},
     }
-
-
-def _command(*arguments: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "jepa_fast.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_a_whole_comparison_and_going_on_from_there(
         else:
             heads.main(words[1:])
 
-    monkeypatch.setattr(heads, "_python", run)
+    monkeypatch.setattr(heads, "run_python", run)
     monkeypatch.setattr(heads.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(heads, "uncommitted", lambda root: [])
     monkeypatch.setattr(heads, "TOKENS", 16)
