@@ -18,7 +18,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import fmean
@@ -162,14 +162,9 @@ HEAD_NAMES = {
 }
 
 
-def heads(results: Results, *words: str) -> list[str]:
-    """The probabilistic heads beside each other, and beside I-JEPA.
-
-    Args:
-        words: of the results' name besides `heads`, such as an ablation's:
-            `<!-- table: heads components -->`.
-    """
-    result = results.read(f"recipes/{'_'.join(('heads', *words))}.json")
+def heads(results: Results) -> list[str]:
+    """The probabilistic heads beside each other, and beside I-JEPA."""
+    result = results.read("recipes/heads.json")
     rows = []
     untrained = result["untrained"]
     row = ["encoder without training", *(_mean_and_range(untrained[p]) for p in ("knn", "linear"))]
@@ -182,27 +177,55 @@ def heads(results: Results, *words: str) -> list[str]:
         ]
         row.append(f"{fmean(run['target_rank'] for run in runs):.0f}")
         row.append(f"{costs['parameters'] / 1e6:.2f} M")
-        if "nll" in runs[0]:
-            nll = [run["nll"] for run in runs]
-            normal = fmean(run["normal_nll"] for run in runs)
-            if None in nll:
-                row += ["not finite", "-"]
-            else:
-                row += [f"{fmean(nll):.3f}", f"{normal - fmean(nll):.2f}"]
-            covered = (fmean(run["coverage"][c] for run in runs) for c in ("50", "80", "95"))
-            row.append(" / ".join(f"{100 * share:.0f}" for share in covered) + " %")
-            row.append(f"{fmean(run['diversity'] for run in runs):.2f}")
-        else:
-            row += 4 * ["-"]
+        row += _described(runs) if "nll" in runs[0] else 4 * ["-"]
         row.append(f"{costs['images_per_second']:.0f}")
         row.append(f"{costs['step_bytes'] / 2**20:.0f} MiB")
         latency = costs["sample_microseconds"]
         row.append("-" if latency is None else f"{latency:.3g} µs")
         rows.append(row)
     heads = ["", "kNN", "linear", "effective rank of targets", "parameters of predictor and head"]
-    heads += ["NLL, nats a coordinate", "better than a normal by"]
-    heads += ["targets within central 50 / 80 / 95 %", "spread of samples", "images/s"]
-    return _table([*heads, "memory of a step", "a sample of a token"], rows)
+    return _table(
+        [*heads, *_DESCRIBED, "images/s", "memory of a step", "a sample of a token"], rows
+    )
+
+
+_DESCRIBED = (
+    "NLL, nats a coordinate",
+    "better than a normal by",
+    "targets within central 50 / 80 / 95 %",
+    "spread of samples",
+)
+
+
+def _described(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How well a head's distributions describe held-out targets: the columns of `_DESCRIBED`."""
+    nll = [run["nll"] for run in runs]
+    if None in nll:
+        row = ["not finite", "-"]
+    else:
+        normal = fmean(run["normal_nll"] for run in runs)
+        row = [f"{fmean(nll):.3f}", f"{normal - fmean(nll):.2f}"]
+    covered = (fmean(run["coverage"][percent] for run in runs) for percent in ("50", "80", "95"))
+    row.append(" / ".join(f"{100 * share:.0f}" for share in covered) + " %")
+    return [*row, f"{fmean(run['diversity'] for run in runs):.2f}"]
+
+
+_ABLATIONS = ("components", "family", "couplings", "timesteps", "flow")
+
+
+def ablations(results: Results) -> list[str]:
+    """What the heads' options change."""
+    rows = []
+    for ablation in _ABLATIONS:
+        for name, variant in results.read(f"recipes/heads_{ablation}.json")["variants"].items():
+            runs, costs = variant["runs"], variant["costs"]
+            row = [ablation, name, f"{costs['parameters'] / 1e6:.2f} M"]
+            row.append(f"{fmean(run['target_rank'] for run in runs):.0f}")
+            row += _described(runs)
+            row.append(f"{costs['images_per_second']:.0f}")
+            rows.append([*row, f"{costs['sample_microseconds']:.3g} µs"])
+    heads = ["ablation", "", "parameters of predictor and head", "effective rank of targets"]
+    return _table([*heads, *_DESCRIBED, "images/s", "a sample of a token"], rows)
 
 
 def public_ijepa(results: Results) -> list[str]:
@@ -461,6 +484,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "learning": learning,
     "cifar10": cifar10,
     "heads": heads,
+    "ablations": ablations,
     "public_ijepa": public_ijepa,
     "operators": operators,
     "steps": steps,

@@ -266,10 +266,21 @@ def test_the_table_shows_all_heads(tmp_path: Path) -> None:
     )
     assert "| not finite |" in lines[2 + list(heads.HEADS).index("diffusion") + 1]
     assert len(lines) == 3 + len(heads.HEADS)
-    (tmp_path / "recipes/heads_components.json").write_text(
-        json.dumps({**some, "variants": {"K=5": some["variants"]["mixture"]}})
+
+
+def test_the_table_of_ablations_shows_all_of_them(tmp_path: Path) -> None:
+    assert tables._ABLATIONS == tuple(heads.ABLATIONS)
+    (tmp_path / "recipes").mkdir()
+    mixture = results()["variants"]["mixture"]
+    for ablation, variants in heads.ABLATIONS.items():
+        file = tmp_path / f"recipes/heads_{ablation}.json"
+        file.write_text(json.dumps({"variants": dict.fromkeys(variants, mixture)}))
+    lines = tables.ablations(tables.Results(tmp_path))
+    assert lines[2] == (
+        "| components | K=1 | 0.50 M | 41 | 0.750 | 0.50 | 50 / 79 / 96 % | 0.88 | 211 | 12.3 µs |"
     )
-    assert tables.heads(tables.Results(tmp_path), "components")[-1].startswith("| K=5 | 25.0 %")
+    assert len(lines) == 2 + sum(len(variants) for variants in heads.ABLATIONS.values())
+    assert lines[-1].startswith("| flow | flow matching |")
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
