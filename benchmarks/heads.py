@@ -461,15 +461,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = new_figure((15.5, 4.5))
     pits, likelihoods, accuracies = figure.subplots(1, 3)
     variants = results["variants"]
-    judged = {n: v["runs"] for n, v in variants.items() if "pit" in v["runs"][0]}
+    judged = {n: v["runs"] for n, v in variants.items() if "nll" in v["runs"][0]}
     colours = {name: f"C{i}" for i, name in enumerate(variants)}
     names = {name: HEAD_NAMES.get(name, name) for name in variants}
 
     edges = [i / (SAMPLES + 1) for i in range(SAMPLES + 2)]
     for name, runs in judged.items():
-        density = [
-            (SAMPLES + 1) * fmean(ranks) for ranks in zip(*(r["pit"] for r in runs), strict=True)
-        ]
+        pit = [run["pit"] for run in runs if run["pit"] is not None]
+        density = [(SAMPLES + 1) * fmean(ranks) for ranks in zip(*pit, strict=True)]
+        if not density:
+            continue
         pits.stairs(density, edges, color=colours[name], label=names[name])
     pits.axhline(1, color="0.4", linewidth=1, linestyle="--")
     pits.set(
@@ -482,8 +483,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     for name, runs in judged.items():
         _bar(likelihoods, names[name], [run["nll"] for run in runs], colours[name])
-        normal = fmean(run["normal_nll"] for run in runs)
-        likelihoods.plot([names[name]], [normal], marker="_", markersize=24, color="black")
+        normal = [run["normal_nll"] for run in runs if run["normal_nll"] is not None]
+        if normal:
+            likelihoods.plot(
+                [names[name]], [fmean(normal)], marker="_", markersize=24, color="black"
+            )
     likelihoods.set(title="NLL, nats a coordinate (black: of a fitted normal)")
 
     for name, value in variants.items():

@@ -197,17 +197,23 @@ _DESCRIBED = (
 )
 
 
+_NOT_FINITE = "not finite"
+
+
 def _described(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """How well a head's distributions describe held-out targets: the columns of `_DESCRIBED`."""
-    nll = [run["nll"] for run in runs]
-    if None in nll:
-        row = ["not finite", "-"]
+    nll, normal, coverage, diversity = (
+        None if any(run[key] is None for run in runs) else [run[key] for run in runs]
+        for key in ("nll", "normal_nll", "coverage", "diversity")
+    )
+    row = [_NOT_FINITE if nll is None else f"{fmean(nll):.3f}"]
+    row.append("-" if nll is None or normal is None else f"{fmean(normal) - fmean(nll):.2f}")
+    if coverage is None:
+        row.append("-")
     else:
-        normal = fmean(run["normal_nll"] for run in runs)
-        row = [f"{fmean(nll):.3f}", f"{normal - fmean(nll):.2f}"]
-    covered = (fmean(run["coverage"][percent] for run in runs) for percent in ("50", "80", "95"))
-    row.append(" / ".join(f"{100 * share:.0f}" for share in covered) + " %")
-    return [*row, f"{fmean(run['diversity'] for run in runs):.2f}"]
+        covered = (fmean(run[percent] for run in coverage) for percent in ("50", "80", "95"))
+        row.append(" / ".join(f"{100 * share:.0f}" for share in covered) + " %")
+    return [*row, _NOT_FINITE if diversity is None else f"{fmean(diversity):.2f}"]
 
 
 _ABLATIONS = ("components", "family", "couplings", "timesteps", "flow")

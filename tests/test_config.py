@@ -132,7 +132,8 @@ def test_options_of_a_head_are_checked_by_its_signature() -> None:
     )
     # As where a recipe's head is replaced, and its options are not.
     other = message("model.head=mixture", model={**flow, "head_options": {"hidden_dim": 8}})
-    assert "model.head_options=null takes what this head has by default" in other
+    assert "another head: model.head_options=null takes what this one has by default" in other
+    assert "another head" not in message("model.head_options={hidden: 8}", model=flow)
     assert "model.head_options.hidden_dim: expected a valid integer" in (
         message("model.head_options={hidden_dim: wide}", model=flow)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from tiny_runs import tiny
 from torch import Tensor
 
 from jepa_fast import CheckpointError
+from jepa_fast.data import Batch, Loader
+from jepa_fast.eval import heads, write_report
 from jepa_fast.eval.heads import SAMPLES as DRAWN
 from jepa_fast.eval.heads import HeadScores, score_distribution, score_head
 from jepa_fast.masks import BlockMaskSampler
 from jepa_fast.models.probijepa import ProbIJepa
 from jepa_fast.nn.heads import LatentDistribution
-from jepa_fast.train.build import load_model
+from jepa_fast.train.build import build_model, load_model
 from jepa_fast.train.checkpoint import load_checkpoint
-from jepa_fast.train.evaluate import evaluate
+from jepa_fast.train.errors import ConfigError
+from jepa_fast.train.evaluate import _HeadQuestion, evaluate
 from jepa_fast.train.run import pretrain
 
 
@@ -98,6 +102,61 @@ def test_eval_asks_the_head_of_a_run(name: str, tmp_path: Path) -> None:
     assert evaluate(folder, ["eval.head_tokens=40"]).head == found.head
 
 
+def test_samples_that_are_not_finite_have_no_ranks(tmp_path: Path) -> None:
+    class Broken(UnitNormal):
+        def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+            return super().sample(n, generator) * math.nan
+
+    found = scores(Broken(torch.zeros(6, 4)), torch.randn(6, 4))
+    assert found.nll is not None
+    assert (found.coverage, found.pit, found.diversity) == (None, None, None)
+    assert str(found).endswith("samples that are not finite")
+    path = write_report(tmp_path / "report.html", title="broken", head=found)
+    assert "samples that are not finite" in path.read_text()
+
+
+@pytest.mark.parametrize("total", [1, 3, 250, 499, 1000])
+def test_a_head_is_asked_about_images_from_all_over_the_data(total: int, tmp_path: Path) -> None:
+    class Numbered:
+        source = range(total)
+
+        def __iter__(self) -> Iterator[Batch]:
+            for ids in torch.arange(total).split(77):
+                nothing = [()] * len(ids)
+                yield Batch(ids[:, None, None, None].float(), ids, ids, nothing)
+
+    config = tiny(tmp_path)
+    question = _HeadQuestion(config, build_model(config), Numbered())
+    assert torch.cat([batch.ids for batch in question]).tolist() == list(range(total))
+    kept = question.images.flatten().tolist()
+    assert len(kept) == min(total, 250)
+    assert kept[0] == 0
+    steps = torch.tensor(kept).diff()
+    assert (steps >= max(1, total // 250)).all()
+    assert (steps <= -(-total // 250)).all()
+    assert kept[-1] >= total - -(-total // 250)
+
+
+def test_the_data_are_read_once_for_probes_and_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(tiny(tmp_path / "run", "model.method=probijepa", "train.steps=2"))
+    passes = []
+    read = Loader.__iter__
+    monkeypatch.setattr(Loader, "__iter__", lambda self: passes.append(1) or read(self))
+    evaluate(tmp_path / "run")
+    assert len(passes) == 2  # what probes learn from, and what they are tested on
+
+
+def test_what_a_head_cannot_be_asked_is_said(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path / "run", "model.method=probijepa", "train.steps=2"))
+    with pytest.raises(ConfigError, match="masks: target_scale: expected at least one patch"):
+        evaluate(tmp_path / "run", ["masks.target_scale=[0.001,0.001]"])
+    single = ("masks.num_targets=1", "masks.target_scale=[0.0157,0.0157]", "data.val_length=1")
+    with pytest.raises(ConfigError, match=r"data\.val: .*at least 2 target tokens.*head_tokens=0"):
+        evaluate(tmp_path / "run", single)
+
+
 def test_eval_asks_no_head_where_there_is_none_or_nothing_to_ask(tmp_path: Path) -> None:
     pretrain(tiny(tmp_path / "plain", "train.steps=2"))
     assert evaluate(tmp_path / "plain").head is None
@@ -129,6 +188,24 @@ def test_a_heads_scores_are_of_its_own_distribution() -> None:
     assert few.nll != found.nll
     with pytest.raises(ValueError, match="at least 2 target tokens"):
         score_head(model, [])
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        score_head(model, batches, tokens=0)
+
+
+def test_tokens_asked_in_parts_count_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ProbIJepa(
+        "vit_tiny_patch4", OwnHead, img_size=16, predictor_dim=12, predictor_heads=2
+    ).eval()
+    masks = BlockMaskSampler(model.encoder.grid, seed=0)(0, 3)
+    batches = [(torch.randn(3, 3, 16, 16), masks)]
+    whole = score_head(model, batches)
+    monkeypatch.setattr(heads, "_TOGETHER", 5)
+    parts = score_head(model, batches)
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
+    assert parts.normal_nll == whole.normal_nll
+    assert sum(parts.pit) == pytest.approx(1)
+    assert parts.diversity == pytest.approx(whole.diversity, rel=0.05)  # of other samples
 
 
 def test_a_model_of_a_run_is_loaded_to_be_used(tmp_path: Path) -> None:

@@ -247,8 +247,9 @@ def test_the_table_shows_all_heads(tmp_path: Path) -> None:
     assert list(tables.HEAD_NAMES) == list(heads.HEADS)
     (tmp_path / "recipes").mkdir()
     some = results()
+    lost = dict.fromkeys(("nll", "normal_nll", "coverage", "pit", "diversity"))
     some["variants"]["diffusion"]["runs"] = [
-        {**run, "nll": None} for run in some["variants"]["diffusion"]["runs"]
+        {**run, **lost} for run in some["variants"]["diffusion"]["runs"]
     ]
     (tmp_path / "recipes/heads.json").write_text(json.dumps(some))
     lines = tables.heads(tables.Results(tmp_path))
@@ -264,7 +265,8 @@ def test_the_table_shows_all_heads(tmp_path: Path) -> None:
         "| mixture, joint | 25.0 % (25.0 to 25.0) | 50.0 % (50.0 to 50.0) | 41 | 0.50 M | 0.750 "
         "| 0.50 | 50 / 79 / 96 % | 0.88 | 211 | 3 MiB | 12.3 µs |"
     )
-    assert "| not finite |" in lines[2 + list(heads.HEADS).index("diffusion") + 1]
+    row = lines[2 + list(heads.HEADS).index("diffusion") + 1]
+    assert "| not finite | - | - | not finite |" in row
     assert len(lines) == 3 + len(heads.HEADS)
 
 
@@ -285,5 +287,11 @@ def test_the_table_of_ablations_shows_all_of_them(tmp_path: Path) -> None:
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    heads.draw(results(), tmp_path / "heads.png")
-    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    some = results()
+    heads.draw(some, tmp_path / "heads.png")
+    whole = (tmp_path / "heads.png").read_bytes()
+    assert whole.startswith(b"\x89PNG")
+    for run in some["variants"]["diffusion"]["runs"]:
+        run |= dict.fromkeys(("nll", "normal_nll", "coverage", "pit", "diversity"))
+    heads.draw(some, tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").read_bytes() != whole

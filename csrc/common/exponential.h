@@ -18,16 +18,17 @@ JEPA_FAST_HOST_DEVICE float power_of_two(int32_t n) {
   return power;
 }
 
-// exp(x) / 2^n, about 1, and n, for x in [-104, 89].
+// exp(x) / 2^n, about 1, and n, for x in [-104, 89]; any numbers for others.
 JEPA_FAST_HOST_DEVICE float reduced_exponential(float x, int32_t& n) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;  // few bits: n * high is exact
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23, whose neighbours are the whole numbers
-  constexpr int32_t kRounderBits = 0x4B400000;
+  constexpr uint32_t kRounderBits = 0x4B400000;
   const float shifted = x * kLog2E + kRounder;
   const float whole = shifted - kRounder;
-  memcpy(&n, &shifted, sizeof n);
-  n -= kRounderBits;
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  n = static_cast<int32_t>(bits - kRounderBits);
   const float r = (x - whole * kLn2High) - whole * kLn2Low;
   float p = 1.98909911e-4f;  // (exp(r) - 1 - r) / r^2, interpolated at Chebyshev's nodes
   p = p * r + 1.39336498e-3f;
@@ -58,7 +59,7 @@ JEPA_FAST_HOST_DEVICE float small_exponential(float x) {
 
 // exp(x) of x <= 0, in few steps; 0 instead of subnormal numbers.
 JEPA_FAST_HOST_DEVICE float exponential_of_negative(float x) {
-  const float result = small_exponential(x < -kSmallExponent ? -kSmallExponent : x);
+  const float result = small_exponential(x);
   return x < -kSmallExponent ? 0.0f : result;
 }
 

@@ -18,6 +18,8 @@ SAMPLES = 39
 intervals below hold a whole number of ranks."""
 COVERAGES = (50, 80, 95)  # percent
 _DIVERSE = 8  # samples a token whose distances are taken
+_TOGETHER = 512  # tokens whose samples are in memory at a time
+_PAIRED = 2048  # targets whose distances from each other are taken
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class HeadScores:
     nll: nats a coordinate; None where that is not finite.
     normal_nll: that of a normal fitted to every coordinate of the targets, which knows nothing
         else: how hard these targets are. None where that is not finite.
-    coverage: by percent, the share of coordinates in the central interval of `SAMPLES` samples.
-    pit: shares of the ranks that the targets' coordinates have among as many samples.
+    coverage: by percent, the share of coordinates in the central interval of `SAMPLES` samples;
+        None where samples are not finite.
+    pit: shares of the ranks that the targets' coordinates have among as many samples; None where
+        samples are not finite.
     diversity: mean distance of samples of one token, over that of targets of different tokens; None
         where that is not finite.
     """
@@ -37,8 +41,8 @@ class HeadScores:
     tokens: int
     nll: float | None
     normal_nll: float | None
-    coverage: dict[str, float]
-    pit: tuple[float, ...]
+    coverage: dict[str, float] | None
+    pit: tuple[float, ...] | None
     diversity: float | None
 
     def __str__(self) -> str:
@@ -46,11 +50,12 @@ class HeadScores:
             "not finite" if value is None else f"{value:.3f}"
             for value in (self.nll, self.normal_nll)
         )
+        told = f"{self.tokens} held-out targets: NLL {nll} nats a coordinate"
+        told += f" (a fitted normal: {normal}), "
+        if self.coverage is None:
+            return told + "samples that are not finite"
         held = " / ".join(f"{100 * share:.0f}" for share in self.coverage.values())
-        return (
-            f"{self.tokens} held-out targets: NLL {nll} nats a coordinate (a fitted normal: "
-            f"{normal}), {held} % within the central {' / '.join(self.coverage)} %"
-        )
+        return told + f"{held} % within the central {' / '.join(self.coverage)} %"
 
 
 @torch.no_grad()
@@ -60,14 +65,16 @@ def score_head(
     """Asks the head of a `ProbIJepa` about targets of images that it did not see.
 
     Args:
-        model: in eval mode.
+        model: in eval mode. Its head's distributions have `log_prob(z)` and `sample(n, generator)`.
         batches: images [B, 3, H, W] and their masks, on the model's device.
         tokens: how many of all their targets, at most; chosen by `seed`.
         seed: also of the samples.
 
     Raises:
-        ValueError: fewer than 2 targets.
+        ValueError: `tokens` below 1, or fewer than 2 targets.
     """
+    if tokens < 1:
+        raise ValueError(f"score_head: tokens must be at least 1, got {tokens}")
     outputs = [model(images, masks) for images, masks in batches]
     if sum(output.target.shape[:2].numel() for output in outputs) < 2:
         raise ValueError("score_head: batches must have at least 2 target tokens")
@@ -75,9 +82,10 @@ def score_head(
     target = torch.cat([output.target.flatten(0, 1) for output in outputs])
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
     chosen = order[:tokens].to(target.device)
-    return score_distribution(
-        model.head.distribution(condition[chosen]), target[chosen], population=target, seed=seed
-    )
+    asked = _Asked(target[chosen], seed)
+    for some in chosen.split(_TOGETHER):
+        asked.add(model.head.distribution(condition[some]), target[some])
+    return asked.scores(target)
 
 
 @torch.no_grad()
@@ -91,26 +99,48 @@ def score_distribution(
         population: [P, D], the targets that the normal is fitted to.
         seed: of the samples.
     """
-    nll = -distribution.log_prob(target).mean() / target.shape[1]
-    normal = 0.5 * (2 * math.pi * math.e * population.var(0).clamp_min(1e-12)).log().mean()
-    generator = torch.Generator(target.device).manual_seed(seed)
-    samples = distribution.sample(SAMPLES, generator)
-    rank = (samples < target).sum(0)
-    pit = torch.bincount(rank.flatten(), minlength=SAMPLES + 1).double() / rank.numel()
-    coverage = {}
-    for percent in COVERAGES:
-        outside = (SAMPLES + 1) * (100 - percent) // 200  # ranks at either end
-        coverage[str(percent)] = pit[outside : SAMPLES + 1 - outside].sum().item()
-    few = samples[:_DIVERSE].transpose(0, 1)  # [T, n, D]
-    within = torch.cdist(few, few).sum((1, 2)).mean() / (_DIVERSE * (_DIVERSE - 1))
-    return HeadScores(
-        tokens=len(target),
-        nll=_finite(nll),
-        normal_nll=_finite(normal),
-        coverage=coverage,
-        pit=tuple(pit.tolist()),
-        diversity=_finite(within / torch.pdist(target).mean()),
-    )
+    asked = _Asked(target, seed)
+    asked.add(distribution, target)
+    return asked.scores(population)
+
+
+class _Asked:
+    """Sums over the tokens that distributions have been asked about, of all `targets`."""
+
+    def __init__(self, targets: Tensor, seed: int) -> None:
+        self.targets = targets
+        self.generator = torch.Generator(targets.device).manual_seed(seed)
+        self.nll = torch.zeros((), dtype=torch.float64, device=targets.device)
+        self.ranks = torch.zeros(SAMPLES + 1, dtype=torch.int64, device=targets.device)
+        self.within = torch.zeros_like(self.nll)
+        self.all_finite = True
+
+    def add(self, distribution: LatentDistribution, target: Tensor) -> None:
+        self.nll -= distribution.log_prob(target).sum(dtype=torch.float64)
+        samples = distribution.sample(SAMPLES, self.generator)
+        self.all_finite &= bool(samples.isfinite().all())
+        rank = (samples < target).sum(0)
+        self.ranks += torch.bincount(rank.flatten(), minlength=SAMPLES + 1)
+        few = samples[:_DIVERSE].transpose(0, 1)  # [T, n, D]
+        self.within += torch.cdist(few, few).sum(dtype=torch.float64)
+
+    def scores(self, population: Tensor) -> HeadScores:
+        tokens, width = self.targets.shape
+        normal = 0.5 * (2 * math.pi * math.e * population.var(0).clamp_min(1e-12)).log().mean()
+        pit = self.ranks.double() / (tokens * width)
+        coverage = {}
+        for percent in COVERAGES:
+            outside = (SAMPLES + 1) * (100 - percent) // 200  # ranks at either end
+            coverage[str(percent)] = pit[outside : SAMPLES + 1 - outside].sum().item()
+        within = self.within / (tokens * _DIVERSE * (_DIVERSE - 1))
+        return HeadScores(
+            tokens=tokens,
+            nll=_finite(self.nll / (tokens * width)),
+            normal_nll=_finite(normal),
+            coverage=coverage if self.all_finite else None,
+            pit=tuple(pit.tolist()) if self.all_finite else None,
+            diversity=_finite(within / torch.pdist(self.targets[:_PAIRED]).mean()),
+        )
 
 
 def _finite(value: Tensor) -> float | None:

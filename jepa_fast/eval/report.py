@@ -106,7 +106,8 @@ def write_report(
         charts=charts,
         more_charts=more,
         probes=[_probe(probe) for probe in probes],
-        head=head and {"told": str(head), "ranks": _themed(figures.ranks, head.pit)},
+        head=head
+        and {"told": str(head), "ranks": _themed(figures.ranks, head.pit) if head.pit else None},
         masks=[(figures.plain_image(each.image), figures.masked_image(each)) for each in masks],
         word_maps=[_word_map(each) for each in word_maps],
         notes=notes,

@@ -39,7 +39,8 @@ class ProbIJepa(IJepa):
             class, or any callable, that makes a head from (d, D, **head_options); or such a head
             itself. A head is a module with two methods, `forward(condition [T, d], target [T, D])`
             giving the loss, a scalar, and `distribution(condition)` giving an object with
-            `log_prob(z)`, `sample(n)`, `mean` and `variance`: see `jepa_fast.nn.heads.Head`.
+            `log_prob(z)`, `sample(n, generator)`, `mean` and `variance`: see
+            `jepa_fast.nn.heads.Head`.
         head_options: further arguments of the head.
         img_size, predictor_dim, predictor_depth, predictor_heads, init: as in `IJepa`.
 

@@ -47,7 +47,7 @@ def build_model(config: Config) -> Any:
     section = config.model
     own = {"method", "encoder", "encoder_options", "img_size", "encoder_weights", "cache_features"}
     options = section.model_dump(exclude=own)
-    with _naming("model"):
+    with naming("model"):
         encoder = create_encoder(
             section.encoder,
             section.img_size,
@@ -58,7 +58,7 @@ def build_model(config: Config) -> Any:
             options["text_dim"] = config.text.dim
         if section.method == "tijepa":
             options["save_frozen"] = section.encoder_weights is None
-            with _naming("model.encoder_weights"):
+            with naming("model.encoder_weights"):
                 _load_frozen(encoder, section.encoder_weights)
         model = getattr(jepa_fast, MODELS[section.method])(encoder, **options)
     if config.train.compile:
@@ -125,7 +125,7 @@ def build_text(config: Config, device: torch.device) -> Text | None:
         return HashedWords(
             text.dim, text.max_words, config.seed, context=text.context, position=text.position
         )
-    with _naming("text.encoder"):
+    with naming("text.encoder"):
         encoder = load_text_encoder(
             text.encoder,
             max_words=text.max_words,
@@ -148,7 +148,7 @@ def build_source(config: Config, split: Split) -> Source:
     """
     data: Any = config.data
     name: Literal["train", "val"] = "val" if split == "val" else "train"
-    with _naming(f"data.{name}"):
+    with naming(f"data.{name}"):
         if data.kind == "digits":
             own = {"kind", "train_length", "val_length", "probe_length", *DataBase.model_fields}
             options = data.model_dump(exclude=own)
@@ -202,7 +202,7 @@ def build_loader(config: Config, world: World) -> Loader:
             f"data.train: expected images with captions, which model.method={method} learns from, "
             "got none with any; for a folder, data.captions='a photo of a {}' makes them"
         )
-    with _naming("train.batch_size"):
+    with naming("train.batch_size"):
         return Loader(
             source,
             batch_size // world.size,
@@ -234,7 +234,7 @@ def build_transform(config: Config, train: bool) -> Transform:
     options = config.data.augment.model_dump()
     if not train:
         options |= {"crop_scale": None, "flip": 0.0}
-    with _naming("data.augment"):
+    with naming("data.augment"):
         return Transform(config.model.img_size, seed=config.seed, **options)
 
 
@@ -256,7 +256,7 @@ class Prepare:
         self.captions = config.text.captions
         self._first_batch = True
         grid = model.encoder.grid
-        with _naming("masks"):
+        with naming("masks"):
             self.sampler = BlockMaskSampler(grid, seed=config.seed, **config.masks.model_dump())
         caching = getattr(config.model, "cache_features", False)
         self._features: dict[int, Tensor] | None = {} if caching else None
@@ -297,7 +297,7 @@ class Prepare:
 
 
 @contextmanager
-def _naming(key: str) -> Iterator[None]:
+def naming(key: str) -> Iterator[None]:
     """A bad value found by what is built from it, as a ConfigError that names the key."""
     try:
         yield

@@ -432,9 +432,15 @@ def _check_head_options(head: type, options: Any) -> None:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         found = [_describe(problem, section, "model.head_options.") for problem in problems]
-        if any(problem["type"] == "extra_forbidden" for problem in problems):
-            # Where only `model.head` was meant, they are the recipe's, for its own head.
-            found.append("model.head_options=null takes what this head has by default")
+        others = {name for each in HEADS.values() for name in inspect.signature(each).parameters}
+        if any(
+            problem["type"] == "extra_forbidden" and problem["loc"][0] in others
+            for problem in problems
+        ):  # the recipe's, for its own head, where only `model.head` was meant
+            found.append(
+                "it is an option of another head: model.head_options=null takes what this one has "
+                "by default"
+            )
         raise ValueError("; ".join(found)) from None
 
 

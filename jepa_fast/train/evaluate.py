@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from jepa_fast.eval.figures import MaskExample, WordMap
 from jepa_fast.eval.heads import HeadScores, score_head
 from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
 from jepa_fast.eval.report import write_report
-from jepa_fast.masks import BlockMaskSampler
+from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.train.build import (
     Prepare,
     build_model,
     build_probe_loader,
     build_text,
     build_transform,
+    naming,
 )
 from jepa_fast.train.checkpoint import load_checkpoint, load_weights
 from jepa_fast.train.config import Config, overridden, parse_config
@@ -94,9 +95,11 @@ def evaluate(
     known, asked = (build_probe_loader(config, split, device) for split in ("probe", "val"))
     _check_probes(config, known, model)
 
+    question = _HeadQuestion(config, model, asked) if _has_head(config) else None
+
     started = time.perf_counter()
-    probes = _probe(config, model, known, asked, device, untrained_seeds)
-    head = _score_head(config, model, device)
+    probes = _probe(config, model, known, question or asked, device, untrained_seeds)
+    head = question.scores(model, device) if question else None
     if not probes and head is None:
         raise ConfigError(
             "data: nothing to probe, since the images of data.train or data.val have no labels; "
@@ -187,7 +190,7 @@ def _probe(
     config: Config,
     model: Any,
     known: Loader,
-    asked: Loader,
+    asked: Iterable[Batch],
     device: torch.device,
     untrained_seeds: int,
 ) -> list[ProbeComparison]:
@@ -208,41 +211,61 @@ def _probe(
     )
 
 
-def _score_head(config: Config, model: Any, device: torch.device) -> HeadScores | None:
-    """None for a model without a probabilistic head, or where nothing is to be asked of it."""
-    if config.model.method != "probijepa" or config.eval.head_tokens == 0:
-        return None
-    # One seed for all runs: they are asked about the same patches.
-    sampler = BlockMaskSampler(model.encoder.grid, seed=0, **config.masks.model_dump())
-    images = _spread_images(build_probe_loader(config, "val", device))
-    training = model.training
-    try:
-        return score_head(
-            model.eval(),
-            (
-                (part.to(device), sampler(0, start + torch.arange(len(part))).to(device))
-                for start, part in _parts(images, config.eval.batch_size)
-            ),
-            config.eval.head_tokens,
-        )
-    finally:
-        model.train(training)
+def _has_head(config: Config) -> bool:
+    """Whether there is a probabilistic head, and something is to be asked of it."""
+    return config.model.method == "probijepa" and config.eval.head_tokens > 0
 
 
-def _spread_images(loader: Loader) -> Tensor:
-    """`_HEAD_IMAGES` images from all over the data, where classes may come one after another."""
-    stride = max(1, len(loader.source) // _HEAD_IMAGES)
-    kept, seen = [], 0
-    for batch in loader:
-        kept.append(batch.images[-seen % stride :: stride])
-        seen += len(batch.images)
-    return torch.cat(kept)[:_HEAD_IMAGES]
+class _HeadQuestion:
+    """The images whose targets a head is asked about, kept while probes read all of them.
 
+    They come from all over the data, where classes may come one after another.
 
-def _parts(images: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Parts of so many, and where each begins."""
-    for start in range(0, len(images), size):
-        yield start, images[start : start + size]
+    Raises:
+        ConfigError: masks that cannot be drawn on this grid.
+    """
+
+    def __init__(self, config: Config, model: Any, loader: Loader) -> None:
+        self.loader = loader
+        self.batch_size, self.tokens = config.eval.batch_size, config.eval.head_tokens
+        with naming("masks"):
+            # One seed for all runs: they are asked about the same patches.
+            self.sampler = BlockMaskSampler(model.encoder.grid, seed=0, **config.masks.model_dump())
+        self.images = torch.empty(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        total = len(self.loader.source)
+        wanted = {i * total // _HEAD_IMAGES for i in range(_HEAD_IMAGES)}
+        kept, seen = [], 0
+        for batch in self.loader:
+            mine = [i for i in range(len(batch.images)) if seen + i in wanted]
+            kept.append(batch.images[mine])
+            seen += len(batch.images)
+            yield batch
+        self.images = torch.cat(kept)
+
+    def scores(self, model: Any, device: torch.device) -> HeadScores:
+        """What the head says.
+
+        Raises:
+            ConfigError: fewer than 2 targets.
+        """
+        training = model.training
+        try:
+            return score_head(model.eval(), self._batches(device), self.tokens)
+        except ValueError as error:
+            raise ConfigError(
+                f"data.val: the head cannot be asked: {error}; eval.head_tokens=0 leaves that out"
+            ) from error
+        finally:
+            model.train(training)
+
+    def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, BlockMasks]]:
+        first = 0
+        for images in self.images.split(self.batch_size):
+            masks = self.sampler(0, first + torch.arange(len(images)))
+            yield images.to(device), masks.to(device)
+            first += len(images)
 
 
 def _report(
