@@ -379,6 +379,22 @@ def _memory(ours: dict[str, Any], eager: dict[str, Any] | None) -> str:
     return f"{ours['peak_bytes'] / eager['peak_bytes']:.2f}x"
 
 
+def growth(results: Results) -> list[str]:
+    """Time and memory of text attention at sizes that double."""
+    rows = []
+    for told, providers in results.read("growth.json")["grows"].items():
+        sizes = list(providers["ours"])
+        row = [told, " / ".join(sizes)]
+        for name in ("ours", "eager"):
+            found = [providers[name][size] for size in sizes]
+            first = found[0]["seconds"]
+            row.append(" / ".join(f"{each['seconds'] / first:.1f}" for each in found))
+            row.append(" / ".join(f"{each['bytes'] / 2**20:.1f}" for each in found) + " MiB")
+        rows.append(row)
+    heads = ["what grows", "to", "time, of the first's", "peak memory"]
+    return _table([*heads, "eager: time", "peak memory"], rows)
+
+
 def power(results: Results) -> list[str]:
     """How often the regression gate notices a slow-down, and how large it measures it to be."""
     result = results.read("power.json")
@@ -495,6 +511,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "operators": operators,
     "steps": steps,
     "packing": packing,
+    "growth": growth,
     "power": power,
     "audit": audit,
     "traffic": traffic,
