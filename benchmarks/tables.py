@@ -122,7 +122,8 @@ def cifar10(results: Results) -> list[str]:
         for probe in ("knn", "linear"):
             found = result["probes"][probe]
             row += [_mean_and_range(found["untrained"]), _percent(found["trained"])]
-        rows.append([*row, f"{result['images_per_second']:.0f}"])
+        speed = result["images_per_second"]  # None: of another machine than the others'
+        rows.append([*row, "-" if speed is None else f"{speed:.0f}"])
     heads = ["recipe", "epochs", "kNN, untrained", "kNN", "linear, untrained", "linear"]
     return _table([*heads, "images/s, 2 cores"], rows)
 
