@@ -217,13 +217,14 @@ def _described(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*row, _NOT_FINITE if diversity is None else f"{fmean(diversity):.2f}"]
 
 
-_ABLATIONS = ("components", "family", "couplings", "timesteps", "flow")
+def ablations(results: Results, *names: str) -> list[str]:
+    """What the heads' options change.
 
-
-def ablations(results: Results) -> list[str]:
-    """What the heads' options change."""
+    Args:
+        names: of ablations: `<!-- table: ablations components timesteps -->`.
+    """
     rows = []
-    for ablation in _ABLATIONS:
+    for ablation in names:
         for name, variant in results.read(f"recipes/heads_{ablation}.json")["variants"].items():
             runs, costs = variant["runs"], variant["costs"]
             row = [ablation, name, f"{costs['parameters'] / 1e6:.2f} M"]
