@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ from torch import nn
 
 if str(ROOT) not in sys.path:  # started as a script, in a checkout that is not installed
     sys.path.append(str(ROOT))
+
+from turns import median_seconds
 
 from jepa_fast.eval.heads import SAMPLES
 from jepa_fast.masks import BlockMaskSampler
@@ -364,11 +366,12 @@ def measure_costs(configs: dict[str, Config]) -> dict[str, Any]:
         "sample": {n: step.sampler(TOKENS) for n, step in steps.items() if step.has_head},
         "one": {n: step.sampler(1) for n, step in steps.items() if step.has_head},
     }
-    seconds = {kind: _in_turns(of, steps) for kind, of in calls.items()}
+    device = next(iter(steps.values())).device.type
+    seconds = {kind: median_seconds(of, _ROUNDS, device) for kind, of in calls.items()}
     return {
         name: {
             "images_per_second": len(step.images) / seconds["step"][name],
-            "step_bytes": peak_allocation(step, step.device.type),
+            "step_bytes": peak_allocation(step, device),
             "parameters": step.parameters,
             "sample_microseconds": 1e6 * seconds["sample"][name] / TOKENS
             if step.has_head
@@ -433,20 +436,6 @@ class Step:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved)
-
-
-def _in_turns(calls: dict[str, Callable[[], object]], steps: dict[str, Step]) -> dict[str, float]:
-    """Median seconds of each call, all in every round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(_ROUNDS + 2):  # the first two warm up
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if steps[name].device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - begin)
-    return {name: median(of) for name, of in times.items()}
 
 
 # The picture

@@ -94,7 +94,6 @@ def evaluate(
     load_weights(model, state)
     known, asked = (build_probe_loader(config, split, device) for split in ("probe", "val"))
     _check_probes(config, known, model)
-
     question = _HeadQuestion(config, model, asked) if _has_head(config) else None
 
     started = time.perf_counter()
