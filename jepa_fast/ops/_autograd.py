@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 _REFERENCE = "use the plain PyTorch of jepa_fast/ops/{}/reference.py"
@@ -95,17 +96,23 @@ class OperatorFunction(torch.autograd.Function):
 
 
 def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, for a `forward` of which torch cannot tell how many it takes.
+    """`function.apply(*arguments)`, or its `forward` alone where autograd has nothing to record.
 
-    Where none takes a gradient, torch.compile would trace such a `forward` with a context before
-    them.
+    That takes half the time. And where no argument takes a gradient, torch.compile would trace a
+    `forward` of which it cannot tell how many arguments it takes with a context before them.
     """
-    if torch.compiler.is_compiling() and not (
-        torch.is_grad_enabled()
-        and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
+    if torch.is_grad_enabled() and any(
+        isinstance(each, Tensor) and each.requires_grad for each in arguments
     ):
+        return function.apply(*arguments)
+    if torch.compiler.is_compiling() or not _is_transformed():
         return function.forward(*arguments)
     return function.apply(*arguments)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, or differentiation in forward mode, looks on: `apply` refuses these."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def keep_slopes(ctx: Any, *slopes: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from jepa_fast.ops import _native
 
 _DEVICE = operator.attrgetter("device")
+_IS_CPU, _IS_CUDA = operator.attrgetter("is_cpu"), operator.attrgetter("is_cuda")
 
 
 def missing(backend: str) -> list[str]:
@@ -31,7 +32,12 @@ def device_types(tensors: Collection[Tensor]) -> set[str]:
     """Where a call's tensors are. As in torch itself, a number on the host goes with any device, so
     0-dim CPU tensors say nothing.
     """
-    types = {device.type for device in set(map(_DEVICE, tensors))}
+    if tensors and all(map(_IS_CPU, tensors)):  # most calls, at a fourth of the time
+        types = {"cpu"}
+    elif tensors and all(map(_IS_CUDA, tensors)):
+        types = {"cuda"}
+    else:
+        types = {device.type for device in set(map(_DEVICE, tensors))}
     if len(types) <= 1 and any(t.ndim for t in tensors):
         return types
     if "cpu" in types and all(t.ndim == 0 for t in tensors if t.device.type == "cpu"):
@@ -57,7 +63,13 @@ def _wanted(backend: str) -> str:
 
 
 def _interpreted(backend: str) -> bool:
-    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "triton" and _interprets()
+
+
+@functools.cache
+def _interprets() -> bool:
+    """Asked once, as Triton asks once, when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -68,6 +80,6 @@ def _missing_triton() -> list[str]:
         found = False
     if not found:
         return ["triton is not installed: pip install triton"]
-    if not _interpreted("triton") and not torch.cuda.is_available():
+    if not _interprets() and not torch.cuda.is_available():
         return ["no CUDA device is visible"]
     return []

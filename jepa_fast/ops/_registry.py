@@ -159,6 +159,8 @@ class Operator:
     def _run(self, *args: Any) -> Any:
         inputs = args[:-1]
         function = self.function(self.select(args[-1], inputs))
+        if not torch._C._is_any_autocast_enabled():
+            return function(*inputs)
         device = _device(inputs)
         if device is None or not torch.is_autocast_enabled(device):
             return function(*inputs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
 from jepa_fast.ops._checks import check_dim, check_floating, check_positive, check_same_size
 from jepa_fast.ops.affine_coupling import contract
 
@@ -97,4 +97,4 @@ def affine_coupling(
             f"(True: the coordinate passes unchanged)"
         )
     check_positive("affine_coupling", "scale_bound", scale_bound)
-    return _AffineCoupling.apply(x, raw_scale, shift, mask, scale_bound, inverse, backend)
+    return applied(_AffineCoupling, x, raw_scale, shift, mask, scale_bound, inverse, backend)

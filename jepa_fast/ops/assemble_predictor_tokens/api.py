@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
 from jepa_fast.ops._checks import check_dim, check_index, check_same_size
 from jepa_fast.ops.assemble_predictor_tokens import contract
 
@@ -89,8 +89,14 @@ def assemble_predictor_tokens(
     check_same_size(op, "context_index", context_index, 0, "context", context, 0)
     check_same_size(op, "context_index", context_index, 1, "context", context, 1)
     check_same_size(op, "target_index", target_index, 0, "context", context, 0)
-    return _AssemblePredictorTokens.apply(
-        context, mask_token, pos_embed, context_index, target_index, backend
+    return applied(
+        _AssemblePredictorTokens,
+        context,
+        mask_token,
+        pos_embed,
+        context_index,
+        target_index,
+        backend,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import check_dim, check_index, check_same_size
 from jepa_fast.ops.gather_patches import contract
 
@@ -52,7 +52,7 @@ def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor
     check_dim("gather_patches", "x", x, 3, "[B, N, D]")
     check_index("gather_patches", "index", index, (2, 3), "[B, K] or [B, M, K]")
     check_same_size("gather_patches", "x", x, 0, "index", index, 0)
-    return _GatherPatches.apply(x, index, backend)
+    return applied(_GatherPatches, x, index, backend)
 
 
 def gather_packed(rows: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
@@ -72,4 +72,4 @@ def gather_packed(rows: Tensor, index: Tensor, *, backend: str = "auto") -> Tens
     check_dim("gather_packed", "rows", rows, 2, "[T, D]")
     check_index("gather_packed", "index", index, 1, "[K]")
     # Packed rows are the patches of a single, long image; the gradient of [0] would copy.
-    return _GatherPatches.apply(rows[None], index[None], backend).squeeze(0)
+    return applied(_GatherPatches, rows[None], index[None], backend).squeeze(0)

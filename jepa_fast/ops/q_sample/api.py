@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jepa_fast.ops._autograd import (
     OperatorFunction,
+    applied,
     differentiable_once,
     is_the_gradient,
     keep_slopes,
@@ -140,7 +141,7 @@ def q_sample(
             f"got {list(noise.shape)}"
         )
     _check_seed(op, seed, "target", target, first_row)
-    return _QSample.apply(target, signal, noise, seed, first_row, backend)
+    return applied(_QSample, target, signal, noise, seed, first_row, backend)
 
 
 def denoising_loss(
@@ -188,7 +189,7 @@ def denoising_loss(
     _check_seed(op, seed, "prediction", prediction, first_row)
     takes_gradient = prediction.requires_grad or (target is not None and target.requires_grad)
     with_slope = takes_gradient and torch.is_grad_enabled()
-    loss, _ = _DenoisingLoss.apply(prediction, target, seed, first_row, with_slope, backend)
+    loss, _ = applied(_DenoisingLoss, prediction, target, seed, first_row, with_slope, backend)
     return loss
 
 
