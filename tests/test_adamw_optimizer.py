@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 
 from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters
 
@@ -203,9 +208,45 @@ def test_state_dicts_load_into_and_from_adamw(fused: bool | None, tmp_path: Path
 
 
 def test_amsgrad_is_refused_from_a_state_too() -> None:
-    state = _theirs(_Student(), amsgrad=True).state_dict()
+    state = _theirs(_Student(), amsgrad=True, lr=0.5).state_dict()
+    optimizer = _ours(_Student())
     with pytest.raises(ValueError, match="amsgrad is not supported"):
-        _ours(_Student()).load_state_dict(state)
+        optimizer.load_state_dict(state)
+    assert all(not group["amsgrad"] and group["lr"] == 1e-2 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("rounding_seed", [None, 1])
+def test_distributed_checkpoints_leave_the_teacher_where_it_is(rounding_seed: int | None) -> None:
+    """They have an optimizer without a state take a step with gradients and rates of zero."""
+    model = _Student(torch.bfloat16)
+    optimizer = _ours(model, momentum=0.5, rounding_seed=rounding_seed)
+    for step in range(3):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    resumed = _Student(torch.bfloat16)
+    resumed.load_state_dict(model.state_dict())
+    fresh = _ours(resumed, momentum=0.5, rounding_seed=rounding_seed)
+    get_optimizer_state_dict(resumed, fresh)
+    fresh = _ours(resumed, momentum=0.5, rounding_seed=rounding_seed)
+    set_optimizer_state_dict(resumed, fresh, saved[1])
+    assert all(map(torch.equal, model.teacher.parameters(), resumed.teacher.parameters()))
+    for one, each in ((model, optimizer), (resumed, fresh)):
+        one.loss(3).backward()
+        each.step()
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+
+def test_a_rate_of_zero_still_moves_the_teacher() -> None:
+    """As at the first step of a warm-up."""
+    model = _Student()
+    optimizer = _ours(model, lr=0.0, momentum=0.0)
+    nn.init.ones_(model.teacher[0].weight)
+    model.loss(0).backward()
+    optimizer.step()
+    assert torch.equal(model.teacher[0].weight, model.encoder[0].weight)
 
 
 def test_copies_and_pickles_keep_their_teacher() -> None:
@@ -316,6 +357,25 @@ def test_a_seed_draws_anew_every_step_and_again_after_resuming() -> None:
         assert not any(torch.equal(one, two) for two in drawn[:i])
 
 
+@pytest.mark.parametrize("frozen", ["first", "all"])
+def test_steps_draw_anew_without_updates(frozen: str) -> None:
+    """A count of a parameter's updates would stand still, and the average with it."""
+    params = [nn.Parameter(torch.full((1000,), 2.0)) for _ in range(2)]
+    teachers = [torch.ones(1000, dtype=torch.bfloat16) for _ in params]
+    optimizer = AdamWEma(
+        params, lr=0.0, targets=zip(params, teachers, strict=True), momentum=0.999, rounding_seed=3
+    )
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step(momentum=1.0)
+    for p in params if frozen == "all" else params[:1]:
+        p.grad = None
+    for _ in range(400):
+        optimizer.step()
+    for teacher in teachers:
+        assert teacher.float().mean().item() == pytest.approx(2 - 0.999**400, abs=0.01)
+
+
 def test_sparse_and_complex_are_refused() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = AdamWEma(embedding.parameters())
@@ -343,6 +403,26 @@ P, Q, R = (torch.zeros(3) for _ in range(3))
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"AdamWEma: .*{message}"):
+        AdamWEma([nn.Parameter(torch.zeros(3))], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"targets": [(P, Q.int())]}, TypeError, "targets must be of a floating dtype"),
+        ({"momentum": 2.0}, ValueError, r"momentum must be in \[0, 1\], got 2.0"),
+        ({"momentum": "high"}, TypeError, "momentum must be a real number or a tensor, got str"),
+        ({"lr": "high"}, TypeError, "lr must be a real number or a tensor, got str"),
+        ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
+        ({"betas": (0.9, 0.9, 0.9)}, TypeError, "betas must be a pair of numbers"),
+        ({"rounding_seed": 1.5}, TypeError, "rounding_seed must be None or an integer, got 1.5"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of .*'auto'.*, got 'gpu'"),
+    ],
+)
+def test_options_are_refused_when_they_are_given(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"AdamWEma: {message}"):
         AdamWEma([nn.Parameter(torch.zeros(3))], **options)
 
 

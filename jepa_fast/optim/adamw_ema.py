@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.ops._checks import check_choice, check_floating
+from jepa_fast.ops._shards import dtensor_type
 
 Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -78,8 +81,16 @@ class AdamWEma(torch.optim.Optimizer):
             "fused": True,
             "decoupled_weight_decay": True,
         }
+        _check_number("momentum", momentum)
+        if not isinstance(momentum, Tensor) and not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"AdamWEma: momentum must be in [0, 1], got {momentum}")
+        if rounding_seed is not None and not isinstance(rounding_seed, Integral):
+            raise TypeError(
+                f"AdamWEma: rounding_seed must be None or an integer, got {rounding_seed!r}"
+            )
+        check_choice("AdamWEma", "backend", backend, ("auto", *ops.BACKENDS))
         self.momentum = momentum
-        self.rounding_seed = rounding_seed
+        self.rounding_seed = None if rounding_seed is None else int(rounding_seed)
         self.backend = backend
         self._targets = _pairs("targets", targets)
         self._shadows = _pairs("shadows", shadows or ())
@@ -94,6 +105,7 @@ class AdamWEma(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._count_draws()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -112,9 +124,10 @@ class AdamWEma(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        only_state = momentum is None and self._only_makes_state()
+        left = {} if only_state else dict(self._targets)
         if momentum is None:
             momentum = self.momentum
-        left = dict(self._targets)
         for number, group in enumerate(self.param_groups):
             self._step_group(number, group, momentum, left)
         if left:
@@ -124,10 +137,23 @@ class AdamWEma(torch.optim.Optimizer):
                 list(left),
                 momentum,
                 [self._shadows[target] for target in targets] if self._shadows else None,
-                rounding_seed=self._seed(len(self.param_groups)),
+                rounding_seed=self._seed(self.param_groups[0], len(self.param_groups)),
                 backend=self.backend,
             )
+        if self.rounding_seed is not None and not only_state:
+            for group in self.param_groups:
+                group["draws"] += 1
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which `torch.distributed.checkpoint` has an optimizer make
+        its state: the first, with learning rates and gradients of zero. AdamW changes nothing in
+        it, and so no teacher is to move, which may be loaded already.
+        """
+        if self.state or not all(_is_zero_on_the_host(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return all(grad is not None and not _local(grad).any() for grad in grads)
 
     def _step_group(
         self,
@@ -166,7 +192,7 @@ class AdamWEma(torch.optim.Optimizer):
             # A GradScaler sets these for the time of the call.
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
-            rounding_seed=self._seed(number),
+            rounding_seed=self._seed(group, number),
             backend=self.backend,
         )
 
@@ -178,17 +204,24 @@ class AdamWEma(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
 
-    def _seed(self, number: int) -> Tensor | None:
-        """Of this step and the group of this number; a resumed run draws what it would have drawn.
+    def _seed(self, group: dict[str, Any], number: int) -> Tensor | None:
+        """Of this step and this number; a resumed run draws what it would have drawn.
 
         On the parameters' device, so that a CUDA graph has it advance.
         """
         if self.rounding_seed is None:
             return None
-        step = next((state["step"] for state in self.state.values()), torch.tensor(0.0))
         base = (self.rounding_seed << 40) + (number << 32)
         base = (base + 2**63) % 2**64 - 2**63  # as int64 wraps
-        return step.long() + base
+        return group["draws"] + base
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; a state of `amsgrad` or `differentiable` is
+        refused, with ValueError, before anything is loaded.
+        """
+        for group in state_dict["param_groups"]:
+            _check_supported(group)
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("momentum", "rounding_seed", "backend", "_targets", "_shadows")
@@ -206,6 +239,21 @@ class AdamWEma(torch.optim.Optimizer):
                 if mine:  # an AdamW that is not fused keeps the steps on the CPU, or as numbers
                     step = torch.as_tensor(mine["step"], dtype=torch.float32)
                     mine["step"] = step.to(p.device)
+        self._count_draws()
+
+    def _count_draws(self) -> None:
+        """Has every group count the steps that drew bits: more than those that updated parameters.
+
+        Where a state says nothing of it, as AdamW's, these are counted instead.
+        """
+        if self.rounding_seed is None:
+            return
+        for group in self.param_groups:
+            draws = group.get("draws")
+            if draws is None:
+                steps = [float(each["step"]) for each in self.state.values() if "step" in each]
+                draws = torch.tensor(max(steps, default=0.0)).long()
+            group["draws"] = draws.to(group["params"][0].device)
 
 
 def _pairs(name: str, pairs: Pairs) -> dict[Tensor, Tensor]:
@@ -213,6 +261,8 @@ def _pairs(name: str, pairs: Pairs) -> dict[Tensor, Tensor]:
     for key, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
         if key in found:
             raise ValueError(f"AdamWEma: {name}: a tensor is listed twice; it can have one only")
+        for tensor in (key, value):
+            check_floating("AdamWEma", name, tensor)
         if key.shape != value.shape:
             raise ValueError(
                 f"AdamWEma: {name}: both of a pair must be of one shape, got {list(key.shape)} and "
@@ -235,18 +285,45 @@ def _check_targets(targets: dict[Tensor, Tensor], shadows: dict[Tensor, Tensor])
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    if group["amsgrad"]:
-        raise ValueError("AdamWEma: amsgrad is not supported; use torch.optim.AdamW for it")
-    if group["differentiable"]:
-        raise ValueError("AdamWEma: differentiable is not supported; use torch.optim.AdamW for it")
+    _check_supported(group)
     for name in ("lr", "eps", "weight_decay"):
+        _check_number(name, group[name])
         if not 0.0 <= group[name]:
             raise ValueError(f"AdamWEma: {name} must be 0 or more, got {group[name]}")
-    for beta in group["betas"]:
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"AdamWEma: betas must be a pair of numbers, got {betas!r}")
+    for beta in betas:
+        _check_number("betas", beta)
         if not 0.0 <= beta < 1.0:
-            raise ValueError(f"AdamWEma: betas must be in [0, 1), got {group['betas']}")
+            raise ValueError(f"AdamWEma: betas must be in [0, 1), got {betas}")
     for p in group["params"]:
         if p.is_complex():
             raise TypeError(
                 f"AdamWEma takes real parameters, got {p.dtype}; torch.view_as_real gives one"
             )
+
+
+def _check_supported(group: Mapping[str, Any]) -> None:
+    for name in ("amsgrad", "differentiable"):
+        if group.get(name):
+            raise ValueError(f"AdamWEma: {name} is not supported; use torch.optim.AdamW for it")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (Real, Tensor)):
+        raise TypeError(
+            f"AdamWEma: {name} must be a real number or a tensor, got {type(value).__name__}"
+        )
+
+
+def _is_zero_on_the_host(number: float | Tensor) -> bool:
+    """Of a number on a device nothing is known without waiting for it."""
+    return (not isinstance(number, Tensor) or number.device.type == "cpu") and float(number) == 0
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's shard of a DTensor, and any other tensor."""
+    kind = dtensor_type()
+    shard: Tensor = tensor.to_local() if kind is not None and isinstance(tensor, kind) else tensor
+    return shard
