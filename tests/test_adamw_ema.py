@@ -394,6 +394,9 @@ X, ZERO = torch.zeros(4), torch.zeros(())
         ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
         ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be in \[0, 1\), got 1.0"),
         ({"eps": -1.0}, ValueError, "eps must be 0 or more"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be 0 or more, got -1.0"),
+        ({"lr": torch.tensor(torch.nan)}, ValueError, "lr must be 0 or more, got nan"),
+        ({"weight_decay": torch.tensor(-1.0)}, ValueError, "weight_decay must be 0 or more"),
         ({"found_inf": 1.0}, ValueError, "found_inf must be None or a tensor of one number"),
         ({"rounding_seed": 0.5}, TypeError, "rounding_seed must be None, an int or a tensor"),
     ],
@@ -423,6 +426,8 @@ def test_shared_memory_is_refused(backend: str, device: str) -> None:
     refuses([p], [g], [m], [m], [step])
     refuses([p], [g], [m], [v], [step], [p])
     refuses([p], [g], [m], [v], [step], [torch.zeros(4, device=device)], [v])
+    halves = [p[:2], p[2:]], [g[:2], g[2:]], [m[:2], m[2:]], [v[:2], v[2:]]
+    refuses(*halves, [step, step])
 
 
 def test_shards(tmp_path: Path) -> None:

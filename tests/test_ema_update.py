@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from backends import backends, needs_native
+from hypothesis import given
+from hypothesis import strategies as st
 from samples import Sample
 from tolerance import assert_as_accurate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_fast import BackendError
-from jepa_fast.ops import ema_update_
+from jepa_fast.ops import _memory, ema_update_
 from jepa_fast.ops._registry import OPERATORS
 from jepa_fast.ops.ema_update import contract, reference
 
@@ -644,8 +647,40 @@ def test_shared_memory_is_refused(backend: str, device: str) -> None:
     refuses(r"targets\[0\] is written", [torch.zeros(1, device=device).expand(4)], [other[:4]])
     ema_update_([a, b], [other, other], 0.5, backend=backend)  # sources may repeat
     assert memory.tolist() == [0.5] * 16 + [0.0] * 4
+    refuses("(targets|sources).* share memory", [square[:, :3]], [square[:, 1:]])
+    refuses("(targets|sources).* share memory", [square[:, 1]], [square[1]])
+    refuses(r"targets\[0\] is written", [memory.unfold(0, 3, 1)], [memory.new_ones(18, 3)])
     # Interleaved, not overlapping.
     ema_update_([memory[0:16:2]], [memory[1:16:2]], 0.5, backend=backend)
+    columns, rows = [square[:, :1], square[:, 1:3], square[:, 3]], [square[::2], square[1::2]]
+    ema_update_(columns, [torch.ones_like(x) for x in columns], 0.5, backend=backend)
+    ema_update_(rows, [torch.ones_like(x) for x in rows], 0.5, backend=backend)
+    assert square.tolist() == [[0.75] * 4] * 4
+
+
+@given(st.data())
+def test_what_shares_memory_is_known_exactly(data: st.DataObject) -> None:
+    """Beside the places of all elements, one by one."""
+
+    def drawn() -> Tensor:
+        sizes = data.draw(st.lists(st.integers(1, 4), max_size=3))
+        strides = data.draw(st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes)))
+        return memory.as_strided(sizes, strides, data.draw(st.integers(0, 20)))
+
+    def places(tensor: Tensor) -> list[int]:
+        numbers = torch.arange(128).as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
+        return numbers.flatten().tolist()
+
+    memory = torch.zeros(128)
+    one, other = drawn(), drawn()
+    folded = any(len(set(places(x))) < x.numel() for x in (one, other))
+    shared = bool(set(places(one)) & set(places(other)))
+    apart = {"targets": [one], "shadows": [other]}
+    refused = pytest.raises(ValueError, match=r"ema_update_: .* (share|must have) memory")
+    with refused if folded or shared else nullcontext():
+        _memory.check_apart("ema_update_", apart, {})
 
 
 @pytest.mark.tier3

@@ -97,6 +97,37 @@ def _all_apart(tensors: list[Tensor]) -> bool:
     return len(starts) == len(tensors) and all(map(operator.le, ends, starts[1:]))
 
 
+@dataclass
+class _Span:
+    """A tensor between the addresses of its first byte and of what follows its last."""
+
+    start: int
+    end: int
+    written: bool
+    name: str
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, written: bool, name: str) -> _Span:
+        start, item = tensor.data_ptr(), tensor.element_size()
+        last = sum(stride * (size - 1) for stride, size in _dimensions(tensor))
+        return cls(start, start + last + item, written, name, tensor)
+
+    def shares(self, other: _Span) -> bool:
+        """Whether any byte is in both: of two whose addresses overlap, if one has gaps."""
+        if is_dense(self.tensor) and is_dense(other.tensor):
+            return True
+        reach: dict[int, list[int]] = {}  # by stride, how far the elements of both lie apart
+        for tensor, end in ((self.tensor, 1), (other.tensor, 0)):
+            for stride, size in _dimensions(tensor):
+                reach.setdefault(stride, [0, 0])[end] += size - 1
+        steps = [(stride, -below, above) for stride, (below, above) in reach.items()]
+        apart = self.start - other.start
+        return _sums_reach(
+            1 - self.tensor.element_size() - apart, other.tensor.element_size() - 1 - apart, steps
+        )
+
+
 def _check_overlap(
     op: str, written_lists: Mapping[str, list[Tensor]], read_lists: Mapping[str, list[Tensor]]
 ) -> None:
@@ -108,34 +139,63 @@ def _check_overlap(
         for i, tensor in enumerate(tensors):
             if tensor.numel() == 0:
                 continue
-            start, size = tensor.data_ptr(), tensor.nbytes
-            if not is_dense(tensor):
-                if written:
-                    _refuse_expanded(op, f"{name}[{i}]", tensor)
-                # What lies between its elements may be another's, so only its start is known.
-                size = tensor.element_size()
-            spans.append((start, start + size, written, f"{name}[{i}]"))
-    end_of_all, last = 0, ""
-    end_of_written, last_written = 0, ""
-    for start, end, written, name in sorted(spans):
-        if start < (end_of_all if written else end_of_written):
-            raise ValueError(
-                f"{op}: {name} and {last if written else last_written} share memory; what "
-                f"is written needs memory of its own: list a tied tensor once, or clone() one"
-            )
-        if end > end_of_all:
-            end_of_all, last = end, name
-        if written and end > end_of_written:
-            end_of_written, last_written = end, name
+            if written and not is_dense(tensor):
+                _refuse_folded(op, f"{name}[{i}]", tensor)
+            spans.append(_Span.of(tensor, written, f"{name}[{i}]"))
+    before: list[_Span] = []  # those that end after the present one begins
+    for span in sorted(spans, key=lambda span: span.start):
+        before = [each for each in before if each.end > span.start]
+        for other in before:
+            if (span.written or other.written) and span.shares(other):
+                raise ValueError(
+                    f"{op}: {span.name} and {other.name} share memory; what is written needs "
+                    f"memory of its own: list a tied tensor once, or clone() one"
+                )
+        before.append(span)
 
 
-def _refuse_expanded(op: str, name: str, tensor: Tensor) -> None:
-    sizes = zip(tensor.stride(), tensor.shape, strict=True)
-    if any(stride == 0 and size > 1 for stride, size in sizes):
+def _refuse_folded(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError if elements of the tensor share memory, as those of expand and unfold."""
+    item, steps = tensor.element_size(), _dimensions(tensor)
+    is_expanded = len(steps) < sum(size > 1 for size in tensor.shape)
+    # Two elements differ in some dimension first; whichever it is, say that it is upwards.
+    if is_expanded or any(
+        _sums_reach(
+            1 - item,
+            item - 1,
+            [(stride, 1, size - 1), *((s, 1 - n, n - 1) for s, n in steps[i + 1 :])],
+        )
+        for i, (stride, size) in enumerate(steps)
+    ):
         raise ValueError(
             f"{op}: {name} is written and must have memory for each of its elements, got "
             f"shape {list(tensor.shape)} with strides {list(tensor.stride())}: clone() it"
         )
+
+
+def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride in bytes, size) of the dimensions that lead from one address to another."""
+    item = tensor.element_size()
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [(stride * item, size) for stride, size in pairs if size > 1 and stride > 0]
+
+
+def _sums_reach(low: int, high: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Whether a sum of `stride * k`, with a whole k in [least, most] for each of `steps`, lies in
+    [low, high]. Mostly every stride is larger than all that the smaller ones add up to, and then
+    two numbers at the most are to be tried for each.
+    """
+    steps = sorted(steps, reverse=True)
+    if not steps:
+        return low <= 0 <= high
+    (stride, least, most), *rest = steps
+    rest_low = sum(s * a for s, a, _ in rest)
+    rest_high = sum(s * b for s, _, b in rest)
+    first = max(least, -((rest_high - low) // stride))
+    last = min(most, (high - rest_low) // stride)
+    return any(
+        _sums_reach(low - stride * k, high - stride * k, rest) for k in range(first, last + 1)
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:

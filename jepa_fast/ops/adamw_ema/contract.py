@@ -33,7 +33,7 @@ def _reference(
     *others: Any,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs)
-    memory.check(*lists, targets, shadows, momentum, grad_scale)
+    memory.check(*lists, steps, targets, shadows, lr, weight_decay, momentum, grad_scale)
     reference.adamw_ema_(
         *lists, steps, targets, shadows, lr, weight_decay, momentum, grad_scale, *others
     )

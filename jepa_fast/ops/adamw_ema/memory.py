@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jepa_fast.ops import _memory
-from jepa_fast.ops.ema_update.memory import check_momentum
+from jepa_fast.ops.ema_update.memory import check_number
 from jepa_fast.perf.race import Cost
 
 
@@ -40,23 +41,29 @@ def check(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     targets: list[Tensor],
     shadows: list[Tensor],
+    lr: Tensor,
+    weight_decay: Tensor,
     momentum: Tensor,
     grad_scale: Tensor | None,
 ) -> None:
-    """Checks what only real tensors show: the momentum's value, and that nothing overlaps.
+    """Checks what only real tensors show: values of numbers, and that nothing overlaps.
 
     Raises:
-        ValueError: momentum outside [0, 1], or a tensor to be written that overlaps another one
-            or itself.
+        ValueError: a negative rate or weight decay, momentum outside [0, 1], or a tensor to be
+            written that overlaps another one or itself.
     """
+    check_number("adamw_ema_", "lr", lr, math.inf)
+    check_number("adamw_ema_", "weight_decay", weight_decay, math.inf)
     if targets:
-        check_momentum("adamw_ema_", momentum)
+        check_number("adamw_ema_", "momentum", momentum, 1.0)
     written = {
         "params": params,
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
+        "steps": steps,
         "targets": targets,
         "shadows": shadows,
     }

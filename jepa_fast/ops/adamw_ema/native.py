@@ -29,14 +29,14 @@ def adamw_ema_(
     *others: Any,
 ) -> None:
     """As `reference.adamw_ema_`; runs on the device of the parameters."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, targets, shadows)
-    memory.check(*lists, momentum, grad_scale)
+    own, teacher = (params, grads, exp_avgs, exp_avg_sqs), (targets, shadows)
+    memory.check(*own, steps, *teacher, lr, weight_decay, momentum, grad_scale)
     if not params:
         return
     device = params[0].device
     lr, weight_decay, momentum = map(_readable, (lr, weight_decay, momentum))
     grad_scale, found_inf = (memory.of_scaler(x, device) for x in (grad_scale, found_inf))
-    flat = _memory.Flat.of(*lists)
+    flat = _memory.Flat.of(*own, *teacher)
     p, g, m, v, t, s = flat.lists
     scalars = (lr, weight_decay, momentum, grad_scale, found_inf, *others)
     with torch.cuda.device_of(params[0]):

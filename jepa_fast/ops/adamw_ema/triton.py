@@ -250,14 +250,14 @@ def adamw_ema_(
     maximize: bool,
 ) -> None:
     """As `reference.adamw_ema_`."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, targets, shadows)
-    memory.check(*lists, momentum, grad_scale)
+    own, teacher = (params, grads, exp_avgs, exp_avg_sqs), (targets, shadows)
+    memory.check(*own, steps, *teacher, lr, weight_decay, momentum, grad_scale)
     if not params:
         return
     device = params[0].device
     grad_scale, found_inf = (memory.of_scaler(x, device) for x in (grad_scale, found_inf))
     seed = None if rounding_seed is None else _triton_tables.scalar(rounding_seed, device)
-    flat = _memory.Flat.of(*lists)
+    flat = _memory.Flat.of(*own, *teacher)
     p, g, m, v, t, s = flat.lists
     with torch.cuda.device_of(params[0]):
         betas = _betas(beta1, beta2, eps, device)

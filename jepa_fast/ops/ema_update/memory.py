@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from torch import Tensor
@@ -30,20 +31,21 @@ def check(
         ValueError: momentum outside [0, 1], or a tensor to be written that overlaps another one
             or itself.
     """
-    check_momentum("ema_update_", momentum)
+    check_number("ema_update_", "momentum", momentum, 1.0)
     written = {"targets": targets, "shadows": shadows}
     _memory.check_apart("ema_update_", written, {"sources": sources})
 
 
-def check_momentum(op: str, momentum: Tensor) -> None:
-    """Raises ValueError if the momentum is outside [0, 1].
+def check_number(op: str, name: str, number: Tensor, most: float) -> None:
+    """Raises ValueError if a number is outside [0, most], or is none.
 
     One on a GPU is read with `JEPA_FAST_DEBUG=1` only; otherwise the host would wait for it.
     """
-    if momentum.device.type == "cpu" or os.environ.get("JEPA_FAST_DEBUG") == "1":
-        value = float(momentum)
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{op}: momentum must be in [0, 1], got {value}")
+    if number.device.type == "cpu" or os.environ.get("JEPA_FAST_DEBUG") == "1":
+        value = float(number)
+        if not 0.0 <= value <= most:
+            interval = "0 or more" if most == math.inf else f"in [0, {most:g}]"
+            raise ValueError(f"{op}: {name} must be {interval}, got {value}")
 
 
 def cost(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> Cost:
