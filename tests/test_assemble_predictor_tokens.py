@@ -62,7 +62,7 @@ def test_values() -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("others", ["same", "float32"])
+@pytest.mark.parametrize("others", ["same", "float32", "mask_token float32"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
@@ -80,11 +80,12 @@ def test_as_accurate_as_eager(
 ) -> None:
     """Tokens, and gradients of all that can learn, from a sliced gradient."""
     g = torch.Generator().manual_seed(width)
-    other = dtype if others == "same" else torch.float32
+    other = torch.float32 if others == "float32" else dtype
+    of_mask = dtype if others == "same" else torch.float32
     batch, seen, blocks, hidden, patches = 3, 5, 4, 7, 11
     floating = [
         torch.randn(batch, 2 * seen, width, generator=g)[:, ::2].to(dtype),
-        torch.randn(width, generator=g).to(other),
+        torch.randn(width, generator=g).to(of_mask),
         torch.randn(patches, width, generator=g).to(other),
     ]
     index = [
@@ -92,7 +93,7 @@ def test_as_accurate_as_eager(
         for shape in ((batch, seen), (batch, blocks, hidden))
     ]
     upstream = torch.randn(blocks * batch, 2 * (seen + hidden), width, generator=g)[:, ::2]
-    upstream = upstream.to(torch.promote_types(dtype, other))
+    upstream = upstream.to(torch.promote_types(dtype, of_mask))
 
     def run(tensors: list[Tensor], backend: str, device: str) -> list[Tensor]:
         leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
@@ -168,7 +169,9 @@ def test_bad_arguments() -> None:
         call(context, mask_token, pos, context_index[:, 1:], target_index)
     with pytest.raises(ValueError, match=r"target_index.shape\[0\] and context.shape\[0\]"):
         call(context, mask_token, pos, context_index, target_index[1:])
-    with pytest.raises(TypeError, match="target_index must be int32 or int64"):
+    with pytest.raises(TypeError, match="mask_token must be of a floating dtype"):
+        call(context, mask_token.int(), pos, context_index, target_index)
+    with pytest.raises(TypeError, match=r"target_index must be int32 or int64, .*; use \.long"):
         call(context, mask_token, pos, context_index, target_index.float())
     with pytest.raises(ValueError, match=r"context_index must be in \[0, 6\), got 6"):
         call(context, mask_token, pos, torch.full_like(context_index, 6), target_index)

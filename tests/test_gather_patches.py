@@ -141,8 +141,12 @@ def test_bad_arguments() -> None:
         ops.gather_patches(x[0], index)
     with pytest.raises(ValueError, match=r"index must be \[B, K\] or \[B, M, K\]"):
         ops.gather_patches(x, index[0])
-    with pytest.raises(TypeError, match="index must be int32 or int64"):
+    with pytest.raises(TypeError, match=r"index must be int32 or int64, .* mask\.nonzero"):
         ops.gather_patches(x, index.bool())
+    with pytest.raises(TypeError, match=r"x must be of a floating dtype, got torch\.int64"):
+        ops.gather_patches(x.long(), index)
+    with pytest.raises(TypeError, match=r"rows must be of a floating dtype, got torch\.bool"):
+        ops.gather_packed(x[0].bool(), index[0])
     with pytest.raises(ValueError, match=r"x.shape\[0\] and index.shape\[0\] must be equal"):
         ops.gather_patches(x, index[:1])
     with pytest.raises(TypeError, match="x must be a tensor, got list"):

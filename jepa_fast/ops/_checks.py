@@ -95,9 +95,10 @@ def check_index(
     """Raises if `index` is not an int32 or int64 tensor of the named `shape`."""
     check_dim(op, argument, index, dims, shape)
     if index.dtype not in INDEX_DTYPES:
+        fix = "turn a mask into indices with mask.nonzero()"
         raise TypeError(
             f"{op}: {argument} must be int32 or int64, got {index.dtype}; "
-            f"turn a boolean mask into indices with mask.nonzero()"
+            f"{fix if index.dtype == torch.bool else 'use .long()'}"
         )
 
 

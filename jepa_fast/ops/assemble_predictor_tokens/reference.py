@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +23,16 @@ def assemble_predictor_tokens(
     From context [B, Kc, d], mask_token [d], pos_embed [N, d], context_index [B, Kc] and
     target_index [B, M, Kt]. Every token gets its patch's position added.
     """
+    dtype = _promoted(context, mask_token, pos_embed)
+    # So that no sum is rounded before what it promotes to: of two of one dtype PyTorch rounds once.
+    wide = torch.promote_types(dtype, torch.float32)
+    if not context.dtype == mask_token.dtype == pos_embed.dtype:
+        context, mask_token, pos_embed = (x.to(wide) for x in (context, mask_token, pos_embed))
     seen = context + take_rows(pos_embed, context_index)  # [B, Kc, d]
     hidden = mask_token + take_rows(pos_embed, target_index)  # [B, M, Kt, d]
     blocks = target_index.shape[1]
-    return torch.cat([seen.expand(blocks, *seen.shape), hidden.transpose(0, 1)], 2).flatten(0, 1)
+    tokens = torch.cat([seen.expand(blocks, *seen.shape), hidden.transpose(0, 1)], 2)
+    return tokens.flatten(0, 1).to(dtype)
 
 
 def empty_tokens(
@@ -33,9 +40,12 @@ def empty_tokens(
 ) -> Tensor:
     """Memory for the tokens, in the dtype that the three floating inputs promote to."""
     (batch, blocks, hidden), (_, seen, width) = target_index.shape, context.shape
-    dtype = torch.promote_types(context.dtype, mask_token.dtype)
-    dtype = torch.promote_types(dtype, pos_embed.dtype)
+    dtype = _promoted(context, mask_token, pos_embed)
     return context.new_empty((blocks * batch, seen + hidden, width), dtype=dtype)
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def assemble_predictor_tokens_backward(
