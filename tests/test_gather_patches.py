@@ -100,6 +100,29 @@ def test_every_backend(
     assert not got[0, 6].any()
 
 
+@backends(["reference", "cpu"])
+@pytest.mark.parametrize("width", [384, 385])  # rows of 1540 bytes begin where vectors may not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_outgrow_the_caches(
+    dtype: torch.dtype, width: int, backend: str, device: str, poisoned_memory: None
+) -> None:
+    """The C++ kernel writes them past the caches; they are those of the images one by one."""
+    g = torch.Generator().manual_seed(width)
+    x = torch.randn(64, 196, width, generator=g).to(device, dtype)
+    index = torch.randint(150, (64, 100), generator=g).to(device)  # never, once and more often
+    grad = torch.randn(64, 100, width, generator=g).to(device, dtype)
+
+    def gradient(image: slice) -> Tensor:
+        leaf = x[image].requires_grad_()
+        out = ops.gather_patches(leaf, index[image], backend=backend)
+        return torch.autograd.grad(out, leaf, grad[image])[0]
+
+    got = gradient(slice(None))
+    assert got.nbytes > 8 * 2**20
+    for b in range(64):
+        assert torch.equal(got[b : b + 1], gradient(slice(b, b + 1)))
+
+
 @each_backend
 @pytest.mark.parametrize(("batch", "taken"), [(0, 3), (2, 0)])
 def test_where_there_is_nothing(batch: int, taken: int, backend: str, device: str) -> None:
