@@ -17,6 +17,7 @@ from torch import Tensor
 from jepa_fast import ops
 from jepa_fast.errors import BackendError
 from jepa_fast.ops._registry import OPERATORS as REGISTERED
+from jepa_fast.perf.memory import peak_allocation
 
 OPERATORS = ("patch_word_consistency", "patch_word_consistency_backward")
 each_backend = backends(REGISTERED["patch_word_consistency"].backends)
@@ -358,6 +359,7 @@ def _assert_rows_agree(got: Tensor, exact: Tensor) -> None:
         (5, 1, 32, 1, 32, 32, 3, 1),
         (1, 1, 70, 2, 100, 40, 24, 2),
         (1, 1, 33, 2, 100, 40, 4, 20),
+        (1, 2, 100, 8, 64, 48, 24, 2),  # by chunks of 160 tokens in the backward pass
     ],
     ids=str,
 )
@@ -454,15 +456,36 @@ def any_threads() -> Iterator[None]:
 
 
 @needs_native
-@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (3, 1), (2, 3)])
-def test_the_number_of_threads_changes_no_bit(batch: int, heads: int, any_threads: None) -> None:
-    inputs = _layers(4, batch, blocks=4, tokens=30, captions=4, words=40, width=96)
+@pytest.mark.parametrize(
+    ("batch", "heads", "layers", "words"),
+    [(1, 1, 4, 40), (3, 1, 4, 40), (2, 3, 4, 40), (3, 3, 24, 100)],
+)
+def test_the_number_of_threads_changes_no_bit(
+    batch: int, heads: int, layers: int, words: int, any_threads: None
+) -> None:
+    inputs = _layers(layers, batch, blocks=4, tokens=30, captions=4, words=words, width=96)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         results.append(_run(inputs, "cpu", torch.float32, num_heads=heads, backend="cpu"))
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+@needs_native
+def test_no_similarities_of_all_tokens_are_kept(any_threads: None) -> None:
+    """Working memory counts, as it is from torch's allocator. Those of an image would be 201 MB."""
+    torch.set_num_threads(2)
+    inputs = _layers(12, 2, 1, 4096, 4, 256, 8)
+    leaves = [x.requires_grad_() for x in (*inputs["q_layers"], *inputs["k_layers"])]
+
+    def call() -> Any:
+        loss = ops.patch_word_consistency(leaves[:12], leaves[12:], backend="cpu")
+        return torch.autograd.grad(loss, leaves)
+
+    call()
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    assert 32 * 2**20 < peak_allocation(call) < 2 * gradients + 2 * 22 * 2**20
 
 
 @needs_native

@@ -18,6 +18,7 @@ from jepa_fast import ops
 from jepa_fast.errors import BackendError
 from jepa_fast.ops._registry import OPERATORS as REGISTERED
 from jepa_fast.ops.text_cross_attention import contract, reference
+from jepa_fast.perf.memory import peak_allocation
 
 OPERATORS = ("text_cross_attention", "text_cross_attention_backward")
 # In float32, which Triton takes in the interpreter alone.
@@ -412,6 +413,7 @@ def test_as_accurate_as_eager(
         (5, 1, 1, 4, 5, 3, 1),
         (1, 1, 4, 256, 3, 8, 1),
         (1, 1, 130, 2, 3, 60, 20),
+        (1, 2, 75, 16, 128, 48, 2),  # by chunks of 128 tokens in the C++ backward pass
     ],
     ids=str,
 )
@@ -534,11 +536,13 @@ def test_a_winner_that_is_no_caption_is_refused() -> None:
 
 @needs_native
 @pytest.mark.parametrize("pool", ["max", "mean", "none"])
-@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "captions", "words"), [(1, 1, 3, 11), (3, 1, 3, 11), (3, 2, 16, 128)]
+)
 def test_the_number_of_threads_changes_no_bit(
-    batch: int, heads: int, pool: str, any_threads: None
+    batch: int, heads: int, captions: int, words: int, pool: str, any_threads: None
 ) -> None:
-    inputs = _large(batch, 4, 30, 3, 11, 48, masked=True)
+    inputs = _large(batch, 5, 30, captions, words, 48, masked=True)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -546,6 +550,24 @@ def test_the_number_of_threads_changes_no_bit(
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert torch.equal(got, want)
+
+
+@needs_native
+@pytest.mark.parametrize("pool", ["max", "mean", "none"])
+def test_no_scores_of_all_tokens_are_kept(pool: str, any_threads: None) -> None:
+    """Working memory counts, as it is from torch's allocator. An image's scores would be 67 MB."""
+    torch.set_num_threads(2)
+    captions = 1 if pool == "none" else 4
+    inputs = _large(2, 1, 8192, captions, 2048 // captions, 8, masked=False)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "residual")]
+
+    def call() -> Any:
+        features, sparsity = ops.text_cross_attention(*leaves, pool=pool, backend="cpu")
+        return torch.autograd.grad((features.sum() + sparsity), leaves)
+
+    call()
+    inputs_and_outputs = 3 * sum(leaf.nbytes for leaf in leaves)
+    assert 6 * 2**20 < peak_allocation(call) < inputs_and_outputs + 2 * 8 * 2**20
 
 
 @backends(["cpu", "triton"])

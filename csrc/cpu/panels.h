@@ -1,11 +1,15 @@
 // Panels of 32 columns, for the products of panel_product.h: to them and from them.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <memory>
-#include <new>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <optional>
+
+#include "../common/floating.h"
 #include "clones.h"
 #include "pages.h"
 #include "panel_product.h"
@@ -54,6 +58,9 @@ JEPA_FAST_CLONES void transpose(
 }
 
 // Memory of whole vectors. What it holds does not matter yet, or is 0 where its size is given.
+//
+// It is from torch's allocator, so that whoever counts what a call takes sees it: torch's profiler does
+// what the caller's thread asks for, and nothing of the others'.
 class Buffer {
  public:
   Buffer() = default;
@@ -64,20 +71,58 @@ class Buffer {
 
   void reserve(int64_t size) {
     if (size <= size_) return;
-    data_.reset(static_cast<float*>(::operator new(size * sizeof(float), kAligned)));
-    expect_writes(data_.get(), size * static_cast<int64_t>(sizeof(float)));
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    memory_ = torch::stable::empty({size}, ScalarType::Float, std::nullopt, cpu);
+    expect_writes(*memory_);
+    data_ = static_cast<float*>(memory_->mutable_data_ptr());
     size_ = size;
   }
-  float* data() const { return data_.get(); }
+  float* data() const { return data_; }
 
  private:
-  static constexpr std::align_val_t kAligned{kSlots * sizeof(float)};
-  struct Delete {
-    void operator()(float* data) const { ::operator delete(data, kAligned); }
-  };
-
-  std::unique_ptr<float, Delete> data_;
+  std::optional<torch::stable::Tensor> memory_;
+  float* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// Hands out the memory of one piece, whole vectors at a time; without a piece it only counts.
+class Arena {
+ public:
+  explicit Arena(float* memory = nullptr) : memory_(memory) {}
+
+  float* take(int64_t size) {
+    float* const taken = memory_ == nullptr ? nullptr : memory_ + taken_;
+    taken_ += (size + kSlots - 1) / kSlots * kSlots;
+    return taken;
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  float* memory_;
+  int64_t taken_ = 0;
+};
+
+// How many threads share `count` items, at the most.
+inline int64_t threads_for(int64_t count) {
+  return std::min<int64_t>(count, torch::stable::get_num_threads());
+}
+
+// Pieces of memory for threads or images.
+class Pieces {
+ public:
+  Pieces(int64_t count, int64_t size) : size_((size + kSlots - 1) / kSlots * kSlots) {
+    memory_.reserve(count * size_);
+  }
+
+  Arena at(int64_t i) const { return Arena(memory_.data() + i * size_); }
+  // One that no thread has yet.
+  Arena next() { return at(next_++); }
+  void restart() { next_ = 0; }
+
+ private:
+  int64_t size_;
+  Buffer memory_;
+  std::atomic<int64_t> next_{0};
 };
 
 }  // namespace

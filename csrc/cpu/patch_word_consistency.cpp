@@ -1,6 +1,6 @@
 // Consistency of patch-word similarities over layers on the CPU. The forward pass holds the cosines of
 // all layers for a tile of tokens and words, the backward pass makes them again and holds their
-// gradients for one image a thread.
+// gradients for some of an image's tokens at a time, of one image a thread.
 //
 // A slice is a head of a layer; every slice is a product of its own, of rows of unit length. Layers
 // meet in the passes over a tile, of which gradients need only signs: with them, the backward pass
@@ -61,6 +61,15 @@ JEPA_FAST_CLONES void through_length(
       const float* u = unit + panel * panel_stride + i * kPanel;
       for (int64_t j = 0; j < kPanel; ++j) g[j] = (g[j] - along * u[j]) / of_row;
     }
+  }
+}
+
+// Adds a part of a sum to the rest; the first part has no rest, and to the last one it is added.
+JEPA_FAST_CLONES void add_part(
+    float* __restrict rest, float* __restrict part, int64_t size, bool is_first, bool is_last) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float sum = is_first ? part[i] : rest[i] + part[i];
+    (is_last ? part : rest)[i] = sum;
   }
 }
 
@@ -142,6 +151,7 @@ struct Call : Images {
   bool is_softplus;
   float inverse_tau;
   int64_t blocks;  // of an image's words: tiles of one block and one panel of tokens stay in L2
+  int64_t chunk;   // panels of tokens whose gradients are kept at a time
 
   Call(
       const std::vector<Tensor>& queries,
@@ -158,13 +168,28 @@ struct Call : Images {
         is_softplus(is_softplus),
         inverse_tau(static_cast<float>(1 / tau)) {
     constexpr int64_t kTileSize = 32768;
-    int64_t most = 1;
-    for (const Words& of_image : words) most = std::max(most, of_image.size());
     const int64_t rows = std::clamp<int64_t>(kTileSize / (slices * kPanel), 12, 96);
-    blocks = (most + rows - 1) / rows;
+    blocks = (std::max<int64_t>(1, most_words()) + rows - 1) / rows;
+    constexpr int64_t kSlopes = int64_t{1} << 22;  // 16 MB, which most images' are below
+    const int64_t of_panel = std::max<int64_t>(1, slices * captions * words_each * kPanel);
+    chunk = std::clamp<int64_t>(kSlopes / of_panel, 1, std::max<int64_t>(1, token_panels()));
   }
 
   int64_t tiles() const { return token_panels() * blocks; }
+};
+
+// Some panels of an image's tokens.
+struct Chunk {
+  int64_t first, panels, token, tokens;
+  bool is_first, is_last;
+
+  Chunk(const Call& call, int64_t first_panel, int64_t most)
+      : first(first_panel),
+        panels(std::min(most, call.token_panels() - first)),
+        token(first * kPanel),
+        tokens(std::min(panels * kPanel, call.tokens - token)),
+        is_first(first == 0),
+        is_last(first + panels == call.token_panels()) {}
 };
 
 // Where the gradients go, of each layer.
@@ -175,30 +200,55 @@ struct Gradients {
 
 // One thread's memory, and which of an image's rows it holds.
 struct Scratch {
-  Buffer cosines, similar, grad;
-  Buffer transposed, row;          // [slices][width][32] of a panel of tokens
-  Buffer queries, lengths;         // [panels][tokens][32], [tokens] of a slice
-  int64_t panel = -1, slice = -1;  // counted over all images
+  float *cosines, *similar, *grad;
+  float *transposed, *row;                     // [slices][width][32] of a panel of tokens
+  float *queries, *lengths;                    // [panels][tokens of a chunk][32] of a slice
+  int64_t panel = -1, slice = -1, token = -1;  // counted over all images
+  int64_t taken;
+
+  Scratch(const Call& call, bool with_gradients, Arena memory) {
+    const int64_t panels = call.panels();
+    const int64_t words_of_tile = call.most_words() / call.blocks + 1;
+    const int64_t tokens = call.chunk * kPanel;
+    cosines = memory.take(with_gradients ? 0 : call.slices * words_of_tile * kPanel);
+    similar = memory.take(call.layers * kPanel);
+    transposed = memory.take(call.slices * call.width * kPanel);
+    row = memory.take(panels * kPanel * kPanel);
+    grad = memory.take(with_gradients ? panels * kPanel * kPanel : 0);
+    queries = memory.take(with_gradients ? panels * tokens * kPanel : 0);
+    lengths = memory.take(with_gradients ? tokens : 0);
+    taken = memory.taken();
+  }
 };
 
 // One image at work: its keys are read, then compared with its tokens tile by tile, and then the
-// backward pass writes gradients. Parts are up to 32 rows of a slice. Threads may share the parts and
-// the tiles out; results are the same.
+// backward pass writes gradients, chunk of tokens by chunk. Parts are up to 32 rows of a slice. Threads
+// may share the parts and the tiles out; results are the same.
 class Image {
  public:
-  void reserve(const Call& call, int64_t b, const Gradients* gradients) {
-    call_ = &call;
-    gradients_ = gradients;
-    image_ = b;
-    keys_.reserve(call.slices * call.panels() * words() * kPanel);
-    key_lengths_.reserve(call.slices * words());
-    if (gradients != nullptr) {
-      slopes_.reserve(call.slices * call.token_panels() * words() * kPanel);
+  Image(const Call& call, int64_t b, const Gradients* gradients, Arena memory)
+      : call_(&call), gradients_(gradients), image_(b) {
+    keys_ = memory.take(call.slices * call.panels() * words() * kPanel);
+    key_lengths_ = memory.take(call.slices * words());
+    slopes_ = memory.take(gradients == nullptr ? 0 : call.slices * call.chunk * words() * kPanel);
+    const bool has_chunks = gradients != nullptr && call.chunk < call.token_panels();
+    dk_ = memory.take(has_chunks ? call.slices * call.panels() * words() * kPanel : 0);
+    taken_ = memory.taken();
+  }
+
+  // The most that an image of the call takes.
+  static int64_t size_of(const Call& call, const Gradients* gradients) {
+    int64_t size = 0;
+    for (int64_t b = 0; b < call.batch; ++b) {
+      size = std::max(size, Image(call, b, gradients, Arena()).taken_);
     }
+    return size;
   }
 
   int64_t parts_of_keys() const { return call_->slices * panels_of(words()); }
-  int64_t parts() const { return call_->slices * (call_->token_panels() + panels_of(words())); }
+  int64_t parts(const Chunk& chunk) const {
+    return call_->slices * (chunk.panels + panels_of(words()));
+  }
 
   void read_keys(int64_t part) const {
     const Call& call = *call_;
@@ -211,32 +261,31 @@ class Image {
   }
 
   // Returns the sum of the deviations of the tokens that count, unless there are gradients.
-  double compare(int64_t tile, Scratch& scratch) const {
+  double compare(const Chunk& chunk, int64_t tile, Scratch& scratch) const {
     const Call& call = *call_;
-    const int64_t panel = tile / call.blocks, block = tile % call.blocks, first = panel * kPanel;
+    const int64_t panel = chunk.first + tile / call.blocks, block = tile % call.blocks;
+    const int64_t first = panel * kPanel;
     const int64_t count = std::min(kPanel, call.tokens - first);
     const int64_t begin = words() * block / call.blocks;
     const int64_t size = words() * (block + 1) / call.blocks - begin;
     read_transposed(panel, scratch);
-    scratch.similar.reserve(call.layers * kPanel);
     float* cosines;
     int64_t stride;
     if (gradients_ == nullptr) {
       stride = size * kPanel;
-      scratch.cosines.reserve(call.slices * stride);
-      cosines = scratch.cosines.data();
+      cosines = scratch.cosines;
     } else {
-      stride = call.token_panels() * words() * kPanel;
-      cosines = slopes(0, panel) + begin * kPanel;
+      stride = chunk.panels * words() * kPanel;
+      cosines = slopes(chunk, 0, panel - chunk.first) + begin * kPanel;
     }
     for (int64_t slice = 0; slice < call.slices; ++slice) {
       const Left left{keys(slice, 0, begin), size, call.width, kPanel, words() * kPanel};
-      const float* const right = scratch.transposed.data() + slice * call.width * kPanel;
+      const float* const right = scratch.transposed + slice * call.width * kPanel;
       multiply(left, right, count, cosines + slice * stride);
     }
 
     const Tile all_layers{
-        cosines, call.layers, call.heads, stride, size, call.inverse_tau, scratch.similar.data()};
+        cosines, call.layers, call.heads, stride, size, call.inverse_tau, scratch.similar};
     float weight[kPanel] = {};
     double deviation[kPanel] = {}, sum = 0;
     if (gradients_ != nullptr) {
@@ -258,15 +307,13 @@ class Image {
   }
 
   // Gradients of some tokens or words.
-  void write(int64_t part, Scratch& scratch) const {
-    const Call& call = *call_;
-    const int64_t of_tokens = call.token_panels(), each = of_tokens + panels_of(words());
-    const int64_t slice = part / each, panel = part % each;
-    read_queries(slice, scratch);
-    if (panel < of_tokens) {
-      write_tokens(slice, panel, scratch);
+  void write(const Chunk& chunk, int64_t part, Scratch& scratch) const {
+    const int64_t each = chunk.panels + panels_of(words()), slice = part / each, panel = part % each;
+    read_queries(chunk, slice, scratch);
+    if (panel < chunk.panels) {
+      write_tokens(chunk, slice, panel, scratch);
     } else {
-      write_words(slice, panel - of_tokens, scratch);
+      write_words(chunk, slice, panel - chunk.panels, scratch);
     }
   }
 
@@ -290,59 +337,61 @@ class Image {
     const int64_t of_all = image_ * call.token_panels() + panel, stride = kPanel * kPanel;
     if (scratch.panel == of_all) return;
     scratch.panel = of_all;
-    scratch.row.reserve(call.panels() * stride);
-    scratch.transposed.reserve(call.slices * call.width * kPanel);
-    float* const rows = scratch.row.data();
+    float* const rows = scratch.row;
     const int64_t first = panel * kPanel, count = std::min(kPanel, call.tokens - first);
     float length[kPanel];
     for (int64_t slice = 0; slice < call.slices; ++slice) {
       read_tokens(rows, stride, slice, first, count, length);
-      float* const to = scratch.transposed.data() + slice * call.width * kPanel;
+      float* const to = scratch.transposed + slice * call.width * kPanel;
       transpose(to, rows, stride, count, call.width);
     }
   }
 
-  void read_queries(int64_t slice, Scratch& scratch) const {
+  void read_queries(const Chunk& chunk, int64_t slice, Scratch& scratch) const {
     const Call& call = *call_;
-    const int64_t of_all = image_ * call.slices + slice, stride = call.tokens * kPanel;
-    if (scratch.slice == of_all) return;
+    const int64_t of_all = image_ * call.slices + slice, stride = chunk.tokens * kPanel;
+    if (scratch.slice == of_all && scratch.token == chunk.token) return;
     scratch.slice = of_all;
-    scratch.queries.reserve(call.panels() * stride);
-    scratch.lengths.reserve(call.tokens);
-    for (int64_t first = 0; first < call.tokens; first += kPanel) {
-      const int64_t count = std::min(kPanel, call.tokens - first);
-      float* const rows = scratch.queries.data() + first * kPanel;
-      read_tokens(rows, stride, slice, first, count, scratch.lengths.data() + first);
+    scratch.token = chunk.token;
+    for (int64_t first = 0; first < chunk.tokens; first += kPanel) {
+      const int64_t count = std::min(kPanel, chunk.tokens - first);
+      float* const rows = scratch.queries + first * kPanel;
+      read_tokens(rows, stride, slice, chunk.token + first, count, scratch.lengths + first);
     }
   }
 
-  void write_tokens(int64_t slice, int64_t panel, Scratch& scratch) const {
+  void write_tokens(const Chunk& chunk, int64_t slice, int64_t panel, Scratch& scratch) const {
     const Call& call = *call_;
-    const int64_t first = panel * kPanel, count = std::min(kPanel, call.tokens - first);
-    const Left left{slopes(slice, panel), count, words(), words(), 0};
-    float* const grad = for_gradients(scratch);
+    const int64_t first = panel * kPanel, count = std::min(kPanel, chunk.tokens - first);
+    const Left left{slopes(chunk, slice, panel), count, words(), words(), 0};
+    float* const grad = scratch.grad;
     for (int64_t f = 0; f < call.panels(); ++f) {
       multiply_transposed(left, keys(slice, f, 0), columns_of(f), grad + f * kPanel * kPanel);
     }
-    const float* const queries = scratch.queries.data() + first * kPanel;
-    const float* const length = scratch.lengths.data() + first;
-    through_length(grad, queries, call.tokens * kPanel, count, call.panels(), length);
+    const float* const queries = scratch.queries + first * kPanel;
+    through_length(
+        grad, queries, chunk.tokens * kPanel, count, call.panels(), scratch.lengths + first);
     const Rows& to = gradients_->dq[slice / call.heads];
     write_rows(to, slice, count, grad, [&](int64_t i, int64_t column) {
-      return to.at(call.sequence(image_, first + i), 0, call.place(first + i), column);
+      const int64_t p = chunk.token + first + i;
+      return to.at(call.sequence(image_, p), 0, call.place(p), column);
     });
   }
 
-  void write_words(int64_t slice, int64_t panel, Scratch& scratch) const {
+  void write_words(const Chunk& chunk, int64_t slice, int64_t panel, Scratch& scratch) const {
     const Call& call = *call_;
     const int64_t first = panel * kPanel, count = std::min(kPanel, words() - first);
-    const float* const of_words = slopes(slice, 0) + first * kPanel;
-    const Left left{of_words, count, call.tokens, kPanel, words() * kPanel};
-    float* const grad = for_gradients(scratch);
+    const float* const of_words = slopes(chunk, slice, 0) + first * kPanel;
+    const Left left{of_words, count, chunk.tokens, kPanel, words() * kPanel};
+    float* const grad = scratch.grad;
     for (int64_t f = 0; f < call.panels(); ++f) {
-      const float* const right = scratch.queries.data() + f * call.tokens * kPanel;
+      const float* const right = scratch.queries + f * chunk.tokens * kPanel;
       multiply(left, right, columns_of(f), grad + f * kPanel * kPanel);
+      if (chunk.is_first && chunk.is_last) continue;
+      float* const sum = dk_ + ((slice * call.panels() + f) * words() + first) * kPanel;
+      add_part(sum, grad + f * kPanel * kPanel, count * kPanel, chunk.is_first, chunk.is_last);
     }
+    if (!chunk.is_last) return;
     const float* const length = key_lengths(slice, first);
     through_length(
         grad, keys(slice, 0, first), words() * kPanel, count, call.panels(), length);
@@ -364,11 +413,6 @@ class Image {
     }
   }
 
-  float* for_gradients(Scratch& scratch) const {
-    scratch.grad.reserve(call_->panels() * kPanel * kPanel);
-    return scratch.grad.data();
-  }
-
   void divide_by_length(float* rows, int64_t stride, int64_t count, float* length) const {
     lengths(length, rows, stride, count, call_->panels());
     to_unit_length(rows, stride, count, call_->panels(), length);
@@ -378,20 +422,22 @@ class Image {
   int64_t columns_of(int64_t f) const { return std::min(kPanel, call_->width - f * kPanel); }
 
   float* keys(int64_t slice, int64_t f, int64_t w) const {
-    return keys_.data() + ((slice * call_->panels() + f) * words() + w) * kPanel;
+    return keys_ + ((slice * call_->panels() + f) * words() + w) * kPanel;
   }
   float* key_lengths(int64_t slice, int64_t w) const {
-    return key_lengths_.data() + slice * words() + w;
+    return key_lengths_ + slice * words() + w;
   }
-  float* slopes(int64_t slice, int64_t panel) const {
-    return slopes_.data() + (slice * call_->token_panels() + panel) * words() * kPanel;
+  // `panel` counts from the chunk's first.
+  float* slopes(const Chunk& chunk, int64_t slice, int64_t panel) const {
+    return slopes_ + (slice * chunk.panels + panel) * words() * kPanel;
   }
 
-  const Call* call_ = nullptr;
-  const Gradients* gradients_ = nullptr;
-  int64_t image_ = 0;
-  Buffer keys_, key_lengths_;  // [slices][panels][W][32], [slices][W]
-  Buffer slopes_;               // [slices][token panels][W][32]
+  const Call* call_;
+  const Gradients* gradients_;
+  int64_t image_, taken_;
+  float *keys_, *key_lengths_;  // [slices][panels][W][32], [slices][W]
+  float* slopes_;               // [slices][panels of a chunk][W][32]
+  float* dk_;                   // as the keys, where there are several chunks
 };
 
 // How many of `count` items a thread takes at least, if all of them take so many multiplications.
@@ -409,39 +455,50 @@ void run(const Call& call, const Gradients* gradients, double* sums) {
   const auto product = [&](int64_t b) {
     return call.slices * call.width * call.tokens * call.words[b].size();
   };
+  // Without gradients nothing is kept, and all tokens are one chunk.
+  const int64_t chunk_panels = gradients == nullptr ? call.token_panels() : call.chunk;
   // `phase(count, multiplications, each)` calls each(i, scratch) for i up to count.
-  const auto run_image = [&](Image& image, int64_t b, auto&& phase) {
-    image.reserve(call, b, gradients);
+  const auto run_image = [&](const Image& image, int64_t b, auto&& phase) {
     const int64_t reading = product(b) / 64;  // takes about as long
     phase(image.parts_of_keys(), reading, [&](int64_t i, Scratch&) { image.read_keys(i); });
-    phase(call.tiles(), product(b), [&](int64_t i, Scratch& scratch) {
-      const double sum = image.compare(i, scratch);
-      if (sums != nullptr) sums[b * call.tiles() + i] = sum;
-    });
-    if (gradients == nullptr) return;
-    phase(image.parts(), 2 * product(b), [&](int64_t i, Scratch& scratch) {
-      image.write(i, scratch);
-    });
+    // Without tokens there still are gradients of words, all 0.
+    for (int64_t first = 0; first == 0 || first < call.token_panels(); first += chunk_panels) {
+      const Chunk chunk(call, first, chunk_panels);
+      const int64_t work = product(b) / std::max<int64_t>(1, call.tokens) * chunk.tokens;
+      phase(chunk.panels * call.blocks, work, [&](int64_t i, Scratch& scratch) {
+        const double sum = image.compare(chunk, i, scratch);
+        if (sums != nullptr) sums[b * call.tiles() + i] = sum;
+      });
+      if (gradients == nullptr) return;
+      phase(image.parts(chunk), 2 * work, [&](int64_t i, Scratch& scratch) {
+        image.write(chunk, i, scratch);
+      });
+    }
     for (int64_t layer = 0; layer < call.layers; ++layer) image.clear_absent(layer);
   };
   int64_t of_whole = 0;
   for (int64_t b = 0; b < whole; ++b) of_whole += product(b);
   const int64_t grain = grain_of(whole, of_whole);
+  const int64_t of_image = Image::size_of(call, gradients);
+  const int64_t of_thread = Scratch(call, gradients != nullptr, Arena()).taken;
+  Pieces images(std::max<int64_t>(call.batch > whole, threads_for(whole)), of_image);
+  Pieces scratches(threads, of_thread);
   torch::stable::parallel_for(0, whole, grain, [&](int64_t begin, int64_t end) {
-    Image image;
-    Scratch scratch;
+    const Arena piece = images.next();
+    Scratch scratch(call, gradients != nullptr, scratches.next());
     for (int64_t b = begin; b < end; ++b) {
-      run_image(image, b, [&](int64_t count, int64_t, auto&& each) {
+      run_image(Image(call, b, gradients, piece), b, [&](int64_t count, int64_t, auto&& each) {
         for (int64_t i = 0; i < count; ++i) each(i, scratch);
       });
     }
   });
-  Image image;
   for (int64_t b = whole; b < call.batch; ++b) {
+    const Image image(call, b, gradients, images.at(0));
     run_image(image, b, [&](int64_t count, int64_t multiplications, auto&& each) {
+      scratches.restart();
       const int64_t grain = grain_of(count, multiplications);
       torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-        Scratch scratch;
+        Scratch scratch(call, gradients != nullptr, scratches.next());
         for (int64_t i = begin; i < end; ++i) each(i, scratch);
       });
     });

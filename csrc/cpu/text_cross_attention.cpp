@@ -1,5 +1,5 @@
-// Text cross-attention on the CPU: scores never leave the cache in the forward pass, and those of one
-// image a thread are kept in the backward pass.
+// Text cross-attention on the CPU: scores never leave the cache in the forward pass, and the backward
+// pass keeps those of some of an image's tokens at a time, of one image a thread.
 //
 // Masked words are left out when keys and values are copied, so that the W words of an image's
 // captions lie side by side and nothing below knows of masks. Matrices are panels of 32 columns:
@@ -208,6 +208,10 @@ JEPA_FAST_CLONES void write_winners(uint8_t* to, const float* winner, int64_t wi
   for (int64_t j = 0; j < width; ++j) to[j] = static_cast<uint8_t>(static_cast<int32_t>(winner[j]));
 }
 
+JEPA_FAST_CLONES void add_row(float* __restrict to, const float* __restrict row, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] += row[i];
+}
+
 // to = (x - y * factor) * scale
 JEPA_FAST_CLONES void subtract_scaled(
     float* to, const float* x, const float* y, float factor, float scale, int64_t width) {
@@ -249,8 +253,20 @@ struct Call : Images {
 // The forward pass of up to some panels of tokens of one head of an image.
 class ForwardTile {
  public:
-  ForwardTile(const Call& call, const Rows& residual, const Rows& features, uint8_t* winner)
-      : call_(call), residual_(residual), features_(features), winner_(winner) {}
+  ForwardTile(
+      const Call& call, const Rows& residual, const Rows& features, uint8_t* winner, Arena memory)
+      : call_(call), residual_(residual), features_(features), winner_(winner) {
+    const int64_t panels = call.panels(), words = call.most_words();
+    keys_ = memory.take(panels * words * kPanel);
+    values_ = memory.take(panels * words * kPanel);
+    inverse_keys_ = memory.take(words);
+    queries_ = memory.take(panels * kPanel * kPanel);
+    transposed_ = memory.take(call.width * kPanel);
+    scores_ = memory.take(panels_each(call) * words * kPanel);
+    taken_ = memory.taken();
+  }
+
+  int64_t size() const { return taken_; }
 
   // The panels of tokens that share a walk over keys and values: their scores are to stay in L2.
   static int64_t panels_each(const Call& call) {
@@ -263,14 +279,13 @@ class ForwardTile {
   double run(int64_t b, int64_t head, int64_t first_panel, int64_t panels) {
     read(b, head);
     const int64_t words = call_.words[b].size();
-    scores_.reserve(panels * words * kPanel);
     double sum = 0;
     for (int64_t i = 0; i < panels; ++i) {
-      sum += attend_panel((first_panel + i) * kPanel, scores_.data() + i * words * kPanel);
+      sum += attend_panel((first_panel + i) * kPanel, scores_ + i * words * kPanel);
     }
     for (int64_t f = 0; f < call_.panels(); ++f) {
       for (int64_t i = 0; i < panels; ++i) {
-        write((first_panel + i) * kPanel, f, scores_.data() + i * words * kPanel);
+        write((first_panel + i) * kPanel, f, scores_ + i * words * kPanel);
       }
     }
     return sum;
@@ -281,13 +296,10 @@ class ForwardTile {
     if (b == image_ && head == head_) return;
     image_ = b;
     head_ = head;
-    const int64_t words = call_.words[b].size(), size = call_.panels() * words * kPanel;
-    keys_.reserve(size);
-    values_.reserve(size);
-    inverse_keys_.reserve(words);
-    call_.read_words(keys_.data(), call_.k, b, head);
-    call_.read_words(values_.data(), call_.v, b, head);
-    inverse_lengths(inverse_keys_.data(), keys_.data(), words * kPanel, words, call_.panels());
+    const int64_t words = call_.words[b].size();
+    call_.read_words(keys_, call_.k, b, head);
+    call_.read_words(values_, call_.v, b, head);
+    inverse_lengths(inverse_keys_, keys_, words * kPanel, words, call_.panels());
   }
 
   int64_t tokens_from(int64_t first) const { return std::min(kPanel, call_.tokens - first); }
@@ -295,20 +307,18 @@ class ForwardTile {
   double attend_panel(int64_t first, float* scores) {
     const Words& words = call_.words[image_];
     const int64_t count = tokens_from(first), stride = kPanel * kPanel;
-    queries_.reserve(call_.panels() * stride);
-    transposed_.reserve(call_.width * kPanel);
     call_.read_tokens(
-        queries_.data(), stride, call_.q, image_, 0, first, count, head_ * call_.width, call_.width,
+        queries_, stride, call_.q, image_, 0, first, count, head_ * call_.width, call_.width,
         call_.scale);
     float inverse_query[kPanel] = {};
-    inverse_lengths(inverse_query, queries_.data(), stride, count, call_.panels());
-    transpose(transposed_.data(), queries_.data(), stride, count, call_.width);
-    const Left keys{keys_.data(), words.size(), call_.width, kPanel, words.size() * kPanel};
-    multiply(keys, transposed_.data(), count, scores);
+    inverse_lengths(inverse_query, queries_, stride, count, call_.panels());
+    transpose(transposed_, queries_, stride, count, call_.width);
+    const Left keys{keys_, words.size(), call_.width, kPanel, words.size() * kPanel};
+    multiply(keys, transposed_, count, scores);
 
     double similarity[kPanel] = {};
     for (const int64_t n : words.there) {
-      const Lengths lengths{inverse_keys_.data() + words.first[n], inverse_query, call_.inverse_tau};
+      const Lengths lengths{inverse_keys_ + words.first[n], inverse_query, call_.inverse_tau};
       float* const of_caption = scores + words.first[n] * kPanel;
       if (call_.is_softplus) {
         attend<true>(of_caption, words.count(n), lengths, similarity);
@@ -328,7 +338,7 @@ class ForwardTile {
     const Words& words = call_.words[image_];
     const int64_t count = tokens_from(first);
     const int64_t columns = std::min(kPanel, call_.width - f * kPanel);
-    const float* values = values_.data() + f * words.size() * kPanel;
+    const float* values = values_ + f * words.size() * kPanel;
     float y[kPanel * kPanel], pooled[kPanel * kPanel], winner[kPanel * kPanel];
     const auto of_words = [&](int64_t begin, int64_t end, float* out) {
       const Left left{attention + begin * kPanel, count, end - begin, end - begin, 0};
@@ -382,7 +392,8 @@ class ForwardTile {
   const Rows &residual_, &features_;
   uint8_t* winner_;
   int64_t image_ = -1, head_ = -1;  // whose keys and values are here
-  Buffer keys_, values_, inverse_keys_, queries_, transposed_, scores_;
+  float *keys_, *values_, *inverse_keys_, *queries_, *transposed_, *scores_;
+  int64_t taken_;
 };
 
 // The upstream gradients, and where they go.
@@ -393,50 +404,86 @@ struct Gradients {
   float sparsity;  // of the sum over all pairs and heads
 };
 
-// The backward pass of one head of an image: first by panels of tokens, which gives the gradient of
-// q, then by panels of columns, which gives those of k and v. Either may be shared out among threads,
-// and sums over tokens are the same.
-class BackwardImage {
- public:
-  void read(const Call& call, const Gradients& gradients, int64_t b, int64_t head) {
-    call_ = &call;
-    gradients_ = &gradients;
-    image_ = b;
-    head_ = head;
-    const int64_t words = size(), panels = call.panels(), tokens = call.tokens;
-    keys_.reserve(panels * words * kPanel);
-    values_.reserve(panels * words * kPanel);
-    inverse_keys_.reserve(words);
-    call.read_words(keys_.data(), call.k, b, head);
-    call.read_words(values_.data(), call.v, b, head);
-    inverse_lengths(inverse_keys_.data(), keys_.data(), words * kPanel, words, panels);
-    queries_.reserve(panels * tokens * kPanel);
-    if (call.pool != kNone) grads_.reserve(panels * tokens * kPanel);
-    if (is_won()) {
-      const int64_t stride = slots_a_row();
-      won_values_.reserve(panels * kPanel * stride);
-      for (int64_t f = 0; f < panels; ++f) {
-        const float* of_words = values_.data() + f * words * kPanel;
-        words_to_slots(won_values_.data() + f * kPanel * stride, of_words, kPanel);
-      }
-      won_attention_.reserve(tokens * stride);
-    }
-    attention_.reserve(call.token_panels() * words * kPanel);
-    slopes_.reserve(call.token_panels() * words * kPanel);
-    of_words_.reserve(call.token_panels() * words);
+// Panels of tokens whose scores are kept at a time.
+struct Chunk {
+  int64_t first, panels;  // of all tokens' panels
+  int64_t token, tokens;  // the same in tokens
+  bool is_first, is_last;
+
+  static int64_t panels_each(const Call& call) {
+    constexpr int64_t kScores = int64_t{1} << 18;  // 1 MB, which most images' are below
+    const int64_t of_panel = std::max<int64_t>(1, call.captions * call.words_each * kPanel);
+    return std::clamp<int64_t>(kScores / of_panel, 1, std::max<int64_t>(1, call.token_panels()));
   }
 
-  // Of the tokens of one panel.
-  void run_tokens(int64_t panel) const {
+  Chunk(const Call& call, int64_t first_panel)
+      : first(first_panel),
+        panels(std::min(panels_each(call), call.token_panels() - first)),
+        token(first * kPanel),
+        tokens(std::min(panels * kPanel, call.tokens - token)),
+        is_first(first == 0),
+        is_last(first + panels == call.token_panels()) {}
+};
+
+// The backward pass of one head of an image, by chunks of tokens: first by panels of tokens, which
+// gives the gradient of q, then by panels of columns, which gives those of k and v. Either may be
+// shared out among threads, and sums over tokens are the same.
+class BackwardImage {
+ public:
+  BackwardImage(
+      const Call& call, const Gradients& gradients, int64_t b, int64_t head, Arena memory)
+      : call_(&call), gradients_(&gradients), image_(b), head_(head) {
+    const int64_t panels = call.panels(), chunk = Chunk::panels_each(call);
+    const int64_t of_words = panels * size() * kPanel, of_tokens = panels * chunk * kPanel * kPanel;
+    const int64_t scores = chunk * size() * kPanel;
+    keys_ = memory.take(of_words);
+    values_ = memory.take(of_words);
+    inverse_keys_ = memory.take(size());
+    queries_ = memory.take(of_tokens);
+    grads_ = memory.take(call.pool == kNone ? 0 : of_tokens);
+    won_values_ = memory.take(is_won() ? panels * kPanel * slots_a_row() : 0);
+    won_attention_ = memory.take(is_won() ? chunk * kPanel * slots_a_row() : 0);
+    attention_ = memory.take(scores);
+    slopes_ = memory.take(scores);
+    of_words_ = memory.take(chunk * size());
+    const bool has_chunks = chunk < call.token_panels();
+    dk_ = memory.take(has_chunks ? of_words : 0);
+    dv_ = memory.take(has_chunks ? of_words : 0);
+    taken_ = memory.taken();
+  }
+
+  // The most that an image of the call takes.
+  static int64_t size_of(const Call& call, const Gradients& gradients) {
+    int64_t size = 0;
+    for (int64_t b = 0; b < call.batch; ++b) {
+      size = std::max(size, BackwardImage(call, gradients, b, 0, Arena()).taken_);
+    }
+    return size;
+  }
+
+  void read() const {
+    const Call& call = *call_;
+    call.read_words(keys_, call.k, image_, head_);
+    call.read_words(values_, call.v, image_, head_);
+    inverse_lengths(inverse_keys_, keys_, size() * kPanel, size(), call.panels());
+    if (!is_won()) return;
+    const int64_t stride = slots_a_row();
+    for (int64_t f = 0; f < call.panels(); ++f) {
+      words_to_slots(won_values_ + f * kPanel * stride, values_ + f * size() * kPanel, kPanel);
+    }
+  }
+
+  // Of the tokens of one panel of a chunk.
+  void run_tokens(const Chunk& chunk, int64_t panel) const {
     const Call& call = *call_;
     const Words& words = call.words[image_];
     const int64_t first = panel * kPanel, count = std::min(kPanel, call.tokens - first);
-    const int64_t stride = call.tokens * kPanel;
-    float* const queries = queries_.data() + first * kPanel;
-    float* const slopes = slopes_.data() + panel * size() * kPanel;
-    float* const attention = attention_.data() + panel * size() * kPanel;
+    const int64_t stride = chunk.tokens * kPanel;
+    float* const queries = queries_ + (first - chunk.token) * kPanel;
+    float* const slopes = slopes_ + (panel - chunk.first) * size() * kPanel;
+    float* const attention = attention_ + (panel - chunk.first) * size() * kPanel;
     std::vector<float> transposed(call.width * kPanel);
-    read_tokens(queries, call.q, first, count, call.scale);
+    read_tokens(queries, stride, call.q, first, count, call.scale);
     float inverse_query[kPanel] = {}, weight[kPanel] = {}, of_tokens[kPanel] = {};
     inverse_lengths(inverse_query, queries, stride, count, call.panels());
     for (int64_t j = 0; j < count; ++j) {
@@ -446,7 +493,7 @@ class BackwardImage {
     multiply(all_words(keys_), transposed.data(), count, slopes);
     for (const int64_t n : words.there) {
       const int64_t begin = words.first[n];
-      const Lengths lengths{inverse_keys_.data() + begin, inverse_query, call.inverse_tau};
+      const Lengths lengths{inverse_keys_ + begin, inverse_query, call.inverse_tau};
       const auto pass = call.is_softplus ? &attend_again<true> : &attend_again<false>;
       pass(
           slopes + begin * kPanel,
@@ -454,19 +501,19 @@ class BackwardImage {
           words.count(n),
           lengths,
           weight,
-          of_words_.data() + panel * size() + begin,
+          of_words_ + (panel - chunk.first) * size() + begin,
           of_tokens);
     }
     if (is_won()) {
-      add_won_slopes(first, count, slopes, attention);
+      add_won_slopes(chunk, first, count, slopes, attention);
     } else {
-      add_attention_slopes(first, count, slopes, attention, transposed);
+      add_attention_slopes(chunk, first, count, slopes, attention, transposed);
     }
     for (int64_t f = 0; f < call.panels(); ++f) {
       float grad[kPanel * kPanel];
       const int64_t columns = std::min(kPanel, call.width - f * kPanel);
       const Left left{slopes, count, size(), size(), 0};
-      multiply_transposed(left, keys_.data() + f * size() * kPanel, columns, grad);
+      multiply_transposed(left, keys_ + f * size() * kPanel, columns, grad);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t p = first + i;
         const float factor = of_tokens[i] * inverse_query[i] * inverse_query[i];
@@ -480,49 +527,60 @@ class BackwardImage {
     }
   }
 
-  // Of the columns of one panel, after all tokens.
-  void run_columns(int64_t f) const {
+  // Of the columns of one panel, after all tokens of a chunk.
+  void run_columns(const Chunk& chunk, int64_t f) const {
     const Call& call = *call_;
     const Words& words = call.words[image_];
     const int64_t columns = std::min(kPanel, call.width - f * kPanel);
-    const int64_t tokens = call.tokens, column = head_ * call.width + f * kPanel;
+    const int64_t tokens = chunk.tokens, column = head_ * call.width + f * kPanel;
     std::vector<float> grad(size() * kPanel), of_caption;
-    const auto by_tokens = [&](const Buffer& scores, int64_t begin, int64_t end) {
-      return Left{scores.data() + begin * kPanel, end - begin, tokens, kPanel, size() * kPanel};
+    const auto by_tokens = [&](const float* scores, int64_t begin, int64_t end) {
+      return Left{scores + begin * kPanel, end - begin, tokens, kPanel, size() * kPanel};
     };
-    const auto write = [&](const Rows& to) {
+    const auto write = [&](const Rows& to, const float* from) {
       for (int64_t w = 0; w < size(); ++w) {
         char* const row = to.at(image_, words.caption[w], words.place[w], column);
-        to.write(row, grad.data() + w * kPanel, columns);
+        to.write(row, from + w * kPanel, columns);
       }
     };
+    // The sums of all chunks up to this one.
+    const auto total = [&](float* sums) {
+      if (chunk.is_first && chunk.is_last) return grad.data();
+      float* const sum = sums + f * size() * kPanel;
+      if (chunk.is_first) std::fill(sum, sum + size() * kPanel, 0.0f);
+      add_row(sum, grad.data(), size() * kPanel);
+      return sum;
+    };
 
-    const float* const queries = queries_.data() + f * tokens * kPanel;
-    multiply(by_tokens(slopes_, 0, size()), queries, columns, grad.data());
+    multiply(by_tokens(slopes_, 0, size()), queries_ + f * tokens * kPanel, columns, grad.data());
     for (int64_t w = 0; w < size(); ++w) {
       float shared = 0;
-      for (int64_t i = 0; i < call.token_panels(); ++i) shared += of_words_.data()[i * size() + w];
-      const float factor = shared * inverse_keys_.data()[w] * inverse_keys_.data()[w];
+      for (int64_t i = 0; i < chunk.panels; ++i) shared += of_words_[i * size() + w];
+      const float factor = shared * inverse_keys_[w] * inverse_keys_[w];
       float* const row = grad.data() + w * kPanel;
-      subtract_scaled(row, row, keys_.data() + (f * size() + w) * kPanel, factor, 1.0f, columns);
+      subtract_scaled(row, row, keys_ + (f * size() + w) * kPanel, factor, 1.0f, columns);
     }
-    write(gradients_->dk);
+    const float* const of_keys = total(dk_);
+    if (chunk.is_last) write(gradients_->dk, of_keys);
 
     if (is_won()) {
-      sum_won(f, columns, grad.data());
+      sum_won(chunk, f, columns, grad.data());
     } else if (call.pool != kNone) {
-      const float* const grads = grads_.data() + f * tokens * kPanel;
+      const float* const grads = grads_ + f * tokens * kPanel;
       multiply(by_tokens(attention_, 0, size()), grads, columns, grad.data());
     } else {
       of_caption.resize(tokens * kPanel);
       for (const int64_t n : words.there) {
         call.read_tokens(
-            of_caption.data(), 0, gradients_->features, image_, n, 0, tokens, column, columns, 1.0f);
+            of_caption.data(), 0, gradients_->features, image_, n, chunk.token, tokens, column,
+            columns, 1.0f);
         const Left left = by_tokens(attention_, words.first[n], words.first[n + 1]);
         multiply(left, of_caption.data(), columns, grad.data() + words.first[n] * kPanel);
       }
     }
-    write(gradients_->dv);
+    const float* const of_values = total(dv_);
+    if (!chunk.is_last) return;
+    write(gradients_->dv, of_values);
     for (const Rows* to : {&gradients_->dk, &gradients_->dv}) {
       call.clear_absent(*to, image_, column, columns);
     }
@@ -560,19 +618,20 @@ class BackwardImage {
     }
   }
 
-  Left all_words(const Buffer& panels) const {
-    return {panels.data(), size(), call_->width, kPanel, size() * kPanel};
+  Left all_words(const float* panels) const {
+    return {panels, size(), call_->width, kPanel, size() * kPanel};
   }
 
   void read_tokens(
-      float* to, const Rows& from, int64_t first, int64_t count, float factor) const {
+      float* to, int64_t stride, const Rows& from, int64_t first, int64_t count,
+      float factor) const {
     const int64_t column = head_ * call_->width;
-    call_->read_tokens(
-        to, call_->tokens * kPanel, from, image_, 0, first, count, column, call_->width, factor);
+    call_->read_tokens(to, stride, from, image_, 0, first, count, column, call_->width, factor);
   }
 
   // The gradient of the attention, by way of the values, and on to the scores.
   void add_attention_slopes(
+      const Chunk& chunk,
       int64_t first,
       int64_t count,
       float* slopes,
@@ -580,14 +639,14 @@ class BackwardImage {
       std::vector<float>& transposed) const {
     const Call& call = *call_;
     const Words& words = call.words[image_];
-    const int64_t stride = call.tokens * kPanel;
+    const int64_t stride = chunk.tokens * kPanel;
     std::vector<float> grad(size() * kPanel), some;
     if (call.pool == kNone) {
       some.resize(call.panels() * kPanel * kPanel);
     } else {
       const float captions = static_cast<float>(std::max<size_t>(1, words.there.size()));
-      float* const grads = grads_.data() + first * kPanel;
-      read_tokens(grads, gradients_->features, first, count, 1.0f / captions);
+      float* const grads = grads_ + (first - chunk.token) * kPanel;
+      read_tokens(grads, stride, gradients_->features, first, count, 1.0f / captions);
       transpose(transposed.data(), grads, stride, count, call.width);
       multiply(all_words(values_), transposed.data(), count, grad.data());
     }
@@ -613,20 +672,24 @@ class BackwardImage {
   }
 
   // The same behind a maximum over captions; leaves the attention where sum_won looks for it.
-  void add_won_slopes(int64_t first, int64_t count, float* slopes, const float* attention) const {
+  void add_won_slopes(
+      const Chunk& chunk, int64_t first, int64_t count, float* slopes,
+      const float* attention) const {
     const Call& call = *call_;
     const Words& words = call.words[image_];
     const int64_t stride = slots_a_row();
     const Buffer sums(count * stride), partial(stride), grad(size() * kPanel);
-    read_tokens(grads_.data() + first * kPanel, gradients_->features, first, count, 1.0f);
+    const int64_t in_chunk = first - chunk.token;
+    float* const grads = grads_ + in_chunk * kPanel;
+    read_tokens(grads, chunk.tokens * kPanel, gradients_->features, first, count, 1.0f);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t f = 0; f < call.panels(); ++f) {
         add_won(
             partial.data(),
             0,
-            won_values_.data() + f * kPanel * stride,
+            won_values_ + f * kPanel * stride,
             stride,
-            grads_.data() + (f * call.tokens + first + i) * kPanel,
+            grads + (f * chunk.tokens + i) * kPanel,
             winners(first + i, f),
             std::min(kPanel, call.width - f * kPanel),
             words.slots);
@@ -640,29 +703,28 @@ class BackwardImage {
       const int64_t begin = words.first[n] * kPanel;
       add_softmax_slope(slopes + begin, attention + begin, grad.data() + begin, words.count(n));
     }
-    words_to_slots(won_attention_.data() + first * stride, attention, count);
+    words_to_slots(won_attention_ + in_chunk * stride, attention, count);
   }
 
   // The gradient of the values behind a maximum over captions, as a panel of columns.
-  void sum_won(int64_t f, int64_t columns, float* grad) const {
+  void sum_won(const Chunk& chunk, int64_t f, int64_t columns, float* grad) const {
     constexpr int64_t kColumns = 8;  // whose sums stay in L1
-    const Call& call = *call_;
-    const Words& words = call.words[image_];
+    const Words& words = call_->words[image_];
     const int64_t stride = slots_a_row();
     const Buffer sums(columns * stride), partial(kColumns * stride);
     for (int64_t column = 0; column < columns; column += kColumns) {
       const int64_t count = std::min(kColumns, columns - column);
-      for (int64_t p = 0; p < call.tokens; ++p) {
+      for (int64_t p = 0; p < chunk.tokens; ++p) {
         add_won(
             partial.data(),
             stride,
-            won_attention_.data() + p * stride,
+            won_attention_ + p * stride,
             0,
-            grads_.data() + (f * call.tokens + p) * kPanel + column,
-            winners(p, f) + column,
+            grads_ + (f * chunk.tokens + p) * kPanel + column,
+            winners(chunk.token + p, f) + column,
             count,
             words.slots);
-        if ((p + 1) % kSummands == 0 || p + 1 == call.tokens) {
+        if ((p + 1) % kSummands == 0 || p + 1 == chunk.tokens) {
           take_partial(sums.data() + column * stride, partial.data(), count * stride);
         }
       }
@@ -670,14 +732,23 @@ class BackwardImage {
     words_from_slots(grad, sums.data(), columns);
   }
 
-  const Call* call_ = nullptr;
-  const Gradients* gradients_ = nullptr;
-  int64_t image_ = 0, head_ = 0;
-  Buffer keys_, values_, inverse_keys_;   // [panels][W][32], [W]
-  Buffer queries_, grads_;                // [panels][tokens][32]
-  Buffer won_values_, won_attention_;     // [width][slots], [tokens][slots]
-  Buffer attention_, slopes_, of_words_;  // [token panels][W][32], [token panels][W]
+  const Call* call_;
+  const Gradients* gradients_;
+  int64_t image_, head_, taken_;
+  float *keys_, *values_, *inverse_keys_;  // [panels][W][32], [W]
+  float *queries_, *grads_;                // [panels][tokens of a chunk][32]
+  float *won_values_, *won_attention_;     // [width][slots], [tokens of a chunk][slots]
+  float *attention_, *slopes_;             // [panels of a chunk][W][32]
+  float* of_words_;                        // [panels of a chunk][W]
+  float *dk_, *dv_;                        // [panels][W][32], where there are several chunks
 };
+
+template <typename Run>
+void for_each_chunk(const Call& call, Run&& run) {
+  const int64_t each = Chunk::panels_each(call), panels = call.token_panels();
+  // Without tokens there still are gradients of words, all 0.
+  for (int64_t first = 0; first == 0 || first < panels; first += each) run(Chunk(call, first));
+}
 
 // q and residual [R, T, d], k and v [B, C, S, d], masks contiguous; features, winner contiguous.
 void text_cross_attention(
@@ -704,9 +775,11 @@ void text_cross_attention(
   const int64_t each = ForwardTile::panels_each(call);
   const int64_t tiles = (call.token_panels() + each - 1) / each;
   std::vector<double> sums(call.batch * heads * tiles);
+  const int64_t size = ForwardTile(call, residual, features, winners, Arena()).size();
+  Pieces memory(threads_for(sums.size()), size);
   torch::stable::parallel_for(
       0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
-        ForwardTile tile(call, residual, features, winners);
+        ForwardTile tile(call, residual, features, winners, memory.next());
         for (int64_t i = begin; i < end; ++i) {
           const int64_t image = i / tiles, first = i % tiles * each;
           const int64_t panels = std::min(each, call.token_panels() - first);
@@ -766,29 +839,37 @@ void text_cross_attention_backward(
   const int64_t images = call.batch * heads, panels = call.panels();
   const int64_t threads = torch::stable::get_num_threads();
   // An image a thread while that keeps all of them at work; the rest one by one.
-  const int64_t whole = images / threads * threads;
+  const int64_t whole = images / threads * threads, rest = images - whole;
+  const int64_t size = BackwardImage::size_of(call, gradients);
+  Pieces memory(std::max(std::min(threads, whole), rest), size);
+  const auto image = [&](int64_t i, Arena piece) {
+    return BackwardImage(call, gradients, i / heads, i % heads, piece);
+  };
   torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
-    BackwardImage image;
+    const Arena piece = memory.next();
     for (int64_t i = begin; i < end; ++i) {
-      image.read(call, gradients, i / heads, i % heads);
-      for (int64_t panel = 0; panel < call.token_panels(); ++panel) image.run_tokens(panel);
-      for (int64_t f = 0; f < panels; ++f) image.run_columns(f);
+      const BackwardImage whole_image = image(i, piece);
+      whole_image.read();
+      for_each_chunk(call, [&](const Chunk& chunk) {
+        for (int64_t k = 0; k < chunk.panels; ++k) whole_image.run_tokens(chunk, chunk.first + k);
+        for (int64_t f = 0; f < panels; ++f) whole_image.run_columns(chunk, f);
+      });
     }
   });
-  std::vector<BackwardImage> rest(images - whole);
   const auto share_out = [&](int64_t parts, auto&& run) {
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(rest.size()) * parts, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) run(rest[i / parts], i / parts, i % parts);
-        });
+    torch::stable::parallel_for(0, rest * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        run(image(whole + i / parts, memory.at(i / parts)), i % parts);
+      }
+    });
   };
-  share_out(1, [&](BackwardImage& image, int64_t i, int64_t) {
-    image.read(call, gradients, (whole + i) / heads, (whole + i) % heads);
+  share_out(1, [](const BackwardImage& some, int64_t) { some.read(); });
+  for_each_chunk(call, [&](const Chunk& chunk) {
+    share_out(chunk.panels, [&](const BackwardImage& some, int64_t k) {
+      some.run_tokens(chunk, chunk.first + k);
+    });
+    share_out(panels, [&](const BackwardImage& some, int64_t f) { some.run_columns(chunk, f); });
   });
-  share_out(call.token_panels(), [](const BackwardImage& image, int64_t, int64_t panel) {
-    image.run_tokens(panel);
-  });
-  share_out(panels, [](const BackwardImage& image, int64_t, int64_t f) { image.run_columns(f); });
 }
 
 }  // namespace

@@ -128,6 +128,11 @@ struct Images {
 
   int64_t panels() const { return panels_of(width); }
   int64_t token_panels() const { return panels_of(tokens); }
+  int64_t most_words() const {
+    int64_t most = 0;
+    for (const Words& of_image : words) most = std::max(most, of_image.size());
+    return most;
+  }
   int64_t sequence(int64_t b, int64_t p) const { return p / length * batch + b; }
   int64_t place(int64_t p) const { return p % length; }
 
