@@ -33,6 +33,18 @@ def test_target_union_of_no_images() -> None:
     assert index.shape == valid.shape == (0, 0)
 
 
+def test_compiled_target_union_has_slots_for_the_most_there_could_be() -> None:
+    union = torch.compile(BlockMasks.target_union, fullgraph=True, backend="eager")
+    index, valid = union(_masks())
+    want, real = _masks().target_union()
+    assert index.shape == valid.shape == (2, 4)
+    assert valid.tolist() == [[True, True, True, False], [True, True, False, False]]
+    assert torch.equal(index[valid], want[real])
+    assert not index[~valid].any()
+    many = dataclasses.replace(_masks(), targets=torch.arange(12).repeat(2, 3, 1))
+    assert union(many)[0].tolist() == [list(range(12))] * 2
+
+
 def test_to_moves_every_tensor() -> None:
     moved = _masks().to("meta")
     assert moved.context.is_meta

@@ -407,40 +407,30 @@ def test_predictions_and_targets_are_those_of_padded_masks() -> None:
     torch.testing.assert_close(packed.target[:, :patches], padded.target)
 
 
-def test_one_graph_over_100_steps() -> None:
-    """Contexts of all lengths, blocks of all sizes, one of the steps in two packs: one shape."""
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tijepa"])
+def test_one_graph_over_100_steps(method: str) -> None:
+    """Contexts of all lengths, blocks of all sizes, some steps in several packs: one shape."""
     torch._dynamo.reset()
-    model, _ = _model("ijepa")
+    model, text = _model(method)
     sampler = _sampler()
     tokens, block, longest = packing_budget(sampler, 5, steps=100)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def loss_of(images: Tensor, *fields: Tensor) -> Tensor:
-        names = ("context", "context_offsets", "targets", "target_mask")
-        names += ("predictor", "predictor_offsets", "prediction")
-        values = dict(zip(names, fields, strict=True))
-        pack = PackedMasks(**values, grid=GRID, longest=longest, share=1.0)
-        return model(images, pack).loss
-
-    compiled = torch.compile(loss_of, fullgraph=True, dynamic=False, backend=counter)
-    sizes = set()
+    if method != "tijepa":  # which takes whole batches
+        tokens = max(longest + 1, tokens * 2 // 3)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    sizes, split = set(), set()
     for step in range(100):
         masks = sampler(step, 5)
+        packs = pack_masks(masks, tokens, block, longest)
         sizes.add(masks.targets.shape[2])
-        for pack in pack_masks(masks, tokens, block, longest):
-            mask = pack.target_mask
-            mask = torch.ones_like(pack.targets, dtype=torch.bool) if mask is None else mask
-            compiled(
-                _images(),
-                pack.context,
-                pack.context_offsets,
-                pack.targets,
-                mask,
-                pack.predictor,
-                pack.predictor_offsets,
-                pack.prediction,
-            )
+        split.add(len(packs) > 1)
+        for pack in packs:
+            loss = compiled(_images(), pack, *text).loss
+            if step == 0:
+                loss.backward()
+                torch.testing.assert_close(loss, model(_images(), pack, *text).loss)
     assert len(sizes) > 1
+    assert split == ({False} if method == "tijepa" else {False, True})
     assert counter.frame_count == 1
 
 

@@ -147,28 +147,34 @@ class BlockMasks:
 
         Returns:
             ``[B, U]`` int64 indices, ascending, padded with 0 to the longest union of the batch,
-            and ``[B, U]`` bool, True where a slot holds a real patch.
+            and ``[B, U]`` bool, True where a slot holds a real patch. In compiled code, which
+            cannot know the longest, U is the most that there could be, ``min(M * Kt, N)``.
         """
         patches = self.grid[0] * self.grid[1]
         batch = self.targets.shape[0]
         member = torch.zeros(batch, patches, dtype=torch.bool, device=self.targets.device)
-        return pack_members(member.scatter_(1, self.targets.flatten(1), True))
+        most = min(self.targets.shape[1] * self.targets.shape[2], patches)
+        return pack_members(member.scatter_(1, self.targets.flatten(1), True), most)
 
 
-def pack_members(member: Tensor) -> tuple[Tensor, Tensor]:
+def pack_members(member: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Indices of the True entries of every row.
 
     Args:
         member: ``[B, N]`` bool.
+        most: no row has more of them.
 
     Returns:
-        ``[B, K]`` int64, ascending, padded with 0 to the fullest row, and ``[B, K]`` bool, True
-        where a slot is filled.
+        ``[B, K]`` int64, ascending, padded with 0 to the fullest row, in compiled code to ``most``,
+        and ``[B, K]`` bool, True where a slot is filled.
     """
     counts = member.sum(dim=1)
-    longest = int(counts.max()) if counts.numel() else 0
-    rows, members = member.nonzero(as_tuple=True)
-    slots = torch.arange(rows.numel(), device=member.device) - (counts.cumsum(0) - counts)[rows]
-    index = torch.zeros(member.shape[0], longest, dtype=torch.int64, device=member.device)
-    index[rows, slots] = members
-    return index, torch.arange(longest, device=member.device) < counts[:, None]
+    slots = most
+    if not torch.compiler.is_compiling():
+        slots = int(counts.max()) if counts.numel() else 0
+    # What is no member goes to one slot more, which is cut off.
+    slot = torch.where(member, member.cumsum(dim=1) - 1, slots)
+    number = torch.arange(member.shape[1], device=member.device).expand_as(member)
+    index = torch.zeros(member.shape[0], slots + 1, dtype=torch.int64, device=member.device)
+    index = index.scatter_(1, slot, number)[:, :slots]
+    return index, torch.arange(slots, device=member.device) < counts[:, None]

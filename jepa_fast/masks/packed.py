@@ -28,7 +28,8 @@ class PackedMasks:
         targets: ``[B, M, Kt]`` int64, patches of the target blocks; slots that a smaller block
             leaves over repeat its patches.
         target_mask: ``[B, M, Kt]`` bool, True where a slot counts: not in slots left over, and not
-            for images that belong to another pack. None: everywhere.
+            for images that belong to another pack. None: everywhere, which only packs made without
+            ``block`` say; with it there is always a mask, as compiled models want.
         predictor: ``[P]`` int64, rows of context tokens followed by all mask tokens
             ``[T + B * M * Kt]``.
         predictor_offsets: ``[M * B + 2]`` int32, as ``context_offsets``.
@@ -101,7 +102,8 @@ def pack_masks(
     Args:
         masks: of one batch, best on the CPU: how many packs there are depends on their values.
         tokens: the budget T; one of them always stays slack. :func:`packing_budget` suggests one.
-        block: Kt, the most patches of a target block in any step; None: those of these masks.
+        block: Kt, the most patches of a target block in any step; None: those of these masks, so
+            that shapes differ by step.
         longest: the most context tokens of an image in any step, at most the patches of the grid;
             None: of these masks. It bounds what attention without variable lengths works on.
 
@@ -127,7 +129,7 @@ def pack_masks(
     if slots < patches or (patches == 0 and slots):
         raise ValueError(f"block: expected at least {patches}, a block's patches, got {slots}")
     return [
-        _pack(masks, member.to(masks.targets.device), tokens, slots, longest)
+        _pack(masks, member.to(masks.targets.device), tokens, block, longest)
         for member in _split(lengths, tokens - 1)
     ]
 
@@ -171,9 +173,15 @@ def _split(lengths: Tensor, tokens: int) -> list[Tensor]:
     return packs
 
 
-def _pack(masks: BlockMasks, member: Tensor, tokens: int, slots: int, longest: int) -> PackedMasks:
+def _pack(
+    masks: BlockMasks, member: Tensor, tokens: int, block: int | None, longest: int
+) -> PackedMasks:
     """One pack of the images that are its members."""
     batch, blocks, patches = masks.targets.shape
+    slots = patches if block is None else block
+    # With the slots of every step given, a mask that is there in some steps alone would make
+    # compiled models two graphs.
+    whole = block is None and bool(member.all())
     device = masks.targets.device
     grid_patches = masks.grid[0] * masks.grid[1]
     real = masks.filled() & member[:, None]
@@ -207,7 +215,7 @@ def _pack(masks: BlockMasks, member: Tensor, tokens: int, slots: int, longest: i
         context=context,
         context_offsets=first.int(),
         targets=targets,
-        target_mask=None if slots == patches and bool(member.all()) else counts.contiguous(),
+        target_mask=None if whole else counts.contiguous(),
         predictor=_with_slack(predictor, total, tokens),
         predictor_offsets=begin.int(),
         prediction=found,

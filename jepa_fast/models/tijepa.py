@@ -187,8 +187,9 @@ class TIJepa(nn.Module):
         Args:
             images: ``[B, 3, H, W]``; None if ``image_features`` are given.
             masks: context and target blocks of every image, best on the CPU: the size of a union of
-                blocks depends on what is in them, which makes the host wait for a GPU. The
-                cross-modal objective hides nothing and does not read them.
+                blocks depends on what is in them, which makes the host wait for a GPU. Compiled
+                code does not wait, and predicts as many slots as a union could fill; the loss is
+                the same. The cross-modal objective hides nothing and does not read them.
             words: ``[B, S, Dt]``, or ``[B, C, S, Dt]``, where an image's captions are taken as one
                 text; captions if the model has a text encoder.
             word_mask: bool, of the shape of ``words`` without ``Dt``; False at padding.
@@ -201,7 +202,8 @@ class TIJepa(nn.Module):
             ``energy_matched``, ``energy_shuffled`` and the difference ``energy_spread``, and with
             ``vicreg`` ``variance`` and ``covariance``. Prediction and target are, for masked
             images, ``[B, U, width]``: the union of the image's target blocks in ascending order,
-            from the start again where other images have more. Cross-modal they are the image's
+            from the start again where it leaves slots over, see
+            :meth:`~jepa_fast.masks.BlockMasks.target_union`. Cross-modal they are the image's
             representation ``[B, 1 or N, width]`` as predicted from the text, while loss and metrics
             are of both directions.
 
