@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backends import backends
@@ -336,12 +338,55 @@ def test_bad_calls() -> None:
         sampler(-1, 2)
     with pytest.raises(TypeError, match="sample_ids: expected an int or an int64 tensor"):
         sampler(0, torch.arange(2).float())
+    with pytest.raises(ValueError, match="sample_ids: expected at least 0, got -1"):
+        sampler(0, -1)
+    with pytest.raises(TypeError, match=r"step: expected an int, got float 1.0; use int\(\)"):
+        sampler(1.0, 2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"sample_ids: .* got list"):
         sampler(0, [1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"sample_ids: expected shape \[B\], got \[1, 2\]"):
         sampler(0, torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="seed: expected an int, got float"):
         BlockMaskSampler((8, 8), seed=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grid": 8.0}, TypeError, r"grid: expected an int, or two as .* got 8.0; use int\(\)"),
+        ({"grid": (8.5, 8.5)}, TypeError, r"grid: expected an int, or two as .* got \(8.5, 8.5\)"),
+        ({"grid": "8"}, TypeError, "grid: expected an int, or two as .* got '8'"),
+        ({"grid": (1, 8, 8)}, ValueError, r"grid: expected \(height, width\) or an int"),
+        ({"num_targets": 4.0}, TypeError, "num_targets: expected an int, got float 4.0"),
+        ({"num_targets": None}, TypeError, "num_targets: expected an int, got NoneType"),
+        ({"min_context": 9.5}, TypeError, "min_context: expected an int, got float 9.5"),
+        ({"max_context": 20.0}, TypeError, "max_context: expected an int, got float 20.0"),
+        ({"target_scale": 0.2}, TypeError, r"target_scale: expected a pair of .* got 0.2"),
+        ({"target_scale": ("a", "b")}, TypeError, r"target_scale: expected a pair"),
+        ({"target_scale": (0.1, 0.2, 0.3)}, ValueError, "target_scale: .* both finite"),
+        ({"target_aspect": (1, math.inf)}, ValueError, "target_aspect: .* both finite"),
+        ({"context_aspect": (math.nan, 1)}, ValueError, "context_aspect: expected 0 < low"),
+        ({"allow_overlap": "no"}, TypeError, "allow_overlap: expected True or False, got 'no'"),
+        ({"seed": "3"}, TypeError, "seed: expected an int, got str"),
+    ],
+)
+def test_arguments_of_other_types(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        BlockMaskSampler(**({"grid": (8, 8)} | options))
+
+
+def test_numpys_integers_are_integers() -> None:
+    theirs, mine = np.int64, int
+    made = [
+        BlockMaskSampler(of(8), of(3), min_context=of(9), max_context=of(20), seed=of(3))(
+            of(2), of(4)
+        )
+        for of in (theirs, mine)
+    ]
+    assert torch.equal(made[0].context, made[1].context)
+    assert torch.equal(made[0].targets, made[1].targets)
 
 
 def test_max_context_keeps_the_patches_nearest_to_a_random_side() -> None:

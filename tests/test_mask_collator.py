@@ -187,3 +187,28 @@ def test_bad_arguments() -> None:
         MaskCollator(aspect_ratio=(0.0, 1.0))
     with pytest.raises(ValueError, match="batch: expected at least one sample"):
         MaskCollator()([])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input_size": 224.0}, TypeError, "input_size: expected an int, or two as"),
+        ({"input_size": (224, 224, 3)}, ValueError, r"input_size: expected \(height, width\)"),
+        ({"patch_size": 0}, ValueError, "patch_size: expected at least 1, got 0"),
+        ({"patch_size": -16}, ValueError, "patch_size: expected at least 1, got -16"),
+        ({"patch_size": 16.0}, TypeError, "patch_size: expected an int, got float 16.0"),
+        ({"enc_mask_scale": (1.0, 2.0)}, ValueError, "enc_mask_scale: expected .* high <= 1"),
+        ({"pred_mask_scale": 0.2}, TypeError, "pred_mask_scale: expected a pair of .* got 0.2"),
+        ({"aspect_ratio": (1.0, math.inf)}, ValueError, "aspect_ratio: .* both finite"),
+        ({"nenc": -1}, ValueError, "nenc: expected at least 0, got -1"),
+        ({"npred": -1}, ValueError, "npred: expected at least 0, got -1"),
+        ({"npred": 4.0}, TypeError, "npred: expected an int, got float 4.0"),
+        ({"min_keep": 4.5}, TypeError, "min_keep: expected an int, got float 4.5"),
+        ({"allow_overlap": "no"}, TypeError, "allow_overlap: expected True or False, got 'no'"),
+    ],
+)
+def test_arguments_that_would_fail_later(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MaskCollator(**options)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from jepa_fast.masks._arguments import flag, height_and_width, integer, interval
+
 _logger = logging.getLogger(__name__)
 _TRIES_PER_CONSTRAINT = 20
 
@@ -40,7 +42,9 @@ class MaskCollator:
         allow_overlap: leave the target patches in the context.
 
     Raises:
-        ValueError: the grid is smaller than 2x2, or a range is empty or not positive.
+        TypeError: an argument of another type; NumPy's integers are ints here.
+        ValueError: the grid is smaller than 2x2, a range is empty or not positive, a share is above
+            1, or a number of blocks negative.
     """
 
     def __init__(
@@ -55,28 +59,21 @@ class MaskCollator:
         min_keep: int = 4,
         allow_overlap: bool = False,
     ) -> None:
-        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        self.patch_size = patch_size
-        self.height, self.width = (side // patch_size for side in size)
+        size = height_and_width("input_size", input_size, least=1)
+        self.patch_size = integer("patch_size", patch_size, least=1)
+        self.height, self.width = (side // self.patch_size for side in size)
         if min(self.height, self.width) < 2:
             raise ValueError(
                 f"input_size: expected at least 2x2 patches of {patch_size} pixels, got "
                 f"{size[0]}x{size[1]} pixels; lower patch_size or raise input_size"
             )
-        for name, (low, high) in (
-            ("enc_mask_scale", enc_mask_scale),
-            ("pred_mask_scale", pred_mask_scale),
-            ("aspect_ratio", aspect_ratio),
-        ):
-            if not 0 < low <= high:
-                raise ValueError(f"{name}: expected 0 < low <= high, got ({low}, {high})")
-        self.enc_mask_scale = enc_mask_scale
-        self.pred_mask_scale = pred_mask_scale
-        self.aspect_ratio = aspect_ratio
-        self.nenc = nenc
-        self.npred = npred
-        self.min_keep = min_keep
-        self.allow_overlap = allow_overlap
+        self.enc_mask_scale = interval("enc_mask_scale", enc_mask_scale, most=1)
+        self.pred_mask_scale = interval("pred_mask_scale", pred_mask_scale, most=1)
+        self.aspect_ratio = interval("aspect_ratio", aspect_ratio)
+        self.nenc = integer("nenc", nenc, least=0)
+        self.npred = integer("npred", npred, least=0)
+        self.min_keep = integer("min_keep", min_keep)
+        self.allow_overlap = flag("allow_overlap", allow_overlap)
         # In shared memory: one count for all workers. The spawn context's lock works under every
         # start method, that of fork under fork alone.
         self._counter = get_context("spawn").Value("i", -1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import operator
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from jepa_fast.masks._arguments import flag, height_and_width, integer, interval
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.ops import _random, draw_block_masks
 from jepa_fast.ops.draw_block_masks.reference import most_context
@@ -57,7 +58,7 @@ class BlockMaskSampler:
         seed: any integer in ``[0, 2**63)``.
 
     Raises:
-        TypeError: ``seed`` is not an int.
+        TypeError: an argument of another type; NumPy's integers are ints here.
         ValueError: an argument out of range, or a combination for which some size that could be
             drawn has no layout. The text names the argument to change.
 
@@ -81,28 +82,19 @@ class BlockMaskSampler:
         allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
-        if isinstance(grid, int):
-            grid = (grid, grid)
-        if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"grid: expected (H, W), both at least 1, got {tuple(grid)}")
-        for name, count in (("num_targets", num_targets), ("min_context", min_context)):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
-        if max_context is not None and max_context < min_context:
+        self.grid = height_and_width("grid", grid, least=1)
+        self.num_targets = integer("num_targets", num_targets, least=1)
+        self.min_context = integer("min_context", min_context, least=1)
+        self.max_context = None if max_context is None else integer("max_context", max_context)
+        if self.max_context is not None and self.max_context < self.min_context:
             raise ValueError(
                 f"max_context: expected at least min_context, {min_context}, got {max_context}"
             )
-        if not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**63:
+        self.allow_overlap = flag("allow_overlap", allow_overlap)
+        self.seed = integer("seed", seed)
+        if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
-        self.grid = (int(grid[0]), int(grid[1]))
-        self.num_targets = num_targets
-        self.min_context = min_context
-        self.max_context = max_context
-        self.allow_overlap = allow_overlap
-        self.seed = seed
-        self._seed_key = _random.fold(0, seed)
+        self._seed_key = _random.fold(0, self.seed)
         self._equally_long = allow_overlap or max_context == min_context
         self._target_sizes = _block_sizes(self.grid, "target", target_scale, target_aspect)
         self._context_sizes = _block_sizes(self.grid, "context", context_scale, context_aspect)
@@ -123,17 +115,18 @@ class BlockMaskSampler:
 
         Raises:
             TypeError: ``sample_ids`` is neither an int nor int64, or ``step`` is no integer.
-            ValueError: ``step`` is negative or ``sample_ids`` has another shape than ``[B]``.
+            ValueError: ``step`` or a batch size is negative, or ``sample_ids`` has another shape
+                than ``[B]``.
         """
-        ids = torch.arange(sample_ids) if isinstance(sample_ids, int) else sample_ids
+        ids: object = sample_ids
+        if isinstance(sample_ids, Integral):
+            ids = torch.arange(integer("sample_ids", sample_ids, least=0))
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
             got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"sample_ids: expected an int or an int64 tensor [B], got {got}")
         if ids.dim() != 1:
             raise ValueError(f"sample_ids: expected shape [B], got {list(ids.shape)}")
-        step = operator.index(step)
-        if step < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
+        step = integer("step", step, least=0)
 
         step_key = _random.fold(self._seed_key, step)
         context, real, lengths, targets = draw_block_masks(
@@ -197,10 +190,8 @@ def _block_sizes(
 ) -> list[Size]:
     """The block sizes that can be drawn, all equally likely."""
     patches = grid[0] * grid[1]
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"{name}_scale: expected 0 < low <= high <= 1, got {tuple(scale)}")
-    if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"{name}_aspect: expected 0 < low <= high, got {tuple(aspect)}")
+    scale = interval(f"{name}_scale", scale, most=1)
+    aspect = interval(f"{name}_aspect", aspect)
     if patches * scale[0] < 1:
         raise ValueError(
             f"{name}_scale: expected at least one patch, got {scale[0]} of the {patches} patches "

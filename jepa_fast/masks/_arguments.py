@@ -1,0 +1,77 @@
+"""Checks of what samplers, the collator and packing are given."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """``value`` as an int; NumPy's integers are fine.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        got = f"{kind} {value!r}; use int()" if isinstance(value, Real) else kind
+        raise TypeError(f"{name}: expected an int, got {got}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
+
+
+def height_and_width(name: str, value: Any, least: int) -> tuple[int, int]:
+    """``value`` as (height, width); one integer stands for both.
+
+    Raises:
+        TypeError: neither an integer nor two of them.
+        ValueError: not two, or one below ``least``.
+    """
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name}: expected (height, width) or an int for both, got {value!r}")
+    try:
+        height, width = map(operator.index, sides)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected an int, or two as (height, width), got {value!r}; use int()"
+        ) from None
+    if min(height, width) < least:
+        raise ValueError(
+            f"{name}: expected (height, width), both at least {least}, got {(height, width)}"
+        )
+    return height, width
+
+
+def interval(name: str, value: Any, most: float = math.inf) -> tuple[float, float]:
+    """``value`` as (low, high).
+
+    Raises:
+        TypeError: no pair of numbers.
+        ValueError: not two, or not 0 < low <= high <= ``most``, both finite.
+    """
+    pair = tuple(value) if isinstance(value, Iterable) else ()
+    if not pair or not all(isinstance(each, Real) for each in pair):
+        raise TypeError(f"{name}: expected a pair of numbers (low, high), got {value!r}")
+    bound = "" if most == math.inf else f" <= {most:g}"
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most or math.isinf(pair[1]):
+        raise ValueError(f"{name}: expected 0 < low <= high{bound}, both finite, got {pair}")
+    return pair[0], pair[1]
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value``, True or False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}; use bool()")
+    return value
