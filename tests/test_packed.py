@@ -106,6 +106,20 @@ def test_what_does_not_fit_is_split_and_never_cut() -> None:
     assert torch.equal(counted.sum(0), torch.ones_like(masks.targets))
 
 
+def test_a_budget_takes_the_longest_context_there_can_be() -> None:
+    """Some steps of a small batch need not have met it."""
+    sampler = BlockMaskSampler(24)
+    budget = packing_budget(sampler, 1, steps=1)
+    _, _, longest = budget
+    context = torch.arange(longest)[None]
+    (pack,) = pack_masks(BlockMasks(context, context[:, None, :1], None, sampler.grid), *budget)
+    assert torch.equal(pack.context[:longest], context[0])
+    for batch in (1, 2, 7):
+        tokens, _, _ = packing_budget(sampler, batch, steps=4, multiple=1)
+        fullest = max(int(sampler(step, batch).filled().sum()) for step in range(4))
+        assert tokens == max(fullest, longest) + 1
+
+
 def test_contexts_of_one_length_and_no_images() -> None:
     masks = _sampler(max_context=2)(0, 3)
     assert masks.context_mask is None

@@ -140,7 +140,8 @@ def packing_budget(
     """``(tokens, block, longest)`` for :func:`pack_masks`, measured on the masks of some steps.
 
     The budget holds the fullest of these steps' batches, so that few batches of a run need a second
-    pack; ``block`` and ``longest`` hold every batch.
+    pack, and the longest context there can be, so that none is refused; ``block`` and ``longest``
+    hold every batch.
 
     Args:
         sampler: of the run's masks.
@@ -154,7 +155,7 @@ def packing_budget(
     for name, value in (("batch", batch), ("steps", steps), ("multiple", multiple)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    fullest = 0
+    fullest = sampler.longest_context
     for step in range(steps):
         fullest = max(fullest, int(sampler(step, batch).filled().sum()))
     tokens = -(-(fullest + 1) // multiple) * multiple
