@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,6 +143,25 @@ def test_bad_budgets() -> None:
         packing_budget(_sampler(), 0)
     with pytest.raises(ValueError, match="expected all images of the batch in one pack"):
         pack_masks(masks, tokens=most + 1)[0].padded()
+
+
+@pytest.mark.parametrize("wrong", [-1, 36])
+@pytest.mark.parametrize("place", ["context", "targets"])
+def test_a_patch_that_no_image_has_is_refused_and_not_taken_of_the_next(
+    place: str, wrong: int
+) -> None:
+    masks = _sampler()(0, 3)
+    index = getattr(masks, place).clone()
+    bad = replace(masks, **{place: index})
+    if place == "context":  # what is in slots that do not count does not matter
+        empty = ~masks.filled()
+        assert empty.any()
+        index[empty] = wrong
+        (pack,) = pack_masks(bad, 500)
+        assert torch.equal(pack.context, pack_masks(masks, 500)[0].context)
+    index.view(3, -1)[1, 0] = wrong
+    with pytest.raises(ValueError, match=rf"masks.{place} must be in \[0, 36\), got {wrong}"):
+        pack_masks(bad, 500)
 
 
 # Attention

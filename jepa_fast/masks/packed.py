@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.masks.sampler import BlockMaskSampler
+from jepa_fast.ops._checks import check_index_range, reads_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +113,17 @@ def pack_masks(
 
     Raises:
         ValueError: an image's context does not fit into the budget, or is longer than ``longest``,
-            or blocks have more than ``block`` patches.
+            or blocks have more than ``block`` patches; a patch outside the grid, on a CPU (a GPU is
+            asked with ``JEPA_FAST_DEBUG=1``).
     """
     batch, _, patches = masks.targets.shape
     slots = patches if block is None else block
-    lengths = masks.filled().sum(1).cpu()
+    real = masks.filled()
+    size = masks.grid[0] * masks.grid[1]
+    if reads_values(masks.context):  # other rows of the batch would be taken for what is out of it
+        check_index_range("pack_masks", "masks.context", masks.context[real], size)
+    check_index_range("pack_masks", "masks.targets", masks.targets, size)
+    lengths = real.sum(1).cpu()
     most = int(lengths.max()) if batch else 0
     longest = most if longest is None else longest
     if most > longest:
