@@ -8,13 +8,21 @@ import types
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from jepa_fast import BackendError, IJepa, ProbIJepa, TCJepa, TIJepa
-from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks, pack_masks, packing_budget
+from jepa_fast.masks import (
+    BlockMasks,
+    BlockMaskSampler,
+    MaskCollator,
+    PackedMasks,
+    pack_masks,
+    packing_budget,
+)
 from jepa_fast.nn import packed
 from jepa_fast.nn.attention import attend
 from jepa_fast.nn.packed import (
@@ -145,6 +153,45 @@ def test_bad_budgets() -> None:
         pack_masks(masks, tokens=most + 1)[0].padded()
 
 
+def test_sizes_that_are_no_integers() -> None:
+    masks = _sampler()(0, 3)
+    block, longest = masks.targets.shape[2], masks.context.shape[1]
+    of_numpy = pack_masks(masks, np.int64(200), np.int64(block), np.int64(longest))[0]
+    assert type(of_numpy.longest) is int
+    assert of_numpy.context.shape == (200,)
+    for name, value in (("tokens", 200.0), ("block", 50.0), ("longest", 36.0)):
+        sizes = {"tokens": 200, name: value}
+        with pytest.raises(TypeError, match=f"{name}: expected an int, got float {value}"):
+            pack_masks(masks, **sizes)  # type: ignore[arg-type]
+    for name in ("batch", "steps", "multiple"):
+        options = {"batch": 2, name: 2.0}
+        with pytest.raises(TypeError, match=f"{name}: expected an int, got float 2.0"):
+            packing_budget(_sampler(), **options)  # type: ignore[arg-type]
+
+
+def test_what_is_not_block_masks_is_not_packed() -> None:
+    masks = _sampler()(0, 3)
+    (pack,) = pack_masks(masks, 200)
+    with pytest.raises(TypeError, match=r"expected BlockMasks, got PackedMasks; .* packed already"):
+        pack_masks(pack, 200)  # type: ignore[arg-type]
+    pair: Any = MaskCollator(24, 4, npred=1, min_keep=0)([0, 1])[1:]
+    with pytest.raises(TypeError, match=r"expected BlockMasks, got tuple; .*BlockMasks.from_lists"):
+        pack_masks(pair, 200)
+    assert len(pack_masks(BlockMasks.from_lists(*pair, GRID), 200)) == 1
+    with pytest.raises(TypeError, match="sampler: expected a BlockMaskSampler, got MaskCollator"):
+        packing_budget(MaskCollator(24, 4), 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tijepa"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_packs_are_forward_passes_of_their_own(method: str, count: int) -> None:
+    model, text = _model(method)
+    packs = pack_masks(_sampler()(0, 5), 500) * count
+    message = rf"masks: .* got a list of {count}; .* for pack in packs"
+    with pytest.raises(TypeError, match=message):
+        model(_images(), packs, *text)
+
+
 @pytest.mark.parametrize("wrong", [-1, 36])
 @pytest.mark.parametrize("place", ["context", "targets"])
 def test_a_patch_that_no_image_has_is_refused_and_not_taken_of_the_next(
@@ -228,6 +275,21 @@ def test_bounded_offsets_cut_the_slack_alone(lengths: list[int], slack: int) -> 
     others[-1] = sequences.tokens
     again, _ = Sequences(others, sequences.tokens, most).bounded_offsets()
     assert again.shape == offsets.shape
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 3, 9, 12], "longest: expected at least 6, the tokens of sequence 1, got 5"),
+        ([0, 3, 2, 12], "offsets: expected .* ascending from 0 to tokens=12"),
+        ([1, 3, 6, 12], "offsets: expected .* ascending from 0 to tokens=12"),
+        ([0, 3, 6, 11], "offsets: expected .* ascending from 0 to tokens=12"),
+    ],
+)
+def test_sequences_that_would_be_mixed_up(offsets: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sequences(torch.tensor(offsets, dtype=torch.int32), 12, longest=5)
+    Sequences(torch.tensor([0, 3, 8, 12], dtype=torch.int32), 12, longest=5)
 
 
 def test_bounded_offsets_wait_for_nothing_and_compile() -> None:

@@ -125,7 +125,7 @@ class BlockMasks:
             grid: ``(H, W)`` of the model that is going to use them.
 
         Raises:
-            TypeError: neither of the two forms.
+            TypeError: neither of the two forms, such as a list of packs.
             ValueError: masks made for another grid, or lists that :meth:`from_lists` refuses.
         """
         if isinstance(masks, BlockMasks):
@@ -135,6 +135,12 @@ class BlockMasks:
                     f"{masks.grid[0]}x{masks.grid[1]}; give the sampler the encoder's grid"
                 )
             return masks
+        if isinstance(masks, (tuple, list)) and any(map(_is_of_a_batch, masks)):
+            raise TypeError(
+                f"masks: expected those of one forward pass, got a {type(masks).__name__} of "
+                f"{len(masks)}; each pack of pack_masks is a pass of its own: for pack in packs: "
+                "(pack.share * model(images, pack).loss).backward()"
+            )
         if isinstance(masks, (tuple, list)) and len(masks) == 2:
             return cls.from_lists(masks[0], masks[1], grid)
         raise TypeError(
@@ -155,6 +161,12 @@ class BlockMasks:
         member = torch.zeros(batch, patches, dtype=torch.bool, device=self.targets.device)
         most = min(self.targets.shape[1] * self.targets.shape[2], patches)
         return pack_members(member.scatter_(1, self.targets.flatten(1), True), most)
+
+
+def _is_of_a_batch(value: object) -> bool:
+    from jepa_fast.masks.packed import PackedMasks
+
+    return isinstance(value, (BlockMasks, PackedMasks))
 
 
 def pack_members(member: Tensor, most: int) -> tuple[Tensor, Tensor]:

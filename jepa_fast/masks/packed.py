@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa_fast.masks._arguments import integer
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.masks.sampler import BlockMaskSampler
 from jepa_fast.ops._checks import check_index_range, reads_values
@@ -112,10 +113,21 @@ def pack_masks(
         Mostly one pack.
 
     Raises:
+        TypeError: ``masks`` are no :class:`BlockMasks`, or a size is no integer.
         ValueError: an image's context does not fit into the budget, or is longer than ``longest``,
             or blocks have more than ``block`` patches; a patch outside the grid, on a CPU (a GPU is
             asked with ``JEPA_FAST_DEBUG=1``).
     """
+    if not isinstance(masks, BlockMasks):
+        fix = (
+            "they are packed already"
+            if isinstance(masks, PackedMasks)
+            else "of a collator's lists make them by BlockMasks.from_lists(contexts, targets, grid)"
+        )
+        raise TypeError(f"masks: expected BlockMasks, got {type(masks).__name__}; {fix}")
+    tokens = integer("tokens", tokens)
+    block = None if block is None else integer("block", block)
+    longest = None if longest is None else integer("longest", longest)
     batch, _, patches = masks.targets.shape
     slots = patches if block is None else block
     real = masks.filled()
@@ -157,11 +169,17 @@ def packing_budget(
         multiple: the budget is one of it.
 
     Raises:
-        ValueError: a size that is not positive.
+        TypeError: another sampler, or a number that is no integer.
+        ValueError: a number that is not positive.
     """
-    for name, value in (("batch", batch), ("steps", steps), ("multiple", multiple)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not isinstance(sampler, BlockMaskSampler):
+        raise TypeError(
+            f"sampler: expected a BlockMaskSampler, got {type(sampler).__name__}; of other masks "
+            "take the most that there are of each"
+        )
+    batch = integer("batch", batch, least=1)
+    steps = integer("steps", steps, least=1)
+    multiple = integer("multiple", multiple, least=1)
     fullest = sampler.longest_context
     for step in range(steps):
         fullest = max(fullest, int(sampler(step, batch).filled().sum()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from jepa_fast.errors import BackendError
 from jepa_fast.nn.attention import attend
+from jepa_fast.ops._checks import may_be_read, reads_values
 
 BACKENDS = ("varlen", "flash_attn", "xformers", "sdpa")
 """In the order in which `"auto"` tries them."""
@@ -27,6 +29,10 @@ class Sequences:
         tokens: T.
         longest: most tokens of a sequence other than the slack.
         backend: of attention: ``"auto"`` or one of :data:`BACKENDS`.
+
+    Raises:
+        ValueError: offsets that do not ascend from 0 to T, or a sequence of more than ``longest``
+            tokens. On a GPU they are read with ``JEPA_FAST_DEBUG=1`` alone, in compiled code never.
     """
 
     offsets: Tensor
@@ -35,6 +41,25 @@ class Sequences:
     backend: str = "auto"
     _found: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _bounded: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not may_be_read(self.offsets) or not reads_values(self.offsets):
+            return
+        offsets = self.offsets.tolist()
+        lengths = list(map(operator.sub, offsets[1:], offsets))
+        if not lengths or offsets[0] != 0 or offsets[-1] != self.tokens or min(lengths) < 0:
+            raise ValueError(
+                f"offsets: expected the beginnings of sequences and of the slack, ascending from 0 "
+                f"to tokens={self.tokens}, got {offsets}"
+            )
+        most = max(lengths[:-1], default=0)
+        if most > self.longest:  # slots would overlap
+            raise ValueError(
+                f"longest: expected at least {most}, the tokens of sequence {lengths.index(most)}, "
+                f"got {self.longest}"
+            )
 
     def bounded_offsets(self) -> tuple[Tensor, int]:
         """Offsets of sequences of so many tokens at the most: the slack is cut into pieces.
