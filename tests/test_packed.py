@@ -493,6 +493,35 @@ def test_split_packs_sum_to_the_whole(method: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tijepa"])
+@pytest.mark.parametrize("none_of", ["images", "blocks", "patches"])
+def test_nothing_to_predict_packed_or_padded(method: str, none_of: str) -> None:
+    model, text = _model(method)
+    masks, images = _sampler()(0, 5), _images()
+    if none_of == "images":
+        masks, images, text = _sampler()(0, 0), images[:0], tuple(x[:0] for x in text)
+    elif none_of == "blocks":
+        masks = replace(masks, targets=masks.targets[:, :0])
+    else:
+        masks = replace(masks, targets=masks.targets[:, :, :0])
+    budgets: list[tuple[int, ...]] = [(500,)]
+    if none_of != "patches":
+        budgets.append((500, 20, 36))
+    if none_of == "blocks" and method != "tijepa":  # which takes whole batches
+        budgets.append((37, 20, 36))
+    want = model(images, masks, *text).loss
+    for budget in budgets:
+        packs = pack_masks(masks, *budget)
+        assert sum(pack.share for pack in packs) == pytest.approx(1)
+        for pack in packs:
+            loss = model(images, pack, *text).loss
+            loss.backward()
+            torch.testing.assert_close(loss, want)
+    if none_of == "patches":
+        with pytest.raises(ValueError, match=r"block: expected 0, since .* got 20"):
+            pack_masks(masks, 500, 20)
+
+
 def test_predictions_and_targets_are_those_of_padded_masks() -> None:
     model, _ = _model("ijepa")
     masks = _sampler()(2, 5)

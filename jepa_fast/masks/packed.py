@@ -60,13 +60,16 @@ class PackedMasks:
         """The same masks in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
         return self._with(Tensor.pin_memory)
 
-    def padded(self) -> BlockMasks:
+    def padded(self, partly: bool = False) -> BlockMasks:
         """The same masks, one row an image of ``longest`` slots.
 
+        Args:
+            partly: also where images belong to another pack; here they have no context then.
+
         Raises:
-            ValueError: some of the images belong to another pack.
+            ValueError: some of the images belong to another pack, without ``partly``.
         """
-        if self.share < 1:
+        if self.share < 1 and not partly:
             raise ValueError(
                 "masks: expected all images of the batch in one pack, got some of them; raise the "
                 "budget of pack_masks"
@@ -145,8 +148,10 @@ def pack_masks(
             f"tokens: expected more than {most}, an image's context, got {tokens}; raise tokens, "
             "or set max_context in the sampler"
         )
-    if slots < patches or (patches == 0 and slots):
+    if slots < patches:
         raise ValueError(f"block: expected at least {patches}, a block's patches, got {slots}")
+    if slots > patches == 0:  # slots repeat a block's patches
+        raise ValueError(f"block: expected 0, since the target blocks have no patches, got {slots}")
     return [
         _pack(masks, member.to(masks.targets.device), tokens, block, longest)
         for member in _split(lengths, tokens - 1)
@@ -247,7 +252,7 @@ def _pack(
         prediction=found,
         grid=masks.grid,
         longest=longest,
-        share=float(member.sum()) / max(batch, 1),
+        share=float(member.sum()) / batch if batch else 1.0,
     )
 
 

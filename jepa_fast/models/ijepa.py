@@ -172,6 +172,9 @@ class IJepa(nn.Module):
                 f"masks: expected {expected} images, as given, got {got}; pass images and masks of "
                 "one batch"
             )
+        if isinstance(masks, PackedMasks) and 0 in masks.targets.shape[:2]:
+            # Slack would have no tokens to read, and nothing is to be predicted.
+            return masks.padded(partly=True)
         return masks
 
 
