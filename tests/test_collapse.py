@@ -84,3 +84,36 @@ def test_metrics_never_read_a_value_on_the_host() -> None:
     # Tensors on the meta device hold no values: whatever waits for one fails there.
     metrics = collapse_metrics(*torch.empty(2, 4, 3, 200, device="meta"))
     assert all(value.is_meta for value in metrics.values())
+
+
+@pytest.mark.parametrize("width", [8, 200])
+@pytest.mark.parametrize("kept", [0.02, 0.6])
+def test_tokens_that_do_not_count_do_not_count(width: int, kept: float) -> None:
+    """More or fewer of them than the rank looks at; whatever the others hold."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (40, 50)
+    counts = torch.rand(shape, generator=generator) < kept
+    prediction, target = torch.randn(2, *shape, width, generator=generator)
+    prediction[~counts] = math.nan
+    target[~counts] = 1e4
+    want = collapse_metrics(prediction[counts], target[counts])
+    got = collapse_metrics(prediction, target, counts)
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+@pytest.mark.parametrize("count", [60, 2000])
+def test_a_mask_that_is_true_everywhere_changes_nothing(count: int) -> None:
+    prediction, target = torch.randn(2, count, 150)
+    everywhere = torch.ones(count, dtype=torch.bool)
+    want = collapse_metrics(prediction, target)
+    assert collapse_metrics(prediction, target, everywhere) == want
+    compiled = torch.compile(collapse_metrics, fullgraph=True, backend="eager")
+    assert compiled(prediction, target, everywhere) == want
+
+
+def test_no_token_that_counts() -> None:
+    metrics = collapse_metrics(*torch.randn(2, 20, 8), torch.zeros(20, dtype=torch.bool))
+    assert metrics["prediction_std_mean"].isnan()
+    assert 0 <= metrics["prediction_rank"] < 0.01

@@ -522,6 +522,55 @@ def test_nothing_to_predict_packed_or_padded(method: str, none_of: str) -> None:
             pack_masks(masks, 500, 20)
 
 
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tijepa"])
+def test_metrics_are_those_of_padded_masks(method: str) -> None:
+    model, text = _model(method)
+    masks = _sampler()(2, 5)
+    (pack,) = pack_masks(masks, 500, masks.targets.shape[2] + 3, 36)
+    got, want = (model(_images(), each, *text).metrics for each in (pack, masks))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa"])
+def test_metrics_of_a_pack_are_of_its_images(method: str) -> None:
+    model, text = _model(method)
+    masks = _sampler()(2, 5)
+    packs = pack_masks(masks, 1 + 2 * masks.context.shape[1], 20)
+    assert len(packs) > 1
+    for pack in packs:
+        assert pack.target_mask is not None
+        mine = pack.target_mask.any(2).any(1)
+        some = BlockMasks(masks.context[mine], masks.targets[mine], masks.filled()[mine], GRID)
+        got = model(_images(), pack, *text).metrics
+        want = model(_images()[mine], some, *(each[mine] for each in text)).metrics
+        torch.testing.assert_close(got, want)
+
+
+def test_distributions_of_packs_are_of_the_targets_that_count() -> None:
+    model: Any = _model("probijepa")[0]
+    masks = _sampler()(2, 5)
+    want = model.predict_distribution(_images(), masks).log_prob(model.targets(_images(), masks))
+    want = want.unflatten(0, (4, 5, -1))
+    packs = pack_masks(masks, 1 + 2 * masks.context.shape[1], 20)
+    assert len(packs) > 1
+    for pack in packs:
+        assert pack.target_mask is not None
+        mine = pack.target_mask.any(2).any(1)
+        distribution = model.predict_distribution(_images(), pack)
+        got = distribution.log_prob(model.targets(_images(), pack))
+        torch.testing.assert_close(got, want[:, mine].flatten())
+
+
+def test_compiled_metrics_do_not_count_the_slots_that_unions_leave() -> None:
+    model, text = _model("tijepa")
+    (pack,) = pack_masks(_sampler()(2, 5), 500, 20, 36)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    got, want = compiled(_images(), pack, *text), model(_images(), pack, *text)
+    assert got.prediction.shape[1] > want.prediction.shape[1]
+    torch.testing.assert_close(got.metrics, want.metrics)
+
+
 def test_predictions_and_targets_are_those_of_padded_masks() -> None:
     model, _ = _model("ijepa")
     masks = _sampler()(2, 5)

@@ -20,30 +20,41 @@ _TAIL_SUM = sum(math.exp(-u / 2) for u in _TAIL)
 _TAIL_LOG_SUM = sum(u * math.exp(-u / 2) for u in _TAIL)
 
 
-def collapse_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+def collapse_metrics(
+    prediction: Tensor, target: Tensor, mask: Tensor | None = None
+) -> dict[str, Tensor]:
     """Numbers that tell whether the representation is collapsing.
 
     Args:
         prediction: ``[..., D]``.
         target: ``[..., D]``.
+        mask: ``[...]`` bool, False where a token does not count, whatever it holds; None: all do.
 
     Returns:
         0-dim float32 tensors on the inputs' device, for each of ``prediction`` and ``target``:
         ``<name>_std_mean`` and ``<name>_std_min``, mean and minimum over dimensions of the standard
         deviation over all tokens, and ``<name>_rank``, see :func:`effective_rank`.
     """
+    counts = None if mask is None else mask.flatten()
     metrics = {}
     for name, tokens in (("prediction", prediction), ("target", target)):
         tokens = tokens.detach().flatten(0, -2).float()
         # Several times faster on the CPU than torch.std along the first dimension.
-        std = (tokens - tokens.mean(dim=0)).square().mean(dim=0).sqrt()
+        std = _mean((tokens - _mean(tokens, counts)).square(), counts).sqrt()
         metrics[f"{name}_std_mean"] = std.mean()
         metrics[f"{name}_std_min"] = std.amin()
-        metrics[f"{name}_rank"] = effective_rank(tokens)
+        metrics[f"{name}_rank"] = effective_rank(tokens, counts)
     return metrics
 
 
-def effective_rank(tokens: Tensor) -> Tensor:
+def _mean(tokens: Tensor, counts: Tensor | None) -> Tensor:
+    """``[T, D]`` to ``[D]``, over the tokens that count."""
+    if counts is None:
+        return tokens.mean(dim=0)
+    return tokens.where(counts[:, None], 0.0).sum(dim=0) / counts.sum()
+
+
+def effective_rank(tokens: Tensor, counts: Tensor | None = None) -> Tensor:
     """RankMe: the exponential of the entropy of the normalised singular values (arXiv 2210.02885).
 
     Cheap enough for every step: 128 tokens are looked at (up to 1024 where the width is at most
@@ -59,6 +70,7 @@ def effective_rank(tokens: Tensor) -> Tensor:
 
     Args:
         tokens: ``[T, D]``, any floating dtype.
+        counts: ``[T]`` bool, False where a token does not count; None: all do.
 
     Returns:
         0-dim float32, from 1 (all tokens parallel) up; near 0 if all tokens are zero.
@@ -69,8 +81,20 @@ def effective_rank(tokens: Tensor) -> Tensor:
     if count > rows:
         # At equal distances they could all have the same place in a block of patches.
         place = torch.arange(rows, dtype=torch.float64, device=tokens.device)
-        place = (place + place * _GOLDEN % 1) * (count / rows)
-        tokens = tokens[place.long()]
+        place = place + place * _GOLDEN % 1
+        if counts is None:
+            place = (place * (count / rows)).long()
+        else:
+            # The host does not know how many count. Where they are fewer, all of them are looked
+            # at, and one that does not count again and again.
+            number = counts.sum()
+            nth = (place * (number.clamp(min=rows).double() / rows)).long()
+            found = torch.searchsorted(counts.cumsum(0), nth + 1).clamp(max=count - 1)
+            place = torch.where(nth < number, found, counts.byte().argmin())
+            counts = counts[place]
+        tokens = tokens[place]
+    if counts is not None:
+        tokens = tokens.where(counts[:, None], 0.0)  # which adds nothing to the Gram matrix
     tokens = tokens.double()
     gram = tokens.T @ tokens if width <= _GRAM_SIDE else tokens @ tokens.T
     gram = gram / gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)

@@ -87,7 +87,8 @@ class IJepa(nn.Module):
             masks: context and target blocks of every image, on the images' device.
 
         Returns:
-            Loss, collapse metrics, and prediction and target ``[M * B, Kt, D]``, block-major.
+            Loss, collapse metrics, and prediction and target ``[M * B, Kt, D]``, block-major; of
+            packed masks they have tokens that do not count, see :class:`JepaOutput`.
 
         Raises:
             ValueError: masks or images that do not fit each other or the encoder's grid.
@@ -109,7 +110,7 @@ class IJepa(nn.Module):
             )
         with phase("metrics"):
             target = gather_targets(teacher, masks.targets, self.normalize_target)
-            metrics = collapse_metrics(prediction, target)
+            metrics = collapse_metrics(prediction, target, block_major_mask(masks))
         return JepaOutput(loss, metrics, prediction.detach(), target)
 
     @torch.no_grad()
@@ -181,6 +182,12 @@ class IJepa(nn.Module):
 def target_mask(masks: BlockMasks | PackedMasks) -> Tensor | None:
     """Which target slots count, [B, M, Kt] bool; None: all."""
     return masks.target_mask if isinstance(masks, PackedMasks) else None
+
+
+def block_major_mask(masks: BlockMasks | PackedMasks) -> Tensor | None:
+    """Which tokens of prediction and target count, [M * B, Kt] bool; None: all."""
+    mask = target_mask(masks)
+    return None if mask is None else mask.transpose(0, 1).flatten(0, 1)
 
 
 def default_predictor_depth(embed_dim: int) -> int:

@@ -14,9 +14,12 @@ class JepaOutput:
     Attributes:
         loss: scalar float32, to call ``backward`` on.
         metrics: 0-dim tensors by name, detached, on the model's device; making them waits for
-            nothing, so read them (``.item()``) only when they are wanted.
+            nothing, so read them (``.item()``) only when they are wanted. They are of the tokens
+            that count, like the loss.
         prediction: what was predicted, ``[M * B, Kt, D]``, block-major, detached. From
             ``ProbIJepa``: what conditions its head, ``[M * B, Kt, d]``, d the predictor's width.
+            With packed masks, only where ``masks.target_mask`` is True does a token count: those of
+            images in other packs mean nothing, and left over slots repeat others.
         target: what it is compared with, ``[M * B, Kt, D]``, without gradient.
     """
 

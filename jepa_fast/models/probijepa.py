@@ -13,9 +13,9 @@ from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import (
     IJepa,
     Masks,
+    block_major_mask,
     check_patch_count,
     gather_targets,
-    target_mask,
 )
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.heads import LatentDistribution, create_head
@@ -93,10 +93,10 @@ class ProbIJepa(IJepa):
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
         with phase("loss"):
-            loss = self.head(*_counted(condition, target, masks))
+            loss = self.head(*_counted(masks, condition, target))
         condition = condition.detach()
         with phase("metrics"):
-            metrics = collapse_metrics(condition, target)
+            metrics = collapse_metrics(condition, target, block_major_mask(masks))
         return JepaOutput(loss, metrics, condition, target)
 
     def predict_distribution(self, images: Tensor, masks: Masks) -> LatentDistribution:
@@ -107,19 +107,21 @@ class ProbIJepa(IJepa):
             masks: context and target blocks of every image, on the images' device.
 
         Returns:
-            `log_prob(z)`, `sample(n)`, `mean`, `variance`, `entropy` and `cdf(z)` over
-            T = M * B * Kt tokens, block-major as `targets(images, masks)` gives them. It holds a
-            graph unless called under `torch.no_grad()`.
+            `log_prob(z)`, `sample(n)`, `mean`, `variance`, `entropy` and `cdf(z)` over the T tokens
+            that count, block-major as `targets(images, masks)` gives them: M * B * Kt, and with
+            packed masks those of `target_mask`, without left over slots and without images of other
+            packs. It holds a graph unless called under `torch.no_grad()`.
 
         Raises:
             ValueError: masks that do not fit the images or the encoder's grid.
         """
         masks = self._masks_of(images, masks)
-        return self.head.distribution(self._condition(images, masks).flatten(0, 1))
+        return self.head.distribution(*_counted(masks, self._condition(images, masks)))
 
     def targets(self, images: Tensor, masks: Masks) -> Tensor:
-        """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [M * B * Kt, D]."""
-        return self._targets(images, self._masks_of(images, masks)).flatten(0, 1)
+        """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [T, D]."""
+        masks = self._masks_of(images, masks)
+        return _counted(masks, self._targets(images, masks))[0]
 
     def _targets(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
         """[M * B, Kt, D], in float32 or wider."""
@@ -133,15 +135,12 @@ class ProbIJepa(IJepa):
         return self._predict(images, masks)
 
 
-def _counted(
-    condition: Tensor, target: Tensor, masks: BlockMasks | PackedMasks
-) -> tuple[Tensor, Tensor]:
-    """The tokens that count, [T, d] and [T, D]: all, but for slots that packing leaves over."""
-    mask = target_mask(masks)
-    if mask is None:
-        return condition.flatten(0, 1), target.flatten(0, 1)
-    counts = mask.transpose(0, 1).flatten(0, 1)
-    return condition[counts], target[counts]
+def _counted(masks: BlockMasks | PackedMasks, *tokens: Tensor) -> list[Tensor]:
+    """The tokens that count, [M * B, Kt, D] to [T, D]: all, but for slots that packing leaves over
+    and images of other packs.
+    """
+    counts = block_major_mask(masks)
+    return [x.flatten(0, 1) if counts is None else x[counts] for x in tokens]
 
 
 def _make_head(

@@ -14,6 +14,7 @@ from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import (
     IJepa,
     Masks,
+    block_major_mask,
     check_patch_count,
     gather_targets,
     target_mask,
@@ -192,7 +193,7 @@ class TCJepa(IJepa):
                 positive, entropy = text.statistics(_DIAGNOSED_IMAGES)
                 metrics |= {"positive_cosine_share": positive, "attention_entropy": entropy}
             target = gather_targets(teacher, masks.targets, self.normalize_target)
-            metrics |= collapse_metrics(prediction, target)
+            metrics |= collapse_metrics(prediction, target, block_major_mask(masks))
         return JepaOutput(loss, metrics, prediction.detach(), target)
 
     @torch.no_grad()

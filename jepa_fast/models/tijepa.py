@@ -236,7 +236,7 @@ class TIJepa(nn.Module):
             )
         with phase("metrics"):
             target = gather_targets(teacher, view.targets[:, None], self.normalize_target)
-            metrics |= collapse_metrics(prediction, target)
+            metrics |= collapse_metrics(prediction, target, view.target_mask)
             pairs = min(self.energy_pairs, len(vectors))
             if pairs >= 2:
                 with torch.no_grad():
