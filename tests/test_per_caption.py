@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -490,6 +491,21 @@ def test_compiles_without_a_break(pool: str, dynamic: bool, halved: bool) -> Non
             found.append([pooled, sparsity, *torch.autograd.grad(loss, inputs)])
         for got, want in zip(*found, strict=True):
             assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("pool", ["max", "attention"])
+@pytest.mark.parametrize("why", ["no_grad", "inference_mode", "frozen"])
+def test_compiles_where_no_gradient_is_taken(pool: str, why: str) -> None:
+    layer = Layer(pool=pool).requires_grad_(why != "frozen")
+    around = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda: layer(pool_per_caption, pool=pool), backend="aot_eager", fullgraph=True
+    )
+    with around.get(why, nullcontext)():
+        for got, want in zip(compiled(), layer(pool_per_caption, pool=pool), strict=True):
+            assert not got.requires_grad
             torch.testing.assert_close(got, want)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Mlp
 from jepa_fast.nn.precision import widened, without_autocast
-from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, recording
+from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, recording
 from jepa_fast.ops.text_cross_attention.reference import (
     by_head,
     by_image,
@@ -103,7 +103,8 @@ def pool_per_caption(
     Raises:
         TypeError: the dtypes of tokens and weights differ, and autocast does not settle it.
     """
-    pooled, sparsity, _ = _PerCaption.apply(
+    pooled, sparsity, _ = applied(
+        _PerCaption,
         query, keys, values, tokens,
         mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias,
         pool_query, word_mask, token_mask,
