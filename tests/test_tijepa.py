@@ -15,6 +15,7 @@ from jepa_fast.data.text import HashedWords
 from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.models.vicreg import VICREG_WEIGHTS
 from jepa_fast.nn.vit import VisionTransformer
+from jepa_fast.nn.words import dequantize_words, quantize_words
 
 CONTEXT = torch.tensor([[0, 2, 4, 0, 0], [3, 4, 5, 11, 15]])
 CONTEXT_MASK = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
@@ -160,6 +161,26 @@ def test_captions_of_an_image_are_one_text() -> None:
     caption_mask = torch.tensor([[False, True], [True, False]])
     same = model(images, MASKS, captions, word_mask, caption_mask)
     torch.testing.assert_close(same.loss, out.loss)
+
+
+def test_words_in_float8_come_with_a_scale() -> None:
+    model, (images, words) = build(), batch()
+    words = 1e-3 * words  # far from what float8 holds without a scale
+    fp8, scale = quantize_words(words)
+    exact = dequantize_words(fp8, scale)
+    given = {"word_mask": WORD_MASK, "word_scale": scale}
+    out = model(images, MASKS, fp8, **given)
+    assert torch.equal(out.loss, model(images, MASKS, exact, WORD_MASK).loss)
+    for method in (model.energy, model.encode):
+        assert torch.equal(method(images, fp8, **given), method(images, exact, WORD_MASK))
+    captions = model(images, MASKS, fp8[:, None], WORD_MASK[:, None], word_scale=scale[:, None])
+    assert torch.equal(captions.loss, out.loss)
+    with pytest.raises(TypeError, match=r"words: expected a word_scale with .*quantize_words"):
+        model(images, MASKS, fp8, WORD_MASK)
+    with pytest.raises(TypeError, match=r"words: expected torch.float8_e4m3fn with a scale"):
+        model(images, MASKS, words, **given)
+    with pytest.raises(ValueError, match=r"word_scale: expected one a word, \[2, 3\]"):
+        model(images, MASKS, fp8, word_scale=scale[0])
 
 
 def test_a_text_encoder_takes_captions() -> None:
@@ -420,11 +441,11 @@ def test_bad_inputs() -> None:
         ("words: expected 2 texts", (images, MASKS, words[:1]), {}),
         ("masks: expected 1 images, as given, got 2", (images[:1], MASKS, words[:1]), {}),
         (
-            r"word_mask: expected bool of shape \[2, 3\]",
-            (images, MASKS, words, WORD_MASK.int()),
+            r"word_mask: expected \[2, 3\], got \[2, 2\]",
+            (images, MASKS, words, WORD_MASK[:, :2]),
             {},
         ),
-        ("caption_mask: expected bool", (images, MASKS, words, None, WORD_MASK), {}),
+        ("caption_mask: expected", (images, MASKS, words, None, WORD_MASK), {}),
         (
             r"image_features: expected \[B, 16, 32\]",
             (None, MASKS, words),
@@ -432,6 +453,24 @@ def test_bad_inputs() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=match):
+            model(*arguments, **options)
+    tokens = torch.zeros(2, 16, 32)
+    for match, arguments, options in (
+        ("words: expected floating vectors, got torch.int64", (images, MASKS, words.long()), {}),
+        (
+            "image_features: expected floating tokens, got torch.int32",
+            (None, MASKS, words),
+            {"image_features": tokens.int()},
+        ),
+        (
+            "image_features: expected a tensor, got list",
+            (None, MASKS, words),
+            {"image_features": [*tokens]},
+        ),
+        ("word_mask: expected bool, got .*float", (images, MASKS, words, WORD_MASK.float()), {}),
+        ("word_mask: expected a bool tensor, got list", (images, MASKS, words, [[True]]), {}),
+    ):
+        with pytest.raises(TypeError, match=match):
             model(*arguments, **options)
     strict = build(encode_masked_image=True)
     with pytest.raises(ValueError, match="encode_masked_image=True"):

@@ -59,12 +59,15 @@ class TextImageClassifier(nn.Module):
         words: Words,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
         *,
         image_features: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, num_classes]; arguments as in `TIJepa.forward`."""
         return self.head(
-            self.pooled(images, words, word_mask, caption_mask, image_features=image_features)
+            self.pooled(
+                images, words, word_mask, caption_mask, word_scale, image_features=image_features
+            )
         )
 
     def pooled(
@@ -73,11 +76,14 @@ class TextImageClassifier(nn.Module):
         words: Words,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
         *,
         image_features: Tensor | None = None,
     ) -> Tensor:
         """What the linear layer reads, [B, width]; arguments as in `TIJepa.forward`."""
-        inputs = self._inputs(images, words, word_mask, caption_mask, image_features=image_features)
+        inputs = self._inputs(
+            images, words, word_mask, caption_mask, word_scale, image_features=image_features
+        )
         with torch.set_grad_enabled(self.fine_tune and torch.is_grad_enabled()):
             return self.crosser(*inputs).mean(1)
 

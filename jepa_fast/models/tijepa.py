@@ -18,6 +18,7 @@ from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.crosser import CROSSER_SIZES, Crosser
 from jepa_fast.nn.predictor import VisionTransformerPredictor
 from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
+from jepa_fast.nn.words import check_word_mask, word_vectors
 from jepa_fast.ops.latent_loss import KINDS
 from jepa_fast.ranges import phase
 
@@ -179,6 +180,7 @@ class TIJepa(nn.Module):
         words: Words,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
         *,
         image_features: Tensor | None = None,
     ) -> JepaOutput:
@@ -194,8 +196,10 @@ class TIJepa(nn.Module):
                 text; captions if the model has a text encoder.
             word_mask: bool, of the shape of ``words`` without ``Dt``; False at padding.
             caption_mask: ``[B, C]`` bool, False at padding.
+            word_scale: of the shape of ``word_mask``, what words in float8 are multiplied by; both
+                come from :func:`jepa_fast.nn.words.quantize_words`. None for words in other dtypes.
             image_features: ``[B, N, image_dim]`` the frozen encoder's tokens of whole images, where
-                they have been computed before.
+                they have been computed before, floating.
 
         Returns:
             Loss, and as metrics ``prediction_loss``, those of collapse, for batches of at least two
@@ -208,11 +212,12 @@ class TIJepa(nn.Module):
             are of both directions.
 
         Raises:
-            TypeError: captions without a text encoder.
+            TypeError: captions without a text encoder; words or features that are not floating,
+                words in float8 without a scale, masks that are not bool.
             ValueError: shapes that do not fit.
         """
         tokens, vectors, word_mask = self.frozen_inputs(
-            images, words, word_mask, caption_mask, image_features=image_features
+            images, words, word_mask, caption_mask, word_scale, image_features=image_features
         )
         if len(vectors) != len(tokens):
             raise ValueError(f"words: expected {len(tokens)} texts, as images, got {len(vectors)}")
@@ -257,6 +262,7 @@ class TIJepa(nn.Module):
         texts: Words,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
         *,
         masks: Masks | None = None,
         image_features: Tensor | None = None,
@@ -270,7 +276,7 @@ class TIJepa(nn.Module):
         Args:
             images: ``[Bi, 3, H, W]``, or None with ``image_features``.
             texts: of ``Bt`` texts, what :meth:`forward` calls ``words``.
-            word_mask: of these, as in :meth:`forward`, like ``caption_mask``.
+            word_mask: of these, as in :meth:`forward`, like ``caption_mask`` and ``word_scale``.
             masks: masked image only: those of the ``Bi`` images. None: the same for all, drawn by
                 :class:`~jepa_fast.masks.BlockMaskSampler` with seed 0.
             image_features: as in :meth:`forward`.
@@ -283,7 +289,7 @@ class TIJepa(nn.Module):
             TypeError, ValueError: as in :meth:`forward`.
         """
         tokens, vectors, word_mask = self.frozen_inputs(
-            images, texts, word_mask, caption_mask, image_features=image_features
+            images, texts, word_mask, caption_mask, word_scale, image_features=image_features
         )
         if self.objective == "cross_modal":
             return self.cross_modal.energy(tokens, vectors, word_mask)
@@ -308,6 +314,7 @@ class TIJepa(nn.Module):
         words: Words | None = None,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
         *,
         image_features: Tensor | None = None,
     ) -> Tensor:
@@ -321,7 +328,7 @@ class TIJepa(nn.Module):
         tokens = self._image_tokens(images, image_features)
         if self.objective == "cross_modal":
             return self.cross_modal.encode(tokens)
-        text = (None,) if words is None else self._words(words, word_mask, caption_mask)
+        text = (None,) if words is None else self._words(words, word_mask, caption_mask, word_scale)
         with phase("target crosser"):
             return self.target_crosser(tokens, *text)
 
@@ -332,6 +339,7 @@ class TIJepa(nn.Module):
         words: Words,
         word_mask: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        word_scale: Tensor | None = None,
         *,
         image_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -345,7 +353,7 @@ class TIJepa(nn.Module):
             weights, and the words' mask ``[B, S]`` or None.
         """
         tokens = self._image_tokens(images, image_features)
-        return tokens, *self._words(words, word_mask, caption_mask)
+        return tokens, *self._words(words, word_mask, caption_mask, word_scale)
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor) -> None:
@@ -439,6 +447,15 @@ class TIJepa(nn.Module):
                 )
             with phase("frozen image encoder"):
                 features = self.encoder(images)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"image_features: expected a tensor, got {type(features).__name__}; stack them"
+            )
+        if not features.dtype.is_floating_point:
+            raise TypeError(
+                f"image_features: expected floating tokens, got {features.dtype}; an image encoder "
+                "makes them"
+            )
         expected = (self.grid[0] * self.grid[1], self.image_dim)
         if features.ndim != 3 or features.shape[1:] != expected:
             raise ValueError(
@@ -448,7 +465,11 @@ class TIJepa(nn.Module):
         return features.to(self._weight().dtype)
 
     def _words(
-        self, words: Words, word_mask: Tensor | None, caption_mask: Tensor | None
+        self,
+        words: Words,
+        word_mask: Tensor | None,
+        caption_mask: Tensor | None,
+        word_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, S, Dt]`` in the dtype of the trained weights, and ``[B, S]`` bool or None."""
         if isinstance(words, Tensor):
@@ -468,15 +489,16 @@ class TIJepa(nn.Module):
                 f"words: expected [B, S, {self.text_dim}] or [B, C, S, {self.text_dim}], got "
                 f"{list(vectors.shape)}; text_dim= sets the width"
             )
-        _check_mask("word_mask", word_mask, vectors.shape[:-1])
-        _check_mask("caption_mask", caption_mask, vectors.shape[:-2])
+        vectors = word_vectors(vectors, word_scale, self._weight().dtype)
+        check_word_mask("word_mask", word_mask, vectors.shape[:-1])
+        check_word_mask("caption_mask", caption_mask, vectors.shape[:-2])
         if caption_mask is not None:
             real = caption_mask[..., None].expand(vectors.shape[:-1])
             word_mask = real if word_mask is None else word_mask & real
         if vectors.ndim == 4:
             vectors = vectors.flatten(1, 2)
             word_mask = None if word_mask is None else word_mask.flatten(1)
-        return vectors.to(self._weight().dtype), word_mask
+        return vectors, word_mask
 
     def _weight(self) -> Tensor:
         """A trained parameter, for dtype and device."""
@@ -515,14 +537,6 @@ def _energy(prediction: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
     """Squared distance averaged over an image's target tokens, ``[B]`` float32."""
     distance = (prediction.float() - target.float()).square().sum(-1)
     return (distance * target_mask).sum(1) / target_mask.sum(1).clamp(min=1)
-
-
-def _check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-        raise ValueError(
-            f"{name}: expected bool of shape {list(shape)}, got {mask.dtype} of shape "
-            f"{list(mask.shape)}"
-        )
 
 
 def _drop_frozen(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -21,7 +21,7 @@ from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
-from jepa_fast.nn.words import dequantize_words
+from jepa_fast.nn.words import check_word_mask, word_vectors
 from jepa_fast.ops.text_cross_attention.api import check_similarity
 
 POOLS = ("max", "mean", "attention")
@@ -83,17 +83,15 @@ class Captions:
                 f"words: expected [{images}, C, S, {text_dim}] (images, captions, words, text_dim) "
                 f"with at least one caption and one word, got {list(words.shape)}; {fix}"
             )
-        words = _readable(words, scale, dtype)
+        device = words.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = None if scale is None else torch.get_autocast_dtype(device)
+        words = word_vectors(words, scale, dtype)
         for name, mask, shape in (
             ("word_mask", word_mask, words.shape[:3]),
             ("caption_mask", caption_mask, words.shape[:2]),
         ):
-            if mask is None:
-                continue
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{name}: expected bool, got {mask.dtype}; use .bool()")
-            if mask.shape != shape:
-                raise ValueError(f"{name}: expected {list(shape)}, got {list(mask.shape)}")
+            check_word_mask(name, mask, shape)
         if word_mask is None:
             word_mask = torch.ones(words.shape[:3], dtype=torch.bool, device=words.device)
         if caption_mask is not None:
@@ -107,25 +105,6 @@ class Captions:
     def image_vectors(self) -> Tensor:
         """The mean of each image's caption vectors, ``[B, Dt]``, zero without captions."""
         return _masked_mean(*self.caption_vectors())
-
-
-def _readable(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    if not words.dtype.is_floating_point:
-        raise TypeError(
-            f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
-            "token ids, see jepa_fast.interop"
-        )
-    device = words.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if scale is not None:
-        wanted = torch.get_autocast_dtype(device) if autocast else dtype
-        return dequantize_words(words, scale, wanted or torch.float32)
-    if words.dtype.itemsize == 1:
-        raise TypeError(
-            f"words: expected a word_scale with {words.dtype}, got none; "
-            "jepa_fast.nn.words.quantize_words makes both"
-        )
-    return words if autocast or dtype is None else words.to(dtype)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

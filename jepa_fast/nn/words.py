@@ -70,3 +70,48 @@ def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
         )
     # In float16 a scale can be 0 where the product is not.
     return (words.float() * scale[..., None].float()).to(dtype)
+
+
+def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """Words as models read them.
+
+    Args:
+        words: ``[..., Dt]`` floating; float8_e4m3fn with a scale.
+        scale: ``[...]`` for float8 words, as in :func:`dequantize_words`; None for others.
+        dtype: of the result; None: float32 for float8 words, that of the words for others.
+
+    Returns:
+        ``[..., Dt]``, the words themselves where they have the dtype.
+
+    Raises:
+        TypeError: the words are not floating, in float8 without a scale, or have a scale in another
+            dtype.
+        ValueError: there is not one scale a word.
+    """
+    if not words.dtype.is_floating_point:
+        raise TypeError(
+            f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
+            "token ids, see jepa_fast.interop"
+        )
+    if scale is not None:
+        return dequantize_words(words, scale, dtype or torch.float32)
+    if words.dtype.itemsize == 1:
+        raise TypeError(
+            f"words: expected a word_scale with {words.dtype}, got none; "
+            "jepa_fast.nn.words.quantize_words makes both"
+        )
+    return words if dtype is None else words.to(dtype)
+
+
+def check_word_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
+    """Raises TypeError if a mask is not bool, ValueError if it has not this shape; None is fine."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"{name}: expected a bool tensor, got {type(mask).__name__}; use torch.tensor"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected bool, got {mask.dtype}; use .bool()")
+    if mask.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(mask.shape)}")
