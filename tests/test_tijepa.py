@@ -163,6 +163,20 @@ def test_captions_of_an_image_are_one_text() -> None:
     torch.testing.assert_close(same.loss, out.loss)
 
 
+@pytest.mark.parametrize("objective", ["masked_image", "cross_modal"])
+def test_what_is_masked_enters_nothing(objective: str) -> None:
+    model, (images, words) = build(objective=objective), batch()
+    masked = ~WORD_MASK[..., None]
+    found = []
+    for padding in (0.0, torch.nan, torch.inf):
+        loss = model(images, MASKS, words.masked_fill(masked, padding), WORD_MASK).loss
+        trained = [p for _, p in model.trainable_parameters()]
+        found.append([loss, *torch.autograd.grad(loss, trained)])
+    for want, *others in zip(*found, strict=True):
+        for got in others:
+            assert torch.equal(got, want)
+
+
 def test_words_in_float8_come_with_a_scale() -> None:
     model, (images, words) = build(), batch()
     words = 1e-3 * words  # far from what float8 holds without a scale

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tcjepa import MASKS, batch, build
+from test_tcjepa import MASKS, WORD_MASK, batch, build
 from torch import Tensor
 
 from jepa_fast.nn.text_conditioner import Captions
@@ -145,6 +145,38 @@ def test_float32_words_are_not_copied() -> None:
         fp8, scale = quantize_words(words)
         read = Captions.of(fp8, images=2, text_dim=5, scale=scale, dtype=torch.float32).words
     assert read.dtype == torch.bfloat16
+
+
+@each_conditioning
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("masked", ["words", "captions", "float8"])
+def test_what_is_masked_enters_nothing(conditioning: str, bad: float, masked: str) -> None:
+    model, given = build(conditioning=conditioning), batch()
+    words, there = given["words"], given["word_mask"] & given["caption_mask"][..., None]
+    if masked == "captions":
+        there = given["caption_mask"][..., None].expand_as(there)
+        del given["word_mask"]
+    if masked == "float8":
+        given["words"], scale = quantize_words(words)
+        given["word_scale"] = scale.masked_fill(~there, bad)
+        want = model(masks=MASKS, **{**given, "word_scale": scale.masked_fill(~there, 0.0)})
+    else:
+        given["words"] = words.masked_fill(~there[..., None], bad)
+        want = model(masks=MASKS, **{**given, "words": words.masked_fill(~there[..., None], 0.0)})
+    out = model(masks=MASKS, **given)
+    assert torch.equal(out.loss, want.loss)
+    trained = [p for _, p in model.trainable_parameters()]
+    for got, expected in zip(
+        torch.autograd.grad(out.loss, trained), torch.autograd.grad(want.loss, trained), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_masked_words_have_no_gradient() -> None:
+    words = batch()["words"].masked_fill(~WORD_MASK[..., None], math.inf).requires_grad_()
+    read = Captions.of(words, WORD_MASK, images=3, text_dim=words.shape[-1]).words
+    (grad,) = torch.autograd.grad(read.square().sum(), words)
+    assert torch.equal(grad, 2 * words.detach().masked_fill(~WORD_MASK[..., None], 0.0))
 
 
 def test_maps_take_float8_words() -> None:

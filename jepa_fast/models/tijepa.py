@@ -498,6 +498,9 @@ class TIJepa(nn.Module):
         if vectors.ndim == 4:
             vectors = vectors.flatten(1, 2)
             word_mask = None if word_mask is None else word_mask.flatten(1)
+        if word_mask is not None:
+            # Padding may hold anything, also what is not finite.
+            vectors = vectors.masked_fill(~word_mask[..., None], 0)
         return vectors, word_mask
 
     def _weight(self) -> Tensor:

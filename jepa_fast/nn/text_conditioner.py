@@ -32,7 +32,7 @@ class Captions:
     """The captions of a batch. Build it with :meth:`of`, which checks them.
 
     Attributes:
-        words: ``[B, C, S, Dt]``.
+        words: ``[B, C, S, Dt]``, zero where there is no word.
         word_mask: ``[B, C, S]`` bool, True at every word of every caption that is there.
     """
 
@@ -92,11 +92,13 @@ class Captions:
             ("caption_mask", caption_mask, words.shape[:2]),
         ):
             check_word_mask(name, mask, shape)
-        if word_mask is None:
-            word_mask = torch.ones(words.shape[:3], dtype=torch.bool, device=words.device)
         if caption_mask is not None:
-            word_mask = word_mask & caption_mask[..., None]
-        return cls(words, word_mask)
+            there = caption_mask[..., None].expand(words.shape[:3])
+            word_mask = there if word_mask is None else word_mask & there
+        if word_mask is None:
+            return cls(words, torch.ones(words.shape[:3], dtype=torch.bool, device=words.device))
+        # Padding may hold anything, also what is not finite, which factors of 0 would not undo.
+        return cls(words.masked_fill(~word_mask[..., None], 0), word_mask)
 
     def caption_vectors(self) -> tuple[Tensor, Tensor]:
         """The mean word of each caption ``[B, C, Dt]``, zero without words; ``[B, C]`` bool."""
