@@ -218,6 +218,7 @@ def test_low_precision_keeps_its_dtype_and_a_float32_logdet() -> None:
         ({"raw_scale": torch.zeros(3, 5)}, ValueError, r"raw_scale.shape\[0\] and x.shape\[0\]"),
         ({"x": torch.zeros(5)}, ValueError, r"x must be \[T, D\]"),
         ({"scale_bound": 0.0}, ValueError, "scale_bound must be positive"),
+        ({"scale_bound": torch.tensor(2.0)}, TypeError, "scale_bound must be a number, got Tensor"),
     ],
 )
 def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:

@@ -512,6 +512,12 @@ def test_cpu_kernel_refuses_float64() -> None:
         ),
         ({"similarity": "tanh"}, ValueError, "similarity must be one of"),
         ({"tau": -1.0}, ValueError, "tau must be positive"),
+        ({"tau": "0.1"}, TypeError, "tau must be a number, got str"),
+        (
+            {"tau": torch.tensor(0.1, requires_grad=True)},
+            TypeError,
+            r"tau must be a number, got Tensor; .* pass float\(tau\)",
+        ),
         (
             {"q_layers": [torch.zeros(6, 5, 12), None, None]},
             TypeError,

@@ -673,6 +673,18 @@ def test_autocast_changes_nothing_inside(backend: str, device: str) -> None:
         ({"scale": math.inf}, ValueError, "scale must be positive and finite, got inf"),
         ({"tau": 0.0}, ValueError, "tau must be positive and finite, got 0.0"),
         ({"tau": math.inf}, ValueError, "tau must be positive and finite, got inf"),
+        (
+            {"scale": torch.tensor(0.5, requires_grad=True)},
+            TypeError,
+            r"scale must be a number, got Tensor; .*float\(scale\), or multiply q by it",
+        ),
+        ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+        (
+            {"tau": torch.nn.Parameter(torch.tensor(0.1))},
+            TypeError,
+            r"tau must be a number, got Parameter; it takes no gradient: pass float\(tau\)$",
+        ),
+        ({"tau": None}, TypeError, "tau must be a number, got NoneType"),
         ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
         ({"residual": None}, TypeError, "residual must be a tensor, got NoneType"),
         (

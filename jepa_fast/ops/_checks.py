@@ -73,8 +73,22 @@ def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor
     return torch.tensor(value, dtype=torch.float64)
 
 
-def check_positive(op: str, argument: str, value: float) -> None:
-    """Raises ValueError if `value` is not positive and finite."""
+def check_positive(op: str, argument: str, value: float, learned: str = "") -> None:
+    """Raises unless `value` is a positive and finite number.
+
+    Args:
+        learned: what the caller can do instead of passing a tensor that takes gradients.
+
+    Raises:
+        TypeError: it is no number. A tensor, too: it would silently take no gradient.
+        ValueError: it is not positive and finite.
+    """
+    if not isinstance(value, (float, int)) and not isinstance(value, Real):
+        fix = ""
+        if isinstance(value, Tensor):
+            fix = f"; it takes no gradient: pass float({argument})"
+            fix += f", or {learned}" if learned else ""
+        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}{fix}")
     if not 0 < value < math.inf:
         raise ValueError(f"{op}: {argument} must be positive and finite, got {value}")
 

@@ -76,7 +76,8 @@ def affine_coupling(
         y [T, D] in the dtype of `x`, and logdet [T] in float32 (float64 if `x` is).
 
     Raises:
-        TypeError: `x`, `raw_scale` or `shift` is not a floating tensor, or `mask` is not bool.
+        TypeError: `x`, `raw_scale` or `shift` is not a floating tensor, `mask` is not bool, or
+            `scale_bound` is not a number.
         ValueError: a shape does not fit, or `scale_bound` is not positive.
         BackendError: the requested backend cannot serve the call.
 

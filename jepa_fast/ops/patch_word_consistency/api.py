@@ -70,7 +70,7 @@ def patch_word_consistency(
         A scalar in float32 (float64 for float64 queries); 0 where no image has a caption.
 
     Raises:
-        TypeError: a mask is not bool; the layers differ in dtype.
+        TypeError: a mask is not bool; the layers differ in dtype; `tau` is not a number.
         ValueError: no layers, not as many queries as keys, a shape does not fit, an unknown name.
         BackendError: the requested backend cannot serve the call.
 

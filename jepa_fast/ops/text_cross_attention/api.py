@@ -99,7 +99,8 @@ def text_cross_attention(
 
     Raises:
         TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype; they or `residual` are not
-            floating tensors.
+            floating tensors; `scale` or `tau` is not a number. A tensor is none: multiply `q` by
+            what is learned.
         ValueError: a shape does not fit, an unknown name, a scale or `tau` that is not positive and
             finite, more than 256 captions for `"max"`.
         BackendError: the requested backend cannot serve the call.
@@ -122,8 +123,7 @@ def text_cross_attention(
         )
     check_choice(op, "pool", pool, reference.POOLS)
     check_similarity(op, similarity, tau)
-    if scale is not None:
-        check_positive(op, "scale", scale)
+    check_scale(op, scale)
     if pool == "max" and k.shape[1] > _MOST_CAPTIONS:
         raise ValueError(
             f"{op}: pool='max' takes at most {_MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
@@ -162,8 +162,7 @@ def attention_statistics(
     check_words(
         "attention_statistics", "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads
     )
-    if scale is not None:
-        check_positive("attention_statistics", "scale", scale)
+    check_scale("attention_statistics", scale)
     return reference.attention_statistics(
         q.detach(), k.detach(), word_mask, caption_mask, token_mask, num_heads, scale
     )
@@ -219,7 +218,13 @@ def check_words(
             )
 
 
+def check_scale(op: str, scale: float | None) -> None:
+    """Raises unless `scale` is None or a positive and finite number."""
+    if scale is not None:
+        check_positive(op, "scale", scale, learned="multiply q by it and pass scale=1.0")
+
+
 def check_similarity(op: str, similarity: str, tau: float) -> None:
-    """Raises ValueError for an unknown similarity or a `tau` that is not positive and finite."""
+    """Raises for an unknown similarity, or a `tau` that is no positive and finite number."""
     check_choice(op, "similarity", similarity, SIMILARITIES)
     check_positive(op, "tau", tau)
