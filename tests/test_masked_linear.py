@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_fast import ops
+from jepa_fast.errors import BackendError
 from jepa_fast.ops._registry import OPERATORS as REGISTERED
 
 OPERATORS = ("masked_linear", "masked_linear_backward")
@@ -198,6 +199,23 @@ def test_masked_weights_get_no_gradient_and_poison_nothing() -> None:
     assert torch.equal(
         ops.masked_linear(x, poisoned, None, in_degree, out_degree, strict=True), clean
     )
+
+
+@pytest.mark.tier1
+def test_auto_leaves_bfloat16_out_of_the_interpreter(backends_run: list[tuple[str, str]]) -> None:
+    """Whose products of bfloat16 are wrong."""
+    x, weight = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((5, 8), (7, 8)))
+    degrees = torch.arange(8), torch.arange(7)
+    y = ops.masked_linear(x, weight, None, *degrees)
+    torch.autograd.grad(y.float().sum(), [x, weight])
+    assert {name for name, _ in backends_run} == set(OPERATORS)
+    assert "triton" not in {backend for _, backend in backends_run}
+    want = ops.masked_linear(x.float(), weight.float(), None, *degrees, backend="reference")
+    torch.testing.assert_close(y.float(), want, rtol=0.01, atol=0.01)
+    with pytest.raises(
+        BackendError, match="products of bfloat16 are wrong in Triton's interpreter"
+    ):
+        ops.masked_linear(x, weight, None, *degrees, backend="triton")
 
 
 def test_under_autocast() -> None:

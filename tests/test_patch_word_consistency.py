@@ -295,6 +295,22 @@ def test_what_triton_does_not_take() -> None:
     assert reason == "takes float32, bfloat16 and float16 layers, got torch.float64"
 
 
+@pytest.mark.tier1
+def test_auto_leaves_bfloat16_out_of_the_interpreter(backends_run: list[tuple[str, str]]) -> None:
+    """Whose products of bfloat16 are wrong."""
+    inputs = _inputs(dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (*inputs["q_layers"], *inputs["k_layers"])]
+    loss = ops.patch_word_consistency(**inputs)
+    torch.autograd.grad(loss, leaves)
+    assert {name for name, _ in backends_run} == set(OPERATORS)
+    assert "triton" not in {backend for _, backend in backends_run}
+    torch.testing.assert_close(loss, ops.patch_word_consistency(**inputs, backend="reference"))
+    with pytest.raises(
+        BackendError, match="products of bfloat16 are wrong in Triton's interpreter"
+    ):
+        ops.patch_word_consistency(**inputs, backend="triton")
+
+
 @each_backend
 @pytest.mark.parametrize("filler", [1e4, float("nan")])
 def test_padding_is_not_read(filler: float, backend: str, device: str) -> None:

@@ -934,6 +934,25 @@ def test_wide_heads_need_a_gpu_with_enough_shared_memory(monkeypatch: pytest.Mon
     assert why_not(512) != []
 
 
+@pytest.mark.tier1
+def test_auto_leaves_bfloat16_out_of_the_interpreter(backends_run: list[tuple[str, str]]) -> None:
+    """Whose products of bfloat16 are wrong."""
+    inputs = _inputs(torch.bfloat16)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    features, sparsity = ops.text_cross_attention(**inputs)
+    grads = torch.autograd.grad(features.float().sum() + sparsity, leaves)
+    assert {name for name, _ in backends_run} == set(OPERATORS)
+    assert "triton" not in {backend for _, backend in backends_run}
+    wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    want = ops.text_cross_attention(**wide, backend="reference")[0]
+    torch.testing.assert_close(features.float(), want, rtol=0.01, atol=0.01)
+    assert all(grad.isfinite().all() for grad in grads)
+    with pytest.raises(
+        BackendError, match="products of bfloat16 are wrong in Triton's interpreter"
+    ):
+        ops.text_cross_attention(**inputs, backend="triton")
+
+
 @in_triton
 def test_what_triton_does_not_take(backend: str, device: str) -> None:
     for changes, reason in (

@@ -40,6 +40,13 @@ def only_float32_kernel_dtypes(*tensors: Tensor) -> list[str]:
     return [f"computes in float32, got {dtype}" for dtype in sorted(others, key=str)]
 
 
+def no_wrong_products(tensor: Tensor) -> list[str]:
+    """Why Triton's kernels cannot multiply matrices of this dtype there, for `unsupported`."""
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+        return ["products of bfloat16 are wrong in Triton's interpreter"]
+    return []
+
+
 def check_tensor(op: str, argument: str, value: object) -> None:
     """Raises TypeError if `value` is not a tensor."""
     if not isinstance(value, Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import recomputed_gradients
-from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, no_wrong_products
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.masked_linear import reference
 
@@ -70,7 +70,7 @@ def _unsupported_triton(x: Tensor, *rest: object) -> list[str]:
     # only the interpreter takes it, for the tests.
     on_gpu = x.device.type == "cuda"
     if x.dtype in FLOAT32_KERNEL_DTYPES - ({torch.float32} if on_gpu else set()):
-        return []
+        return no_wrong_products(x)
     return [f"takes bfloat16 and float16, got {x.dtype} x"]
 
 

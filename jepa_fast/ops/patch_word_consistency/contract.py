@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import recomputed_gradients
-from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, no_wrong_products
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.patch_word_consistency import reference
 
@@ -48,7 +48,7 @@ def _unsupported_triton(
     num_heads: int,
     *options: Any,
 ) -> list[str]:
-    reasons = []
+    reasons = no_wrong_products(q_layers[0])
     if q_layers[0].dtype not in FLOAT32_KERNEL_DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16 layers, got {q_layers[0].dtype}")
     if len(q_layers) > _MOST_LAYERS:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, only_kernel_dtypes
+from jepa_fast.ops._checks import FLOAT32_KERNEL_DTYPES, no_wrong_products, only_kernel_dtypes
 from jepa_fast.ops._registry import Backend, Operator
 from jepa_fast.ops.text_cross_attention import reference
 
@@ -78,6 +78,7 @@ def _triton_unsupported(
     reasons = []
     if q.dtype not in FLOAT32_KERNEL_DTYPES - ({torch.float32} if on_gpu else set()):
         reasons.append(f"takes q, k and v in bfloat16 and float16, got {q.dtype}")
+    reasons += no_wrong_products(q)
     if residual.dtype not in FLOAT32_KERNEL_DTYPES:
         reasons.append(f"takes features in float32, bfloat16 and float16, got {residual.dtype}")
     if k.shape[2] > _MOST_WORDS:
