@@ -51,6 +51,15 @@ def test_scales_are_the_lowest_powers_of_two_that_fit() -> None:
     assert torch.equal(dequantize_words(fp8, scale), powers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_numbers_stay_finite(dtype: torch.dtype) -> None:
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    words = most * torch.tensor([[1.0, 0.0], [0.98, -0.97], [-1.0, 0.5], [0.96, -0.4]]).double()
+    words = words.to(dtype)
+    back = dequantize_words(*quantize_words(words), torch.float32 if most > 1e38 else dtype)
+    assert ((back.double() - words.double()).abs() <= words.double().abs() / 16).all()
+
+
 def test_no_dtype_rounds_what_is_dequantized() -> None:
     fp8, scale = quantize_words(torch.randn(5, 64))
     exact = dequantize_words(fp8, scale, torch.float64)
@@ -85,6 +94,18 @@ def test_errors() -> None:
     for wrong in (fp8, torch.ones(2, 5, dtype=torch.int64)):
         with pytest.raises(TypeError, match="words: expected float16, bfloat16, float32"):
             quantize_words(wrong)
+    for few in (torch.randn(2, 0), torch.tensor(1.0)):
+        with pytest.raises(
+            ValueError, match=r"words: expected \[\.\.\., Dt\] .* at least one number"
+        ):
+            quantize_words(few)
+    with pytest.raises(TypeError, match="words: expected a tensor, got list"):
+        quantize_words([1.0])
+    with pytest.raises(TypeError, match="words: expected a tensor, got list"):
+        dequantize_words([1.0], scale)
+    for wrong in (0.5, None):
+        with pytest.raises(TypeError, match=r"word_scale: expected a tensor of one a word, got"):
+            dequantize_words(fp8, wrong)
     with pytest.raises(
         TypeError, match=r"words: expected torch.float8_e4m3fn .* got torch.float32"
     ):

@@ -13,7 +13,8 @@ def quantize_words(words: Tensor) -> tuple[Tensor, Tensor]:
 
     Scales are powers of two, the lowest with which the word's largest number fits, so that
     multiplying by them rounds nothing. A number is off by at most 1/16 of itself, or by 2^-17 of
-    the largest of its word if that is more (1e-35, of smaller words). A word of zeros has scale 1.
+    the largest of its word if that is more (1e-35, of smaller words). What fits the words' dtype
+    still does so afterwards. A word of zeros has scale 1.
 
     Meant for caches: whether all numbers are finite is read on the host.
 
@@ -24,11 +25,16 @@ def quantize_words(words: Tensor) -> tuple[Tensor, Tensor]:
         ``[..., Dt]`` float8_e4m3fn, and the scales ``[...]`` float32.
 
     Raises:
-        TypeError: the words are not floating, or in float8 already.
-        ValueError: a number is infinite or NaN, or too large for float32.
+        TypeError: the words are no tensor, not floating, or in float8 already.
+        ValueError: a number is infinite or NaN, or too large for float32; a word has none.
     """
+    _check_tensor(words)
     if not words.dtype.is_floating_point or words.dtype.itemsize == 1:
         raise TypeError(f"words: expected float16, bfloat16, float32 or float64, got {words.dtype}")
+    if words.ndim == 0 or words.shape[-1] == 0:
+        raise ValueError(
+            f"words: expected [..., Dt] with at least one number a word, got {list(words.shape)}"
+        )
     wide = words.float()
     if not bool(wide.isfinite().all()):
         raise ValueError(
@@ -42,7 +48,17 @@ def quantize_words(words: Tensor) -> tuple[Tensor, Tensor]:
     exponent = exponent.clamp_min(_SMALLEST_EXPONENT)
     exponent = exponent.masked_fill(largest == 0, 0)
     scale = (exponent + 127 << 23).view(torch.float32)  # the bits of 2^exponent: ldexp may round
-    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
+    # The largest numbers of a dtype are rounded down: 256 of the highest scale is beyond it.
+    room = min(torch.finfo(words.dtype).max, torch.finfo(torch.float32).max) / scale
+    most = torch.full_like(scale, 448.0).masked_fill(room < 256, 240.0)[..., None]
+    return (wide / scale[..., None]).clamp(-most, most).to(torch.float8_e4m3fn), scale
+
+
+def _check_tensor(words: object) -> None:
+    if not isinstance(words, Tensor):
+        raise TypeError(
+            f"words: expected a tensor, got {type(words).__name__}; a text encoder makes it"
+        )
 
 
 def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,11 +73,17 @@ def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
         ``[..., Dt]`` in ``dtype``.
 
     Raises:
-        TypeError: the words are not in float8_e4m3fn, or the scale is not floating.
+        TypeError: the words are not in float8_e4m3fn, or the scale is no floating tensor.
         ValueError: there is not one scale a word.
     """
+    _check_tensor(words)
     if words.dtype != torch.float8_e4m3fn:
         raise TypeError(f"words: expected torch.float8_e4m3fn with a scale, got {words.dtype}")
+    if not isinstance(scale, Tensor):
+        raise TypeError(
+            f"word_scale: expected a tensor of one a word, got {type(scale).__name__}; "
+            "quantize_words makes it"
+        )
     if not scale.dtype.is_floating_point:
         raise TypeError(f"word_scale: expected a floating dtype, got {scale.dtype}")
     if scale.shape != words.shape[:-1]:
