@@ -116,6 +116,15 @@ def test_every_problem_is_listed() -> None:
     assert named == {"train.lr.peek", "seed", "train.epochs"}
 
 
+def test_captions_beyond_what_max_takes_are_refused() -> None:
+    model = {"method": "tcjepa", "encoder": "vit_tiny_patch4", "img_size": 32}
+    problem = "text.captions: expected at most 256 with model.pool=max, got 257"
+    assert problem in message("text.captions=257", model=model)
+    for more in ("pool=mean", "per_caption=true", "conditioning=mean_words"):
+        parse_config({**VALUES, "model": model}, ["text.captions=257", f"model.{more}"])
+    parse_config({**VALUES, "model": model}, ["text.captions=256"])
+
+
 def test_an_override_must_be_a_key_and_a_value() -> None:
     with pytest.raises(ConfigError, match=r"override: expected key=value, got '--resum'"):
         parse_config(VALUES, ["--resum"])

@@ -336,6 +336,28 @@ def test_errors() -> None:
         build(text_heads=5)
     with pytest.raises(ValueError, match=r"text_layers: expected different blocks from 0 to 1"):
         build(text_layers=[2])
+    for options in (
+        {"text_scale": 0.0},
+        {"text_mlp_ratio": 0},
+        {"text_dim": 0},
+        {"tau": -1},
+        {"sparsity_weight": -1},
+        {"consistency_weight": float("nan")},
+    ):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"^{name}: expected .* got {value}"):
+            build(**options)
+    for options in (
+        {"text_heads": "2"},
+        {"text_scale": "1"},
+        {"text_layers": 1},
+        {"per_caption": "no"},
+        {"text_mlp_residual": None},
+        {"consistency_weight": "a"},
+    ):
+        ((name, _),) = options.items()
+        with pytest.raises(TypeError, match=f"^{name}: expected .* got"):
+            build(**options)
     model, given = build(), batch()
     given["images"] = given["images"][:2]
     for method in (model, model.similarity_map):

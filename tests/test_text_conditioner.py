@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -328,14 +329,46 @@ def test_fresh_attention_is_not_uniform() -> None:
     ("options", "message"),
     [
         ({"pool": "median"}, "pool: expected one of .*got 'median'"),
-        ({"num_heads": 3}, "num_heads: expected a positive divisor of the width 8, got 3"),
-        ({"similarity": "tanh"}, "similarity must be one of"),
-        ({"tau": 0.0}, "tau must be positive"),
+        ({"num_heads": 3}, "num_heads: expected a positive divisor of dim 8, got 3"),
+        ({"similarity": "tanh"}, "similarity: expected one of .*got 'tanh'"),
+        ({"tau": 0.0}, "tau: expected a positive number that is finite, got 0.0"),
+        ({"scale": -1}, "scale: expected a positive number that is finite, got -1"),
+        ({"scale": math.nan}, "scale: expected a positive number that is finite, got nan"),
+        ({"mlp_ratio": 0.1}, "mlp_ratio: expected at least 1 / dim, 1 / 8, got 0.1"),
+        ({"mlp_ratio": 0}, "mlp_ratio: expected a positive number"),
+        ({"after": []}, "after: expected different blocks from 0 to 1, at least one, got"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WordConditioner(DIM, DEPTH, TEXT_DIM, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 2.0}, "num_heads: expected an integer, got 2.0"),
+        ({"scale": "1"}, "scale: expected a positive number, got '1'"),
+        ({"scale": torch.tensor(1.0)}, "scale: expected a positive number, got tensor"),
+        ({"tau": None}, "tau: expected a positive number, got None"),
+        ({"mlp_ratio": "4"}, "mlp_ratio: expected a positive number, got '4'"),
+        ({"per_caption": "no"}, "per_caption: expected True or False, got 'no'"),
+        ({"mlp_residual": 1}, "mlp_residual: expected True or False, got 1"),
+        ({"after": 1}, r"after: expected a list of blocks, got 1; for one block pass \[1\]"),
+        ({"after": ["1"]}, "after: expected a list of integers"),
+    ],
+)
+def test_option_types(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        WordConditioner(DIM, DEPTH, TEXT_DIM, **options)
+
+
+@pytest.mark.parametrize("name", sorted(CONDITIONERS))
+def test_words_have_a_width(name: str) -> None:
+    with pytest.raises(ValueError, match="text_dim: expected at least 1, got 0"):
+        CONDITIONERS[name](DIM, DEPTH, 0)
+    with pytest.raises(TypeError, match=r"text_dim: expected an integer, got 6\.0"):
+        CONDITIONERS[name](DIM, DEPTH, 6.0)
 
 
 @pytest.mark.parametrize(

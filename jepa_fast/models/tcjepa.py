@@ -20,18 +20,26 @@ from jepa_fast.models.ijepa import (
     target_mask,
 )
 from jepa_fast.models.output import JepaOutput
-from jepa_fast.nn.attention import check_heads
+from jepa_fast.nn.arguments import check_number
 from jepa_fast.nn.text_conditioner import (
     CONDITIONERS,
     Captions,
     WordConditioner,
     WordConditioning,
-    check_layers,
+    check_word_options,
 )
 from jepa_fast.nn.vit import encode_patches
 from jepa_fast.ranges import phase
 
 _DIAGNOSED_IMAGES = 8  # attention statistics are taken from the first images of a batch
+_OPTIONS = {  # by the names that the text conditioner has for them
+    "dim": "predictor_dim",
+    "num_heads": "text_heads",
+    "scale": "text_scale",
+    "mlp_ratio": "text_mlp_ratio",
+    "mlp_residual": "text_mlp_residual",
+    "after": "text_layers",
+}
 
 
 class TCJepa(IJepa):
@@ -69,7 +77,8 @@ class TCJepa(IJepa):
         normalize_target: LayerNorm on the teacher's tokens (the paper does not say).
 
     Raises:
-        TypeError, ValueError: as ``IJepa``; an unknown name, or sizes that do not fit.
+        TypeError, ValueError: as ``IJepa``; an option of the wrong type, an unknown name, a number
+            out of range, or sizes that do not fit.
     """
 
     def __init__(
@@ -111,10 +120,13 @@ class TCJepa(IJepa):
             normalize_target=normalize_target,
             init=init,
         )
+        for name, weight in (
+            ("sparsity_weight", sparsity_weight),
+            ("consistency_weight", consistency_weight),
+        ):
+            check_number(name, weight, zero=True)
         options: dict[str, Any] = {}
         if issubclass(CONDITIONERS[conditioning], WordConditioner):
-            check_heads(text_heads, predictor_dim, "text_heads", "predictor_dim")
-            blocks = len(self.predictor.predictor_blocks)
             options = {
                 "num_heads": text_heads,
                 "scale": text_scale,
@@ -124,8 +136,15 @@ class TCJepa(IJepa):
                 "mlp_residual": text_mlp_residual,
                 "similarity": similarity,
                 "tau": tau,
-                "after": check_layers(text_layers, blocks, "text_layers"),
+                "after": text_layers,
             }
+            check_word_options(
+                predictor_dim,
+                len(self.predictor.predictor_blocks),
+                text_dim,
+                **options,
+                called=_OPTIONS,
+            )
         self.conditioner = CONDITIONERS[conditioning](
             predictor_dim, len(self.predictor.predictor_blocks), text_dim, **options
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,11 @@ def check_heads(
     """Refuse heads that do not divide the width; the names are those that the user passed them by.
 
     Raises:
+        TypeError: ``heads`` is no integer.
         ValueError: ``heads`` is not positive, or does not divide ``dim``.
     """
+    if not isinstance(heads, Integral):
+        raise TypeError(f"{heads_name}: expected an integer, got {heads!r}")
     if heads < 1 or dim % heads:
         raise ValueError(
             f"{heads_name}: expected a positive divisor of {dim_name} {dim}, got {heads}; "

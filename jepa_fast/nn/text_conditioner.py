@@ -9,20 +9,22 @@ what depends on the words alone; after every predictor block, ``tokens = c(layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
+from jepa_fast.nn.arguments import check_choice, check_count, check_flag, check_number
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.nn.words import check_word_mask, word_vectors
-from jepa_fast.ops.text_cross_attention.api import check_similarity
+from jepa_fast.ops.text_cross_attention.api import SIMILARITIES
 
 POOLS = ("max", "mean", "attention")
 
@@ -164,7 +166,8 @@ class WordConditioner(nn.Module):
         after: the predictor blocks that are followed by text attention, from 0; None: all.
 
     Raises:
-        ValueError: an unknown name, or sizes that do not fit.
+        TypeError: an option of the wrong type.
+        ValueError: an unknown name, a number out of range, or sizes that do not fit.
     """
 
     def __init__(
@@ -184,11 +187,20 @@ class WordConditioner(nn.Module):
         after: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.after = check_layers(after, depth)
-        if pool not in POOLS:
-            raise ValueError(f"pool: expected one of {POOLS}, got {pool!r}")
-        check_similarity("WordConditioner", similarity, tau)
-        check_heads(num_heads, dim)
+        self.after = check_word_options(
+            dim,
+            depth,
+            text_dim,
+            num_heads=num_heads,
+            scale=scale,
+            pool=pool,
+            per_caption=per_caption,
+            mlp_ratio=mlp_ratio,
+            mlp_residual=mlp_residual,
+            similarity=similarity,
+            tau=tau,
+            after=after,
+        )
         self.num_heads = num_heads
         self.scale = scale
         self.pool = pool
@@ -223,24 +235,70 @@ class WordConditioner(nn.Module):
         )
 
 
-def check_layers(after: Sequence[int] | None, depth: int, argument: str = "after") -> list[int]:
-    """Those of a predictor's `depth` blocks that text attention follows, in order.
+def check_word_options(
+    dim: int,
+    depth: int,
+    text_dim: int,
+    *,
+    num_heads: int,
+    scale: float | None,
+    pool: str,
+    per_caption: bool,
+    mlp_ratio: float,
+    mlp_residual: bool,
+    similarity: str,
+    tau: float,
+    after: Sequence[int] | None,
+    called: Mapping[str, str] | None = None,
+) -> list[int]:
+    """Refuse arguments that a :class:`WordConditioner` cannot have.
 
     Args:
-        after: their numbers, from 0; None: all.
-        depth: how many blocks there are.
-        argument: what an error calls `after`.
+        called: what the caller calls those arguments that it calls otherwise.
+
+    Returns:
+        The blocks that text attention follows, in order.
 
     Raises:
-        ValueError: none, one that does not exist, or one twice.
+        TypeError, ValueError: as :class:`WordConditioner`.
     """
+
+    def name(argument: str) -> str:
+        return (called or {}).get(argument, argument)
+
+    for argument, size in (("dim", dim), ("depth", depth), ("text_dim", text_dim)):
+        check_count(name(argument), size)
+    check_heads(num_heads, dim, name("num_heads"), name("dim"))
+    if scale is not None:
+        check_number(name("scale"), scale)
+    check_choice(name("pool"), pool, POOLS)
+    check_flag(name("per_caption"), per_caption)
+    check_number(name("mlp_ratio"), mlp_ratio)
+    if int(dim * mlp_ratio) < 1:
+        raise ValueError(
+            f"{name('mlp_ratio')}: expected at least 1 / {name('dim')}, 1 / {dim}, got {mlp_ratio}"
+        )
+    check_flag(name("mlp_residual"), mlp_residual)
+    check_choice(name("similarity"), similarity, SIMILARITIES)
+    check_number(name("tau"), tau)
+    return _check_layers(after, depth, name("after"))
+
+
+def _check_layers(after: Sequence[int] | None, depth: int, argument: str) -> list[int]:
     if after is None:
         return list(range(depth))
+    if not isinstance(after, Iterable) or isinstance(after, str):
+        raise TypeError(
+            f"{argument}: expected a list of blocks, got {after!r}; for one block pass [{after}]"
+        )
+    after = list(after)
+    if not all(isinstance(each, Integral) for each in after):
+        raise TypeError(f"{argument}: expected a list of integers, got {after}")
     found = sorted(after)
     if not found or found[0] < 0 or found[-1] >= depth or len(set(found)) < len(found):
         raise ValueError(
             f"{argument}: expected different blocks from 0 to {depth - 1}, at least one, "
-            f"got {list(after)}"
+            f"got {after}"
         )
     return found
 
@@ -425,6 +483,7 @@ class AdaLNConditioner(nn.Module):
 
     def __init__(self, dim: int, depth: int, text_dim: int) -> None:
         super().__init__()
+        check_count("text_dim", text_dim)
         self.depth = depth
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(text_dim, depth * 2 * dim)
@@ -462,6 +521,7 @@ class FeatureConditioner(nn.Module):
 
     def __init__(self, dim: int, depth: int, text_dim: int) -> None:
         super().__init__()
+        check_count("text_dim", text_dim)
         self.caption = nn.Linear(text_dim, dim)
         self.layers = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth))
         init_transformer(self, ())
@@ -492,6 +552,7 @@ class WordAppender(nn.Module):
 
     def __init__(self, dim: int, depth: int, text_dim: int) -> None:
         super().__init__()
+        check_count("text_dim", text_dim)
         self.embed = nn.Linear(text_dim, dim)
         init_transformer(self, ())
 

@@ -51,6 +51,7 @@ from jepa_fast.models.tcjepa import TCJepa
 from jepa_fast.models.tijepa import TIJepa
 from jepa_fast.nn.heads import HEADS
 from jepa_fast.ops.latent_loss.reference import KINDS as LOSSES
+from jepa_fast.ops.text_cross_attention.api import MOST_CAPTIONS
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.schedules import cosine, linear
 
@@ -411,6 +412,14 @@ class Config(Section):
             )
         if model.method == "probijepa":
             _check_head_options(HEADS[model.head], model.head_options)
+        # The pool of captions that are attended to one by one, in one operator.
+        in_a_byte = model.method == "tcjepa" and model.conditioning == "words"
+        in_a_byte = in_a_byte and model.pool == "max" and not model.per_caption
+        if in_a_byte and self.text.captions > MOST_CAPTIONS:
+            raise ValueError(
+                f"text.captions: expected at most {MOST_CAPTIONS} with model.pool=max, got "
+                f"{self.text.captions}; lower it, or set model.per_caption=true"
+            )
         caches = model.method == "tijepa" and model.cache_features
         if caches and (augment.crop_scale is not None or augment.flip > 0):
             raise ValueError(

@@ -19,7 +19,7 @@ from jepa_fast.ops._checks import (
 from jepa_fast.ops.text_cross_attention import contract, reference
 
 SIMILARITIES = ("relu", "softplus")
-_MOST_CAPTIONS = 256  # the winning caption of "max" is kept in one byte
+MOST_CAPTIONS = 256  # the winning caption of "max" is kept in one byte
 
 
 class _TextCrossAttention(OperatorFunction):
@@ -124,9 +124,9 @@ def text_cross_attention(
     check_choice(op, "pool", pool, reference.POOLS)
     check_similarity(op, similarity, tau)
     check_scale(op, scale)
-    if pool == "max" and k.shape[1] > _MOST_CAPTIONS:
+    if pool == "max" and k.shape[1] > MOST_CAPTIONS:
         raise ValueError(
-            f"{op}: pool='max' takes at most {_MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
+            f"{op}: pool='max' takes at most {MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
             "fewer"
         )
     features, sparsity, _ = applied(
