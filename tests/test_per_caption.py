@@ -435,6 +435,50 @@ def test_dtypes_that_do_not_fit() -> None:
         layer(pool_per_caption)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.zeros(5, TOKENS, DIM)}, ValueError, "query.shape.0. must be a multiple"),
+        ({"query": torch.zeros(6, TOKENS, 4)}, ValueError, "query.shape.2. and keys.shape.3. must"),
+        ({"query": torch.zeros(6, DIM)}, ValueError, r"query must be \[R, T, d\]"),
+        ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
+        ({"tokens": torch.zeros(6, 3, DIM)}, ValueError, "tokens must have the shape of query"),
+        ({"tokens": torch.zeros(6, TOKENS, DIM).long()}, TypeError, "tokens must be of a floating"),
+        ({"values": torch.zeros(3, 5, 4, DIM)}, ValueError, "values must have the shape of keys"),
+        (
+            {"values": torch.zeros(3, 5, 3, DIM).double()},
+            TypeError,
+            "query, keys and values must have one dtype",
+        ),
+        ({"word_mask": WORD_MASK[:1]}, ValueError, r"word_mask must have shape \[3, 5, 3\]"),
+        ({"word_mask": None}, TypeError, "word_mask must be a tensor, got NoneType"),
+        ({"token_mask": TOKEN_MASK[:, :1]}, ValueError, r"token_mask must have shape \[6, 4\]"),
+        ({"token_mask": TOKEN_MASK.float()}, TypeError, "token_mask must be bool"),
+        ({"mlp": Mlp(4, 8)}, ValueError, "mlp must be of the width 8 of query, got 4"),
+        ({"norm": nn.LayerNorm(4)}, ValueError, "norm must be of the width 8 of query, got 4"),
+        ({"pool": "median"}, ValueError, "pool must be one of"),
+        ({"pool": "attention"}, TypeError, "pool_query must be a tensor for pool='attention'"),
+        ({"pool_query": torch.zeros(8)}, ValueError, "pool_query must be None for pool='max'"),
+        (
+            {"pool": "attention", "pool_query": torch.zeros(4)},
+            ValueError,
+            r"pool_query must have shape \[8\], got \[4\]",
+        ),
+        ({"num_heads": 3}, ValueError, "num_heads must be a positive divisor of the width 8"),
+        ({"scale": -1.0}, ValueError, "scale must be positive and finite, got -1.0"),
+        ({"similarity": "tanh"}, ValueError, "similarity must be one of"),
+        ({"tau": 0.0}, ValueError, "tau must be positive and finite, got 0.0"),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    layer = Layer()
+    inputs = {name: getattr(layer, name) for name in ("query", "keys", "values", "tokens")}
+    inputs |= {"word_mask": WORD_MASK, "token_mask": TOKEN_MASK, "pool_query": None}
+    inputs |= {"mlp": layer.mlp, "norm": layer.norm, **OPTIONS, **changes}
+    with pytest.raises(error, match=f"pool_per_caption: {message}"):
+        pool_per_caption(**inputs)
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

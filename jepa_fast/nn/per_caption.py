@@ -24,6 +24,13 @@ from torch import Tensor, nn
 from jepa_fast.nn.attention import Mlp
 from jepa_fast.nn.precision import widened, without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, recording
+from jepa_fast.ops._checks import check_choice, check_tensor
+from jepa_fast.ops.text_cross_attention.api import (
+    check_scale,
+    check_similarity,
+    check_values,
+    check_words,
+)
 from jepa_fast.ops.text_cross_attention.reference import (
     by_head,
     by_image,
@@ -101,8 +108,34 @@ def pool_per_caption(
         float32 (float64 for float64 queries).
 
     Raises:
-        TypeError: the dtypes of tokens and weights differ, and autocast does not settle it.
+        TypeError: the dtypes of tokens and weights differ, and autocast does not settle it; or as
+            :func:`jepa_fast.ops.text_cross_attention`.
+        ValueError: as :func:`jepa_fast.ops.text_cross_attention`; the MLP, the LayerNorm or
+            `pool_query` is of another width.
     """
+    op = "pool_per_caption"
+    check_tensor(op, "word_mask", word_mask)
+    check_words(op, "query", query, "keys", keys, word_mask, None, token_mask, num_heads)
+    check_values(op, ("query", query), ("keys", keys), ("values", values), ("tokens", tokens))
+    check_choice(op, "pool", pool, _POOLS)
+    check_similarity(op, similarity, tau)
+    check_scale(op, scale)
+    width = query.shape[2]
+    for argument, found in (("mlp", mlp.fc1.in_features), ("norm", norm.normalized_shape[-1])):
+        if found != width:
+            raise ValueError(f"{op}: {argument} must be of the width {width} of query, got {found}")
+    if pool == "attention":
+        if pool_query is None:
+            raise TypeError(f"{op}: pool_query must be a tensor for pool='attention', got None")
+        if pool_query.shape != (width,):
+            raise ValueError(
+                f"{op}: pool_query must have shape [{width}], got {list(pool_query.shape)}"
+            )
+    elif pool_query is not None:
+        raise ValueError(
+            f"{op}: pool_query must be None for pool={pool!r}, which gives it no gradient, got "
+            f"shape {list(pool_query.shape)}"
+        )
     pooled, sparsity, _ = applied(
         _PerCaption,
         query, keys, values, tokens,

@@ -109,18 +109,7 @@ def text_cross_attention(
     """
     op = "text_cross_attention"
     check_words(op, "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads)
-    for argument, tensor, like, other in (("residual", residual, "q", q), ("v", v, "k", k)):
-        check_floating(op, argument, tensor)
-        if tensor.shape != other.shape:
-            raise ValueError(
-                f"{op}: {argument} must have the shape of {like}, {list(other.shape)}, "
-                f"got {list(tensor.shape)}"
-            )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
-            "convert them first"
-        )
+    check_values(op, ("q", q), ("k", k), ("v", v), ("residual", residual))
     check_choice(op, "pool", pool, reference.POOLS)
     check_similarity(op, similarity, tau)
     check_scale(op, scale)
@@ -216,6 +205,29 @@ def check_words(
             raise ValueError(
                 f"{op}: {argument} must have shape {list(shape)}, got {list(mask.shape)}"
             )
+
+
+def check_values(
+    op: str,
+    query: tuple[str, Tensor],
+    key: tuple[str, Tensor],
+    value: tuple[str, Tensor],
+    residual: tuple[str, Tensor],
+) -> None:
+    """Raises unless values and residual, named, fit the keys and queries of `check_words`."""
+    for (argument, tensor), (like, other) in ((residual, query), (value, key)):
+        check_floating(op, argument, tensor)
+        if tensor.shape != other.shape:
+            raise ValueError(
+                f"{op}: {argument} must have the shape of {like}, {list(other.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+    q, k, v = query[1].dtype, key[1].dtype, value[1].dtype
+    if not q == k == v:
+        raise TypeError(
+            f"{op}: {query[0]}, {key[0]} and {value[0]} must have one dtype, got {q}, {k} and {v}; "
+            "convert them first"
+        )
 
 
 def check_scale(op: str, scale: float | None) -> None:
