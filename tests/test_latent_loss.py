@@ -180,6 +180,16 @@ def test_a_gradient_of_one_is_not_changed_behind_the_graphs_back(backend: str, d
     torch.testing.assert_close(prediction.grad, 2 * kept)
 
 
+def test_gradients_of_many_upstream_ones_at_once() -> None:
+    """Which torch maps over the backward pass, as `jacobian(vectorize=True)` does."""
+    prediction, teacher, index = _sample("").arguments(torch.float32)
+    loss = ops.latent_loss(prediction, teacher, index)
+    (grad,) = torch.autograd.grad(loss, prediction, retain_graph=True)
+    upstream = torch.tensor([1.0, 2.0, 0.0])
+    (grads,) = torch.autograd.grad(loss, prediction, upstream, is_grads_batched=True)
+    torch.testing.assert_close(grads, upstream[:, None, None, None] * grad)
+
+
 def test_beta_0_is_l1() -> None:
     arguments = _sample("").arguments()
     l1 = ops.latent_loss(*arguments, kind="l1")

@@ -328,6 +328,17 @@ def test_where_there_is_nothing(backend: str, device: str) -> None:
     assert prediction.grad.shape == (2, 0, 4)
 
 
+def test_gradients_of_many_upstream_ones_at_once() -> None:
+    """Which torch maps over the backward pass, as `jacobian(vectorize=True)` does."""
+    leaves = [torch.randn(5, 3, requires_grad=True) for _ in range(2)]
+    loss = ops.denoising_loss(leaves[0], _seed(3), leaves[1])
+    wanted = torch.autograd.grad(loss, leaves, retain_graph=True)
+    upstream = torch.tensor([1.0, 2.0, 0.0])
+    found = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
+    for grads, grad in zip(found, wanted, strict=True):
+        torch.testing.assert_close(grads, upstream[:, None, None] * grad)
+
+
 def test_compiles_where_nothing_takes_a_gradient() -> None:
     torch._dynamo.reset()
 

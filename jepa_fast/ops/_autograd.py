@@ -160,6 +160,7 @@ def is_the_gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> bool:
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and slope.dtype == dtype
         and grad.device.type == "cpu"
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)  # many at once have no value
         and float(grad) == 1.0
     )
 
