@@ -135,6 +135,16 @@ def test_values(options: dict[str, Any], dtype: torch.dtype, rel: float) -> None
     )
 
 
+def test_similarities_are_in_float32_under_autocast() -> None:
+    inputs = _inputs()
+    del inputs["token_mask"]
+    want = ops.patch_word_similarity(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.patch_word_similarity(**inputs)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 def test_layers_may_come_in_one_tensor() -> None:
     inputs = _inputs()
     stacked = {n: torch.stack(x) if "layers" in n else x for n, x in inputs.items()}

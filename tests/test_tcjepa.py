@@ -299,6 +299,15 @@ def test_similarity_map_of_whole_images() -> None:
     torch.testing.assert_close(got[0, 0], total, rtol=1e-4, atol=1e-5)
 
 
+def test_similarity_maps_are_in_float32_under_autocast() -> None:
+    model, given = build(), batch()
+    arguments = (given["images"], None, given["words"], WORD_MASK, CAPTION_MASK)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.similarity_map(*arguments)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, model.similarity_map(*arguments), rtol=0.05, atol=0.02)
+
+
 def test_similarity_map_of_masked_images_averages_over_sequences() -> None:
     model, given = build(), batch()
     text = (given["words"], WORD_MASK, CAPTION_MASK)

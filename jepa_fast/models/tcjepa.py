@@ -21,6 +21,7 @@ from jepa_fast.models.ijepa import (
 )
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.arguments import check_number
+from jepa_fast.nn.precision import without_autocast
 from jepa_fast.nn.text_conditioner import (
     CONDITIONERS,
     Captions,
@@ -263,7 +264,8 @@ class TCJepa(IJepa):
             of_image = text.token_mask.unflatten(0, (blocks, batch)).transpose(0, 1)
             member = member & of_image.flatten(1)[:, None]
         share = member / member.sum(-1, keepdim=True).clamp_min(1)
-        return share[:, None].to(of_tokens.dtype) @ of_tokens
+        with without_autocast(of_tokens):
+            return share[:, None].to(of_tokens.dtype) @ of_tokens
 
     def _captions(
         self,

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from jepa_fast.ops._autocast import without_autocast
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Context in which matrix products of tensors like this one keep their dtype."""
-    device = tensor.device.type
-    # Dynamo of torch 2.11 cannot trace the question; what gets compiled is on a device that has it.
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+__all__ = ["widened", "without_autocast"]
 
 
 def widened(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jepa_fast.ops._autocast import without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import check_tensor
 from jepa_fast.ops.patch_word_consistency import contract, reference
@@ -114,9 +115,10 @@ def patch_word_similarity(
         op, q_layers, k_layers, word_mask, caption_mask, None, num_heads
     )
     check_similarity(op, similarity, tau)
-    return reference.patch_word_similarity(
-        q_layers, k_layers, word_mask, caption_mask, num_heads, similarity, tau
-    )
+    with without_autocast(q_layers[0]):
+        return reference.patch_word_similarity(
+            q_layers, k_layers, word_mask, caption_mask, num_heads, similarity, tau
+        )
 
 
 def _check_layers(
