@@ -84,7 +84,9 @@ def text_cross_attention(
         word_mask: [B, C, S] bool, False at padding; None: every word is there.
         caption_mask: [B, C] bool, False at padding; None: every caption is there.
         num_heads: h, a divisor of d; a head has width e = d / h.
-        scale: positive and finite; the default is `1 / sqrt(e)`.
+        scale: positive and finite; the default is `1 / sqrt(e)`. In a cosine vectors shorter than
+            1e-8 count as this long, and queries are measured with their scale: one that makes them
+            so short lowers the sparsity term.
         pool: `"max"` (ties: the lowest caption), `"mean"`, or `"none"`.
         token_mask: [R, T] bool, False at tokens that do not count in the sparsity; None: all do.
         similarity: `"relu"`, or `"softplus"` for `O = softplus(cos / tau)`, which has a gradient

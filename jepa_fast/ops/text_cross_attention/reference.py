@@ -53,7 +53,8 @@ def text_cross_attention(
     valid = valid_words(k, word_mask, caption_mask)
     has_words = valid.any(3, keepdim=True)  # [B, 1, C, 1, 1]
     scale = score_scale(scale, q, num_heads)
-    # Cosines do not see the scale, so one product serves the attention and the similarity.
+    # Cosines see the scale only where a scaled query is shorter than _EPSILON: one product serves
+    # the attention and the similarity.
     q = by_image(q, batch, num_heads) * scale
     k = by_head(k, num_heads, valid)
     v = by_head(v, num_heads, valid)
