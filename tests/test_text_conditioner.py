@@ -177,6 +177,33 @@ def test_regularisers_are_means_over_layers() -> None:
     assert conditioning.similarity_map().shape == (BLOCKS * BATCH, CAPTIONS, TOKENS, WORDS)
 
 
+def test_blocks_may_be_called_in_any_order() -> None:
+    conditioner, inputs = build(), (tokens(), tokens().flip(1))
+    found = []
+    for order in ((0, 1), (1, 0), (1, 0, 1)):
+        conditioning = conditioner(captions())
+        for layer in order:
+            conditioning(layer, inputs[layer])
+        found.append(
+            [
+                conditioning.sparsity(),
+                conditioning.consistency(),
+                conditioning.similarity_map(),
+                *conditioning.statistics(2),
+            ]
+        )
+    for want, *others in zip(*found, strict=True):
+        for got in others:
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["sparsity", "consistency", "similarity_map", "statistics"])
+def test_what_is_over_layers_needs_some(name: str) -> None:
+    arguments = (2,) if name == "statistics" else ()
+    with pytest.raises(ValueError, match=f"{name}: expected layers that have been called, got"):
+        getattr(build()(captions()), name)(*arguments)
+
+
 def test_statistics_of_the_first_images() -> None:
     conditioner = build()
     _, conditioning = run(conditioner, captions(), tokens())

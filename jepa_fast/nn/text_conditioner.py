@@ -344,8 +344,8 @@ class WordConditioning(Conditioning):
         word_mask: ``[B, C, S]`` bool.
         token_mask: ``[R, T]`` bool or None.
         share: what the regularisers, means over pairs of caption and token, are multiplied by.
-        queries: ``[R, T, d]`` of the layers that have been called.
-        sparsities: a scalar of each of these layers.
+        queries: by layer, ``[R, T, d]`` of those that have been called; of two calls the last.
+        sparsities: by layer, a scalar of each of these.
     """
 
     conditioner: WordConditioner
@@ -354,8 +354,8 @@ class WordConditioning(Conditioning):
     word_mask: Tensor
     token_mask: Tensor | None
     share: Tensor | float
-    queries: list[Tensor] = field(default_factory=list)
-    sparsities: list[Tensor] = field(default_factory=list)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    sparsities: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, layer: int, tokens: Tensor) -> Tensor:
         """As :meth:`Conditioning.__call__`."""
@@ -395,8 +395,8 @@ class WordConditioning(Conditioning):
                 y = self._pooled(y, of_layer.pool_query)
             if not c.per_caption:
                 y = of_layer(y)
-        self.queries.append(query)
-        self.sparsities.append(sparsity)
+        self.queries[layer] = query
+        self.sparsities[layer] = sparsity
         return y
 
     def _pooled(self, y: Tensor, pool_query: Tensor | None) -> Tensor:
@@ -419,15 +419,21 @@ class WordConditioning(Conditioning):
         return (y * weights.to(y.dtype)).sum(1)
 
     def sparsity(self) -> Tensor:
-        """Mean over captions, tokens and layers of ``sum_w O``."""
-        return torch.stack(self.sparsities).mean() * self.share
+        """Mean over captions, tokens and layers of ``sum_w O``.
+
+        Raises:
+            ValueError: no layer has been called, here as in what follows.
+        """
+        layers = self._called("sparsity")
+        return torch.stack([self.sparsities[i] for i in layers]).mean() * self.share
 
     def consistency(self) -> Tensor:
         """Mean over captions, tokens and layers of ``sum_w |O^l - mean_l O^l|``."""
+        layers = self._called("consistency")
         c = self.conditioner
         consistency = ops.patch_word_consistency(
-            self.queries,
-            self.keys,
+            [self.queries[i] for i in layers],
+            [self.keys[i] for i in layers],
             self.word_mask,
             num_heads=c.num_heads,
             token_mask=self.token_mask,
@@ -437,11 +443,12 @@ class WordConditioning(Conditioning):
         return consistency * self.share
 
     def similarity_map(self) -> Tensor:
-        """``mean_l O^l``, ``[R, C, T, S]``."""
+        """``mean_l O^l``, ``[R, C, T, S]`` in float32 or wider."""
+        layers = self._called("similarity_map")
         c = self.conditioner
         return ops.patch_word_similarity(
-            self.queries,
-            self.keys,
+            [self.queries[i] for i in layers],
+            [self.keys[i] for i in layers],
             self.word_mask,
             num_heads=c.num_heads,
             similarity=c.similarity,
@@ -454,20 +461,29 @@ class WordConditioning(Conditioning):
         Looks at the first ``images`` images, at the first sequence of each; see
         :func:`jepa_fast.ops.attention_statistics`.
         """
+        layers = self._called("statistics")
         images = min(images, self.word_mask.shape[0])
         found = [
             ops.attention_statistics(
-                query[:images],
-                keys[:images],
+                self.queries[i][:images],
+                self.keys[i][:images],
                 self.word_mask[:images],
                 num_heads=self.conditioner.num_heads,
                 scale=self.conditioner.scale,
                 token_mask=None if self.token_mask is None else self.token_mask[:images],
             )
-            for query, keys in zip(self.queries, self.keys, strict=True)
+            for i in layers
         ]
         positive, entropy = zip(*found, strict=True)
         return torch.stack(positive).mean(), torch.stack(entropy).mean()
+
+    def _called(self, what: str) -> list[int]:
+        if not self.queries:
+            raise ValueError(
+                f"{what}: expected layers that have been called, got none; ask after the forward "
+                "pass"
+            )
+        return sorted(self.queries)
 
 
 class AdaLNConditioner(nn.Module):
