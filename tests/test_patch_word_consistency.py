@@ -537,6 +537,28 @@ def test_cpu_kernel_refuses_float64() -> None:
             r"k_layers\[0\] must have the dtype of q_layers\[0\]",
         ),
         ({"similarity": "tanh"}, ValueError, "similarity must be one of"),
+        (
+            {"q_layers": None},
+            TypeError,
+            "q_layers must be a list of tensors, one a layer, got None",
+        ),
+        ({"k_layers": 3}, TypeError, "k_layers must be a list of tensors, one a layer, got int"),
+        (
+            {"q_layers": torch.zeros(6, 5, 12), "k_layers": torch.zeros(3, 3, 4, 12)},
+            ValueError,
+            r"q_layers must be .*\[L, R, T, d\], got shape \[6, 5, 12\]; .* pass a list of it",
+        ),
+        (
+            {"k_layers": torch.zeros(3, 3, 4, 12)},
+            ValueError,
+            r"k_layers must be .*\[L, B, C, S, d\], got shape \[3, 3, 4, 12\]",
+        ),
+        ({"num_heads": 1.5}, TypeError, "num_heads must be an integer, got 1.5"),
+        (
+            {"q_layers": [torch.zeros(6, 5, 12), *[torch.zeros(6, 5, 12).to_sparse()] * 2]},
+            TypeError,
+            r"q_layers\[1\] must be dense, got torch.sparse_coo",
+        ),
         ({"tau": -1.0}, ValueError, "tau must be positive"),
         ({"tau": "0.1"}, TypeError, "tau must be a number, got str"),
         (

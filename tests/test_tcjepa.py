@@ -368,6 +368,12 @@ def test_errors() -> None:
         with pytest.raises(TypeError, match=f"^{name}: expected .* got"):
             build(**options)
     model, given = build(), batch()
+    for images in (None, [*given["images"]]):
+        for method in (model, model.similarity_map):
+            with pytest.raises(
+                TypeError, match=r"images: expected a tensor .* got (NoneType|list)"
+            ):
+                method(masks=MASKS, **{**given, "images": images})
     given["images"] = given["images"][:2]
     for method in (model, model.similarity_map):
         with pytest.raises(ValueError, match="masks: expected 2 images, as given, got 3"):

@@ -685,6 +685,34 @@ def test_autocast_changes_nothing_inside(backend: str, device: str) -> None:
             r"tau must be a number, got Parameter; it takes no gradient: pass float\(tau\)$",
         ),
         ({"tau": None}, TypeError, "tau must be a number, got NoneType"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an integer, got 2.0"),
+        ({"num_heads": "2"}, TypeError, "num_heads must be an integer, got '2'"),
+        (
+            {name: _inputs()[name].to(torch.float8_e4m3fn) for name in ("q", "k", "v")},
+            TypeError,
+            r"q must be in .*float16, got torch.float8_e4m3fn; use \.float\(\), times its scale",
+        ),
+        (
+            {"residual": _inputs()["residual"].to(torch.float8_e5m2)},
+            TypeError,
+            "residual must be in .* got torch.float8_e5m2",
+        ),
+        (
+            {"q": _inputs()["q"].to_sparse()},
+            TypeError,
+            "q must be dense, got torch.sparse_coo; use",
+        ),
+        (
+            {"word_mask": _inputs()["word_mask"].to_sparse()},
+            TypeError,
+            "word_mask must be dense, got torch.sparse_coo",
+        ),
+        (
+            {n: x[..., :0] for n, x in _inputs().items() if n in ("q", "k", "v", "residual")},
+            ValueError,
+            r"q must have a width of at least 1, got shape \[6, 5, 0\]",
+        ),
+        ({"word_mask": [[True]]}, TypeError, "word_mask must be a tensor, got list"),
         ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
         ({"residual": None}, TypeError, "residual must be a tensor, got NoneType"),
         (

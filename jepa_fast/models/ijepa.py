@@ -160,6 +160,7 @@ class IJepa(nn.Module):
 
     def _masks_of(self, images: Tensor, masks: Masks) -> BlockMasks | PackedMasks:
         """The masks, which must be of so many images and of the encoder's grid."""
+        check_images(images)
         if not isinstance(masks, PackedMasks):
             masks = BlockMasks.coerce(masks, self.encoder.grid)
         elif tuple(masks.grid) != tuple(self.encoder.grid):
@@ -177,6 +178,14 @@ class IJepa(nn.Module):
             # Slack would have no tokens to read, and nothing is to be predicted.
             return masks.padded(partly=True)
         return masks
+
+
+def check_images(images: object) -> None:
+    """Raises TypeError if the images are no tensor."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images: expected a tensor [B, 3, H, W], got {type(images).__name__}; stack them"
+        )
 
 
 def target_mask(masks: BlockMasks | PackedMasks) -> Tensor | None:

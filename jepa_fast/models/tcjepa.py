@@ -15,6 +15,7 @@ from jepa_fast.models.ijepa import (
     IJepa,
     Masks,
     block_major_mask,
+    check_images,
     check_patch_count,
     gather_targets,
     target_mask,
@@ -241,6 +242,7 @@ class TCJepa(IJepa):
         Raises:
             TypeError, ValueError: as :meth:`forward`; the conditioning is not ``"words"``.
         """
+        check_images(images)
         batch, (height, width) = images.shape[0], self.encoder.grid
         patches = torch.arange(height * width, device=images.device)
         if masks is None:

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -60,6 +60,29 @@ def check_floating(op: str, argument: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{op}: {argument} must be of a floating dtype, got {tensor.dtype}; use .float()"
         )
+
+
+def check_vectors(op: str, argument: str, tensor: Tensor) -> None:
+    """Raises TypeError if `tensor` is not a dense tensor of a floating dtype to compute with."""
+    check_floating(op, argument, tensor)
+    check_dense(op, argument, tensor)
+    if tensor.dtype.itemsize == 1:
+        raise TypeError(
+            f"{op}: {argument} must be in float32, float64, bfloat16 or float16, got "
+            f"{tensor.dtype}; use .float(), times its scale"
+        )
+
+
+def check_dense(op: str, argument: str, tensor: Tensor) -> None:
+    """Raises TypeError if `tensor` is sparse, nested or the like."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {argument} must be dense, got {tensor.layout}; use .to_dense()")
+
+
+def check_integer(op: str, argument: str, value: object) -> None:
+    """Raises TypeError if `value` is no integer."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{op}: {argument} must be an integer, got {value!r}")
 
 
 def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from jepa_fast.ops._autocast import without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
-from jepa_fast.ops._checks import check_tensor
+from jepa_fast.ops._checks import check_dense, check_tensor
 from jepa_fast.ops.patch_word_consistency import contract, reference
 from jepa_fast.ops.text_cross_attention.api import check_similarity, check_words
 
@@ -71,7 +71,8 @@ def patch_word_consistency(
         A scalar in float32 (float64 for float64 queries); 0 where no image has a caption.
 
     Raises:
-        TypeError: a mask is not bool; the layers differ in dtype; `tau` is not a number.
+        TypeError: a mask is not bool; the layers are not dense floating tensors of one dtype, or no
+            list of them; `num_heads` is no integer, `tau` no number.
         ValueError: no layers, not as many queries as keys, a shape does not fit, an unknown name.
         BackendError: the requested backend cannot serve the call.
 
@@ -131,7 +132,8 @@ def _check_layers(
     num_heads: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A list of queries and one of keys, as long as each other."""
-    q_layers, k_layers = list(q_layers), list(k_layers)
+    q_layers = _list_of_layers(op, "q_layers", q_layers, 4, "[L, R, T, d]")
+    k_layers = _list_of_layers(op, "k_layers", k_layers, 5, "[L, B, C, S, d]")
     if not q_layers or len(q_layers) != len(k_layers):
         raise ValueError(
             f"{op}: q_layers and k_layers must hold one tensor a layer, at least one, "
@@ -142,6 +144,7 @@ def _check_layers(
     for name, layers in (("q_layers", q_layers), ("k_layers", k_layers)):
         for i, layer in enumerate(layers):
             check_tensor(op, f"{name}[{i}]", layer)
+            check_dense(op, f"{name}[{i}]", layer)
             if layer.shape != layers[0].shape:
                 raise ValueError(
                     f"{op}: {name}[{i}] must have the shape of {name}[0], "
@@ -153,3 +156,17 @@ def _check_layers(
                     f"{q_layers[0].dtype}, got {layer.dtype}"
                 )
     return q_layers, k_layers
+
+
+def _list_of_layers(op: str, name: str, layers: object, dims: int, shape: str) -> list[Tensor]:
+    """The layers' tensors; of one tensor with `dims` dimensions its slices."""
+    if isinstance(layers, Tensor) and layers.ndim != dims:
+        raise ValueError(
+            f"{op}: {name} must be a list of tensors, one a layer, or a tensor {shape}, got shape "
+            f"{list(layers.shape)}; of a single layer pass a list of it"
+        )
+    if not isinstance(layers, Iterable):
+        raise TypeError(
+            f"{op}: {name} must be a list of tensors, one a layer, got {type(layers).__name__}"
+        )
+    return list(layers)

@@ -10,11 +10,13 @@ from torch import Tensor
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import (
     check_choice,
+    check_dense,
     check_dim,
-    check_floating,
+    check_integer,
     check_positive,
     check_same_size,
     check_tensor,
+    check_vectors,
 )
 from jepa_fast.ops.text_cross_attention import contract, reference
 
@@ -101,8 +103,8 @@ def text_cross_attention(
 
     Raises:
         TypeError: a mask is not bool; `q`, `k` and `v` differ in dtype; they or `residual` are not
-            floating tensors; `scale` or `tau` is not a number. A tensor is none: multiply `q` by
-            what is learned.
+            dense floating tensors (of more than a byte a number); `num_heads` is no integer;
+            `scale` or `tau` is no number. A tensor is none: multiply `q` by what is learned.
         ValueError: a shape does not fit, an unknown name, a scale or `tau` that is not positive and
             finite, more than 256 captions for `"max"`.
         BackendError: the requested backend cannot serve the call.
@@ -176,7 +178,7 @@ def check_words(
         (key, k, 4, "[B, C, S, d]"),
     ):
         check_dim(op, argument, tensor, dims, layout)
-        check_floating(op, argument, tensor)
+        check_vectors(op, argument, tensor)
     check_same_size(op, query, q, 2, key, k, 3)
     batch, captions, words, width = k.shape
     if captions < 1 or words < 1:
@@ -189,6 +191,11 @@ def check_words(
             f"{op}: {query}.shape[0] must be a multiple of the {batch} images of {key} "
             f"(block-major rows), got {q.shape[0]}"
         )
+    if width < 1:
+        raise ValueError(
+            f"{op}: {query} must have a width of at least 1, got shape {list(q.shape)}"
+        )
+    check_integer(op, "num_heads", num_heads)
     if num_heads < 1 or width % num_heads:
         raise ValueError(
             f"{op}: num_heads must be a positive divisor of the width {width}, got {num_heads}"
@@ -201,6 +208,7 @@ def check_words(
         if mask is None:
             continue
         check_tensor(op, argument, mask)
+        check_dense(op, argument, mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: {argument} must be bool, got {mask.dtype}; use .bool()")
         if mask.shape != shape:
@@ -218,7 +226,7 @@ def check_values(
 ) -> None:
     """Raises unless values and residual, named, fit the keys and queries of `check_words`."""
     for (argument, tensor), (like, other) in ((residual, query), (value, key)):
-        check_floating(op, argument, tensor)
+        check_vectors(op, argument, tensor)
         if tensor.shape != other.shape:
             raise ValueError(
                 f"{op}: {argument} must have the shape of {like}, {list(other.shape)}, "
