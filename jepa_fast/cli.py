@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="continue bit for bit from the output folder's last.pt, or from CHECKPOINT",
+        help="continue bit for bit from the output folder's last.pt, or from CHECKPOINT, with the "
+        "run's own configuration and the overrides given now",
     )
     start.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in the output folder"
@@ -165,6 +166,12 @@ def _pretrain(options: argparse.Namespace) -> int:
         options.overrides.append(resume)
         resume = ""
     config = load_config(options.recipe, options.overrides)
+    if resume is not None:
+        from jepa_fast.train.saved import resumed_config
+
+        config = resumed_config(
+            resume or config.output, config, options.overrides, recipe=options.recipe
+        )
     if options.dry_run:
         return _dry_run(config)
     from jepa_fast.train.run import pretrain

@@ -368,3 +368,66 @@ def test_sigterm_saves_and_the_run_goes_on(recipe: str, tmp_path: Path) -> None:
     assert step > 0
     assert main(["pretrain", recipe, f"train.steps={step + 2}", "--resume"]) == DONE
     assert load_checkpoint("runs/tiny")["step"] == step + 2
+
+
+def test_resuming_keeps_the_overrides_of_the_run(
+    recipe: str, caplog: pytest.LogCaptureFixture, capsys: Capture
+) -> None:
+    overrides = ["train.lr.peak=1e-5", "masks.num_targets=2"]
+    assert main(["pretrain", recipe, *overrides, "train.steps=3"]) == DONE
+    with caplog.at_level("INFO"):
+        assert main(["pretrain", recipe, "train.steps=5", "--resume"]) == DONE
+    assert "train.lr.peak: tiny.yaml has 0.001, the run goes on with its own 1e-05" in (
+        caplog.text.replace(f"{Path(recipe).parent}/", "")
+    )
+    assert "train.steps is 5 here, and was 3 before" in caplog.text
+    assert "train.lr.peak is" not in caplog.text
+    assert "resumed at step 3 of 5" in caplog.text
+    state = load_checkpoint("runs/tiny")
+    written = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())
+    assert state["config"] == written
+    assert (written["train"]["lr"]["peak"], written["masks"]["num_targets"]) == (1e-5, 2)
+
+    assert main(["pretrain", recipe, "--resume", "--dry-run", "seed=0"]) == DONE
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["train"]["steps"], printed["train"]["lr"]["peak"]) == (5, 1e-5)
+
+
+def test_a_run_is_not_resumed_past_its_end_or_by_another_recipe(
+    recipe: str, capsys: Capture
+) -> None:
+    assert main(["pretrain", recipe, "train.steps=3"]) == DONE
+    before = Path("runs/tiny/config.yaml").read_text()
+    assert main(["pretrain", recipe, "train.steps=2", "--resume"]) == WRONG
+    assert "train.steps: expected at least the 3 steps that the check" in capsys.readouterr().err
+    assert main(["pretrain", "demo", "output=runs/tiny", "--resume"]) == WRONG
+    error = capsys.readouterr().err
+    assert (
+        "model.method: expected ijepa, as the run in runs/tiny has, got tcjepa from demo" in error
+    )
+    assert Path("runs/tiny/config.yaml").read_text() == before
+
+
+def test_a_resumed_run_goes_where_the_recipe_says(recipe: str) -> None:
+    assert main(["pretrain", recipe, "train.steps=3", "output=runs/first"]) == DONE
+    assert main(["pretrain", recipe, "train.steps=4", "--resume", "runs/first"]) == DONE
+    assert load_checkpoint("runs/first")["step"] == 3
+    assert load_checkpoint("runs/tiny")["step"] == 4
+
+
+def test_resuming_runs_no_command_of_the_checkpoint(recipe: str, capsys: Capture) -> None:
+    assert main(["pretrain", recipe, "train.steps=1"]) == DONE
+    change_config(Path("runs/tiny/last.pt"), "text", trust_remote_code=True)
+    assert main(["pretrain", recipe, "train.steps=2", "--resume"]) == WRONG
+    assert "text.trust_remote_code: the checkpoint's configuration has true" in (
+        capsys.readouterr().err
+    )
+    trusted = "text.trust_remote_code=true"
+    assert main(["pretrain", recipe, "train.steps=2", trusted, "--resume"]) == DONE
+    shards = {"kind": "shards", "train": "pipe:touch pwned", "train_length": 8, "val": None}
+    state = load_checkpoint("runs/tiny")
+    torch.save(state | {"config": state["config"] | {"data": shards}}, "runs/tiny/last.pt")
+    Path(recipe).write_text("{model: {method: ijepa}, data: {kind: shards, train: x.tar}}")
+    assert main(["pretrain", recipe, trusted, "--resume"]) == WRONG
+    assert "data.train: the checkpoint's configuration has \"pipe:touch" in capsys.readouterr().err
+    assert not Path("pwned").exists()

@@ -107,8 +107,15 @@ class CheckpointFolder:
             os.close(descriptor)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of a run; `path` may be the run's folder.
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", *, only_config: bool = False
+) -> dict[str, Any]:
+    """Read a checkpoint of a run.
+
+    Args:
+        path: file, or the run's folder.
+        device: where its tensors go.
+        only_config: leave the tensors on the disk, mapped into memory.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is not a checkpoint of a run here.
@@ -121,7 +128,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"no checkpoint at {path}: expected a file, or the output folder of a run with last.pt"
         )
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=only_config)
     except Exception as error:  # torch.load raises almost anything on a damaged file
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or was not "

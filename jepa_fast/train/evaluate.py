@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,11 +33,10 @@ from jepa_fast.train.distributed import resolve_device
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import failures, summary
+from jepa_fast.train.saved import refuse_foreign_code
 
 _PICTURES = 4  # images shown in a report
 _HEAD_IMAGES = 250  # whose targets a head is asked about
-# `::` joins URLs, and may hide a pipe behind braces.
-_RUNS_A_COMMAND = re.compile(r"pipe:|::", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def evaluate(
     if results_path.is_dir() or not results_path.parent.is_dir():
         raise ConfigError(f"output: expected a file in a folder that exists, got {results_path}")
     config = parse_config(state["config"], overrides, source=str(checkpoint))
-    _refuse_foreign_code(config, overridden(dict(trusted or {}), overrides))
+    refuse_foreign_code(config, overridden(dict(trusted or {}), overrides))
     device = torch.device(resolve_device(config.device))
     model = build_model(config).to(device)
     load_weights(model, state)
@@ -126,28 +124,6 @@ def evaluate(
         notes = [f"{name}: {some.summary()}" for name, some in skips.items() if some]
         _report(folder, config, model, probes, head, next(iter(asked)), device, notes)
     return Evaluation(probes, head)
-
-
-def _refuse_foreign_code(config: Config, own: Mapping[str, Any]) -> None:
-    """A checkpoint may come from anywhere; only what the user repeats may run code.
-
-    own: plain values that the user has given.
-    """
-    data: Any = config.data
-    found: dict[tuple[str, str], Any] = {}
-    if data.kind == "shards":
-        urls = {("data", name): getattr(data, name) or "" for name in ("train", "val")}
-        found |= {key: url for key, url in urls.items() if _RUNS_A_COMMAND.search(url)}
-    if config.text.trust_remote_code:
-        found["text", "trust_remote_code"] = True
-    for (section, name), value in found.items():
-        if own.get(section, {}).get(name) != value:
-            key, text = f"{section}.{name}", json.dumps(value)
-            raise ConfigError(
-                f"{key}: the checkpoint's configuration has {text}, which runs code on this "
-                f"machine; if you trust it, repeat it as an override, {key}={text}, otherwise give "
-                "another value"
-            )
 
 
 def _check_probes(config: Config, known: Loader, model: Any) -> None:

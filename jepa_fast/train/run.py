@@ -6,7 +6,6 @@ import logging
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -17,6 +16,7 @@ from jepa_fast.train.config import Config, TrainConfig
 from jepa_fast.train.distributed import join_world
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import Row, read_rows
+from jepa_fast.train.saved import differences
 from jepa_fast.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         state = None
         if resume is not None:
             state = load_checkpoint(resume or folder)
-            _tell_differences(state["config"], config.as_dict())
+            for key, before, now in differences(state["config"], config.as_dict()):
+                _log.warning("%s is %s here, and was %s before", key, now, before)
         elif world.is_main and not overwrite and find_last(folder) is not None:
             raise ConfigError(
                 f"output: {folder} holds a run already; --resume continues it, --overwrite "
@@ -88,15 +89,6 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
 def _is_of(folder: Path, checkpoint: Path) -> bool:
     """Whether a checkpoint, or the folder of one, is that of a run's folder."""
     return (checkpoint if checkpoint.is_dir() else checkpoint.resolve().parent).samefile(folder)
-
-
-def _tell_differences(saved: dict[str, Any], present: dict[str, Any], prefix: str = "") -> None:
-    for key in sorted(saved.keys() | present.keys()):
-        before, now = saved.get(key), present.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            _tell_differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            _log.warning("%s%s is %s here, and was %s before", prefix, key, now, before)
 
 
 def summary(rows: list[Row]) -> str:

@@ -46,7 +46,7 @@ from jepa_fast.train.distributed import (
     resolve_precision,
     wait_for_all,
 )
-from jepa_fast.train.errors import Interrupted, NonFiniteError
+from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 from jepa_fast.train.logs import Logs
 from jepa_fast.train.schedules import warmup_cosine
 
@@ -227,11 +227,20 @@ class Trainer:
 
         Raises:
             CheckpointError: it is of another model, data set or number of processes.
+            ConfigError: it is past the end of this run.
         """
         if len(state["ranks"]) != self.world.size:
             raise CheckpointError(
                 f"the checkpoint is of a run with {len(state['ranks'])} processes, this one has "
                 f"{self.world.size}; resume with as many"
+            )
+        if state["step"] > self.total_steps:
+            length = "steps" if self.config.steps else "epochs"
+            raise ConfigError(
+                f"train.{length}: expected at least the {state['step']} steps that the checkpoint "
+                f"has behind it, got {self.total_steps} steps ({length}: "
+                f"{getattr(self.config, length)}); make the run longer, or start another one with "
+                "output=FOLDER and without --resume"
             )
         load_weights(self.model, state)
         mine = state["ranks"][self.world.rank]
