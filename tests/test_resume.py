@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jepa_fast import CheckpointError
 from jepa_fast.train.checkpoint import load_checkpoint
+from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import pretrain
 from jepa_fast.train.trainer import Trainer
@@ -145,11 +146,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         pretrain(tiny(tmp_path), resume="")
     pretrain(tiny(tmp_path, "train.steps=1"))
-    with pytest.raises(CheckpointError, match=r"(?s)another model.*predictor_blocks\.1"):
-        pretrain(tiny(tmp_path, "model.predictor_depth=2"), resume="")
-    with pytest.raises(CheckpointError, match="batch_size: saved 8, here 4"):
-        pretrain(tiny(tmp_path, "train.batch_size=4"), resume="")
+    for override, problem in (
+        ("model.predictor_depth=2", "model.predictor_depth: expected 1, as the run has, got 2"),
+        ("train.batch_size=4", "train.batch_size: expected 8, as the run has, got 4"),
+        ("seed=5", "seed: expected 0, as the run has, got 5"),
+        ("data.train_length=40", "data.train: expected 48 images, as the run has, got 40"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{problem}; .*set it back, or start a new run"):
+            pretrain(tiny(tmp_path, override), resume="")
     state = load_checkpoint(tmp_path)
+    odd = {**state, "model": {"odd": torch.zeros(1)}}  # no setting explains it
+    with pytest.raises(CheckpointError, match=r"(?s)another model.*predictor_blocks\.0"):
+        trainer_of(tiny(tmp_path)).restore(odd)
     with pytest.raises(CheckpointError, match="of a run with 2 processes, this one has 1"):
         trainer_of(tiny(tmp_path)).restore({**state, "ranks": state["ranks"] * 2})
 

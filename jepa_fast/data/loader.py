@@ -139,17 +139,20 @@ class Loader:
 
         Raises ValueError naming the settings in which the saved loader differs.
         """
-        different = {
-            name: (state.get(name), value)
-            for name, value in self._setting().items()
-            if state.get(name) != value
-        }
-        if different:
+        if different := self.differences(state):
             listed = ", ".join(f"{name}: saved {a}, here {b}" for name, (a, b) in different.items())
             raise ValueError(f"state must be of a loader with the same settings, got {listed}")
         self.epoch, self.position = state["epoch"], state["position"]
         self._turn, self._consumed = state["turn"], list(state["consumed"])
         self.skips.reasons.update(state["skipped"])
+
+    def differences(self, state: dict[str, Any]) -> dict[str, tuple[Any, int]]:
+        """Settings in which the loader that `state` was taken of differs: {name: (its, mine)}."""
+        return {
+            name: (state.get(name), value)
+            for name, value in self._setting().items()
+            if state.get(name) != value
+        }
 
     def _setting(self) -> dict[str, int]:
         """Everything that the order of the batches depends on."""

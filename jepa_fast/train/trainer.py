@@ -48,9 +48,24 @@ from jepa_fast.train.distributed import (
 )
 from jepa_fast.train.errors import ConfigError, Interrupted, NonFiniteError
 from jepa_fast.train.logs import Logs
+from jepa_fast.train.saved import differences
 from jepa_fast.train.schedules import warmup_cosine
 
 _log = logging.getLogger(__name__)
+
+_KEYS = {
+    "seed": "seed",
+    "batch_size": "train.batch_size",
+    "world_size": "processes",
+    "samples": "data.train",
+    "num_workers": "data.workers",
+    "shuffle_buffer": "data.shuffle_buffer",
+}
+"""What the user calls the loader's settings."""
+_SET_BACK = (
+    "a run cannot be resumed with another value: set it back, or start a new run, with "
+    "output=FOLDER and without --resume"
+)
 
 Inputs = tuple[Tensor, BlockMasks, dict[str, Tensor]]
 
@@ -226,8 +241,8 @@ class Trainer:
         """Continue from a checkpoint, as `load_checkpoint` gives it.
 
         Raises:
-            CheckpointError: it is of another model, data set or number of processes.
-            ConfigError: it is past the end of this run.
+            CheckpointError: it is of another model or number of processes.
+            ConfigError: it is past the end of this run, or settings differ that must not.
         """
         if len(state["ranks"]) != self.world.size:
             raise CheckpointError(
@@ -242,8 +257,9 @@ class Trainer:
                 f"{getattr(self.config, length)}); make the run longer, or start another one with "
                 "output=FOLDER and without --resume"
             )
-        load_weights(self.model, state)
         mine = state["ranks"][self.world.rank]
+        self._check_loader(mine["loader"])
+        self._load_weights(state)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.loader.load_state_dict(mine["loader"])
@@ -255,6 +271,32 @@ class Trainer:
         self._window_seconds = mine["window"]["seconds"]
         self._sums.load_state_dict(mine["window"], self.world.device)
         self.step = state["step"]
+
+    def _check_loader(self, saved: dict[str, Any]) -> None:
+        """Raises ConfigError where the batches would not be those of the run."""
+        problems = []
+        for name, (its, here) in self.loader.differences(saved).items():
+            scale = self.world.size if name == "batch_size" else 1
+            if its is not None:
+                its, here = its * scale, here * scale
+            what = f"{its} images" if name == "samples" else f"{its}"
+            problems.append(f"{_KEYS[name]}: expected {what}, as the run has, got {here}")
+        if problems:
+            raise ConfigError(f"{'; '.join(problems)}; {_SET_BACK}")
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError where the checkpoint is of a model with other settings."""
+        try:
+            load_weights(self.model, state)
+        except CheckpointError as error:
+            changed = [
+                f"{key}: expected {before}, as the run has, got {now}"
+                for key, before, now in differences(state["config"], self.described)
+                if key.startswith("model.") or key == "text.dim"
+            ]
+            if not changed:
+                raise
+            raise ConfigError(f"{'; '.join(changed)}; {_SET_BACK}") from error
 
     def _batches(self) -> Iterator[Batch]:
         while True:
