@@ -154,8 +154,8 @@ def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
         ("pretrain RECIPE output=tiny.yaml", FAILED, "File exists: 'tiny.yaml'"),
         (
             "pretrain RECIPE data={kind: folder, train: broken}",
-            FAILED,
-            "no readable sample in ImageFolder('broken'): 8 samples skipped: "
+            WRONG,
+            "data.train: no readable sample in ImageFolder('broken'): 8 samples skipped: "
             "8 x image cannot be decoded (no known format)",
         ),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_rows_that_span_a_checkpoint_are_those_of_the_straight_run(tmp_path: Pat
 def test_a_run_killed_after_going_back_stays_on_its_new_course(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed_at_once(trainer: Trainer) -> None:
+    def killed_at_once(trainer: Trainer, begin: Callable[[], None]) -> None:
+        begin()
         raise Killed
 
     pretrain(tiny(tmp_path))

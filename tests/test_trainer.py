@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,33 @@ def test_a_run_that_cannot_start_leaves_the_one_it_was_to_replace(
     with pytest.raises(ConfigError):
         pretrain(tiny(tmp_path, wrong), overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "coco", "shards"])
+def test_data_that_cannot_be_read_leave_the_run_that_was_to_be_replaced(
+    tmp_path: Path, kind: str
+) -> None:
+    images, shard = tmp_path / "images", tmp_path / "x.tar"
+    images.mkdir()
+    entries = [{"id": number, "file_name": f"{number}.jpg"} for number in range(8)]
+    for entry in entries:
+        (images / str(entry["file_name"])).write_bytes(b"no picture")
+    captions = [{"image_id": number, "caption": "nothing"} for number in range(8)]
+    told = tmp_path / "captions.json"
+    told.write_text(json.dumps({"images": entries, "annotations": captions}))
+    with tarfile.open(shard, "w") as archive:
+        archive.add(images / "0.jpg", "0.jpg")
+    data, key = {
+        "folder": (f"train: {images}", "data.train"),
+        "coco": (f"train: {told}, train_images: {images}", "data.train_images"),
+        "shards": (f"train: {shard}, train_length: 8", "data.train"),
+    }[kind]
+    run = tmp_path / "run"
+    pretrain(tiny(run, "train.steps=1"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ConfigError, match=rf"^{key}: no readable sample in .*samples skipped"):
+        pretrain(tiny(run, f"data={{kind: {kind}, {data}}}"), overwrite=True)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.parametrize(("steps", "told"), [(6, True), (7, False)])

@@ -29,7 +29,8 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         config: of the run.
         resume: checkpoint, or folder of a run, to continue from; "" for the output folder. Later
             checkpoints in the output folder are dropped, as the run then takes another course.
-        overwrite: replace an earlier run in the output folder, once the new one is ready to start.
+        overwrite: replace an earlier run in the output folder, once the new one has read its first
+            batch.
 
     Returns:
         Why the finished run counts as failed (`failures`); empty if it does not, and on all ranks
@@ -69,14 +70,18 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         if state is not None:
             trainer.restore(state)
             _log.info("resumed at step %d of %d", trainer.step, trainer.total_steps)
-        if world.is_main:
+
+        def begin() -> None:
             # Not earlier: a run that cannot start must leave the one before it as it was.
+            if not world.is_main:
+                return
             if state is None:
                 trainer.checkpoints.clear()
             elif _is_of(folder, Path(resume or folder)):
                 trainer.checkpoints.rewind(trainer.step)
             (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-        trainer.fit()
+
+        trainer.fit(begin)
         if trainer.loader.skipped:
             _log.warning("%s", trainer.loader.skips.summary())
         rows = read_rows(folder) if world.is_main else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import sys
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from jepa_fast.data.batch import Batch
 from jepa_fast.data.extras import require
+from jepa_fast.data.images import CocoCaptions
 from jepa_fast.data.loader import Loader
-from jepa_fast.errors import CheckpointError
+from jepa_fast.errors import CheckpointError, DataError
 from jepa_fast.masks import BlockMasks
 from jepa_fast.optim import (
     AdamWEma,
@@ -127,16 +129,23 @@ class Trainer:
         if warning is not None and self.world.is_main:
             _log.warning("%s", warning)
 
-    def fit(self) -> None:
+    def fit(self, begin: Callable[[], None] = lambda: None) -> None:
         """Train to the end of the schedule.
 
+        Args:
+            begin: called when the first batch is there, before anything is written.
+
         Raises:
+            ConfigError: no sample of the data can be read.
             NonFiniteError: the loss or a weight is no longer finite.
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
         """
         broadcast_state(self.model, self.world)
         self.model.train()
         batches = self._batches()
+        if self.step < self.total_steps:
+            batches = itertools.chain([self._first(batches)], batches)
+        begin()
         with self._stop_signals(), self._progress() as progress, self._logs() as logs:
             while self.step < self.total_steps:
                 with phase("step", self.step):
@@ -297,6 +306,15 @@ class Trainer:
             if not changed:
                 raise
             raise ConfigError(f"{'; '.join(changed)}; {_SET_BACK}") from error
+
+    def _first(self, batches: Iterator[Batch]) -> Batch:
+        """Raises ConfigError where the data give no batch at all."""
+        try:
+            return next(batches)
+        except DataError as error:
+            is_coco = isinstance(self.loader.source, CocoCaptions)
+            key = "data.train_images" if is_coco else "data.train"
+            raise ConfigError(f"{key}: {error}") from error
 
     def _batches(self) -> Iterator[Batch]:
         while True:
