@@ -22,6 +22,7 @@ from jepa_fast.train.build import (
     build_source,
     build_text,
     build_transform,
+    check_validation_paths,
 )
 from jepa_fast.train.checkpoint import load_checkpoint, load_weights
 from jepa_fast.train.distributed import World
@@ -116,6 +117,33 @@ def test_missing_data_are_told_where_they_were_looked_for(
     assert str(error.value).endswith(
         f"(a relative path starts at the working directory, {tmp_path}); {keys} name another place"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "data"),
+    [
+        ("val", "kind: shards, train: a.tar, val: nowhere-*.tar"),
+        ("val", "kind: folder, train: folder, val: nowhere"),
+        ("val", "kind: coco, train: c.json, train_images: folder, val: nowhere.json"),
+        (
+            "val_images",
+            "kind: coco, train: c.json, train_images: folder, val: c.json, val_images: nowhere",
+        ),
+    ],
+)
+def test_missing_validation_data_are_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, data: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_shard(Path("a.tar"))
+    make_folder(Path("folder"))
+    Path("c.json").touch()
+    with pytest.raises(ConfigError, match=rf"^data\.{key}: .*nowhere.*; data\.val=null trains"):
+        pretrain(tiny(tmp_path / "run", f"data={{{data}}}"))
+    assert not Path("run").exists()
+    remote = tiny(tmp_path / "run", "data={kind: shards, train: a.tar, val: 'pipe:cat x.tar'}")
+    check_validation_paths(remote)
+    check_validation_paths(tiny(tmp_path / "run", "data={kind: folder, train: x, val: folder}"))
 
 
 def test_data_without_a_sample_say_why(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class ShardSource:
 
     def __init__(self, urls: str | Sequence[str], length: int | None = None) -> None:
         patterns = [urls] if isinstance(urls, str) else list(urls)
-        self.shards = sorted(itertools.chain.from_iterable(map(_expand, patterns)))
+        self.shards = sorted(itertools.chain.from_iterable(map(find_shards, patterns)))
         if not self.shards:
             raise FileNotFoundError(f"urls must match at least one shard, got {patterns}")
         if length is None:
@@ -122,7 +122,7 @@ def _describe(record: dict[str, Any], key: str) -> tuple[int, list[str]]:
     return label, captions
 
 
-def _expand(pattern: str) -> list[str]:
+def find_shards(pattern: str) -> list[str]:
     """The shards of a pattern. Raises FileNotFoundError naming what matches none."""
     if pattern.startswith(_REMOTE):
         return require("webdataset.shardlists", "reading shards").expand_urls(pattern)

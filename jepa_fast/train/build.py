@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import jepa_fast
 from jepa_fast.data import Batch, DigitScenes, HashedWords, Loader, Transform, load_in_memory
 from jepa_fast.data.images import CocoCaptions, ImageFolder
-from jepa_fast.data.shards import ShardSource
+from jepa_fast.data.shards import ShardSource, find_shards
 from jepa_fast.data.sources import Source
 from jepa_fast.interop.checkpoints import load_parts, read_checkpoint
 from jepa_fast.interop.text import TextEncoder, load_text_encoder
@@ -171,15 +171,44 @@ def build_source(config: Config, split: Split) -> Source:
             else:
                 source = CocoCaptions(path, getattr(data, f"{name}_images") or Path(path).parent)
         except FileNotFoundError as error:
-            paths = ("train", "train_images", "val", "val_images")
-            keys = " ".join(f"data.{key}=..." for key in paths if hasattr(data, key))
-            raise FileNotFoundError(
-                f"{error} (a relative path starts at the working directory, {Path.cwd()}); {keys} "
-                "name another place"
-            ) from error
+            raise _elsewhere(error, data) from error
         if data.in_memory or len(source) == 0:  # of an empty source, it says what is wrong with it
             return load_in_memory(source, data.memory_size)
         return source
+
+
+def check_validation_paths(config: Config) -> None:
+    """Notice before a training what would otherwise fail after it: paths that are not there.
+
+    Nothing is read. Remote shards are not looked for.
+
+    Raises:
+        ConfigError: `data.val` or `data.val_images` is given and does not exist.
+    """
+    data: Any = config.data
+    for name in ("val", "val_images"):
+        path = getattr(data, name, None)
+        if path is None:
+            continue
+        with naming(f"data.{name}"):
+            try:
+                if data.kind == "shards":
+                    find_shards(path)
+                elif not Path(path).exists():
+                    raise FileNotFoundError(f"expected an existing path, got {path}")
+            except FileNotFoundError as error:
+                unused = _elsewhere(error, data)
+                raise FileNotFoundError(f"{unused}; data.val=null trains without it") from error
+
+
+def _elsewhere(error: FileNotFoundError, data: Any) -> FileNotFoundError:
+    """The error of a path of `data`, with where it was looked for."""
+    paths = ("train", "train_images", "val", "val_images")
+    keys = " ".join(f"data.{key}=..." for key in paths if hasattr(data, key))
+    return FileNotFoundError(
+        f"{error} (a relative path starts at the working directory, {Path.cwd()}); {keys} "
+        "name another place"
+    )
 
 
 def build_loader(config: Config, world: World) -> Loader:

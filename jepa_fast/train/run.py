@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from jepa_fast.train.build import Prepare, build_loader, build_model, build_text
+from jepa_fast.train.build import (
+    Prepare,
+    build_loader,
+    build_model,
+    build_text,
+    check_validation_paths,
+)
 from jepa_fast.train.checkpoint import find_last, load_checkpoint
 from jepa_fast.train.config import Config, TrainConfig
 from jepa_fast.train.distributed import join_world
@@ -52,6 +58,7 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
                 f"output: {folder} holds a run already; --resume continues it, --overwrite "
                 "replaces it, output=FOLDER starts another one"
             )
+        check_validation_paths(config)
         torch.manual_seed(config.seed)
         model = build_model(config).to(world.device)
         # The ranks start from the same weights, and draw different noise.
