@@ -126,7 +126,7 @@ def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
             "model.loss: expected 'smooth_l1', 'l1'",
         ),
         ("pretrain RECIPE --resume seed=x", WRONG, "seed: expected a valid integer"),
-        ("pretrain RECIPE train.batch_size=64", WRONG, "train.batch_size: batch_size x world_size"),
+        ("pretrain RECIPE train.batch_size=64", WRONG, "train.batch_size: expected at most the 48"),
         (
             "pretrain RECIPE data={kind: shards, train: nowhere-*.tar}",
             WRONG,

@@ -85,6 +85,9 @@ def test_a_configuration_survives_being_written(name: str) -> None:
         ("masks.min_contxt=8", "masks.min_contxt: unknown key; nearest: masks.min_context"),
         ("model.method=ijeppa", "got 'ijeppa'; nearest: ijepa"),
         ("data.kind=imagenet", "data.kind: expected one of ['shards', 'folder', 'coco', 'digits']"),
+        ("data.kind=webdataset", "got 'webdataset'; nearest: shards"),
+        ("data.kind=coco", "data.train_images: missing, the folder of the images; data.train is"),
+        ("train.lr=1e-3", "train.lr: expected keys with values, such as train.lr.peak=0.001, got"),
         ("train.precision=bf16", "'float32', 'bfloat16' or 'auto', got 'bf16' (str); nearest"),
         ("train.batch_size=many", "train.batch_size: expected a valid integer"),
         ("train.batch_size=many", "got 'many' (str)"),
@@ -198,3 +201,43 @@ def test_recipes_come_by_name_and_by_path(tmp_path: Path) -> None:
     mine.write_text("model: !!python/object/apply:os.system [exit]\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(str(mine))
+
+
+def test_another_method_or_kind_leaves_behind_what_only_the_first_one_has(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "extends: demo\n"
+        "model: {method: ijepa, encoder: vit_small_patch8}\n"
+        "data: {kind: folder, train: images}\n"
+    )
+    config = load_config(str(mine))
+    demo = load_config("demo")
+    assert (config.model.method, config.model.predictor_dim) == ("ijepa", 64)
+    assert not hasattr(config.model, "similarity")
+    assert (config.data.train, config.data.val, config.data.captions) == ("images", None, None)
+    assert config.data.augment == demo.data.augment
+    # So with overrides, in any order, and for a path that both have.
+    other = ["data.train=x.json", "data.kind=coco", "data.train_images=y", "model.method=tijepa"]
+    config = load_config(str(mine), other)
+    assert (config.data.train, config.data.train_images) == ("x.json", "y")
+    assert config.model.method == "tijepa"
+    with pytest.raises(ConfigError, match=r"(?s)data\.train: missing"):
+        load_config(str(mine), ["data.kind=shards"])
+    # The same one again drops nothing, and a key of one's own is never dropped.
+    assert load_config("demo", ["data.kind=digits", "model.method=tcjepa"]) == demo
+    with pytest.raises(ConfigError, match=r"model\.similarity: unknown key"):
+        load_config(str(mine), ["model.method=tijepa", "model.similarity=softplus"])
+
+
+def test_epochs_asked_for_win_over_steps_that_were_not(tmp_path: Path) -> None:
+    mine, child = tmp_path / "mine.yaml", tmp_path / "child.yaml"
+    mine.write_text("extends: demo\ntrain: {steps: 7}\n")
+    child.write_text(f"extends: {mine}\ntrain: {{epochs: 3}}\n")
+    for config, expected in (
+        (load_config(str(mine)), (1, 7)),
+        (load_config(str(mine), ["train.epochs=2"]), (2, None)),
+        (load_config(str(mine), ["train.epochs=2", "train.steps=5"]), (2, 5)),
+        (load_config(str(child)), (3, None)),
+        (load_config(str(child), ["train.steps=4"]), (3, 4)),
+    ):
+        assert (config.train.epochs, config.train.steps) == expected

@@ -81,6 +81,12 @@ class ImageFolder:
                     "captions must be a text with {} for the class name, and {{ for a brace, got "
                     f"{captions!r} ({describe(error)})"
                 ) from error
+            if captions.format("a") == captions.format("b"):
+                _log.warning(
+                    "captions: expected {} in the text, for the class name, got %r: every image "
+                    "has the same caption, which says nothing of it",
+                    captions,
+                )
         found = (
             path.relative_to(self.root)
             for path in self.root.rglob("*")

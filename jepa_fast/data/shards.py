@@ -48,8 +48,8 @@ class ShardSource:
     early, are reported as corrupt; reading goes on behind a damaged header. The id of a sample is a
     hash of its shard's file name and its key, since keys may begin anew in every shard.
 
-    Raises FileNotFoundError naming each path, after expansion of braces, that matches no shard,
-    ValueError if remote shards come without `length`.
+    Raises FileNotFoundError naming each path, after expansion of braces, that matches no shard, or
+    that is a folder, ValueError if remote shards come without `length`.
     """
 
     def __init__(self, urls: str | Sequence[str], length: int | None = None) -> None:
@@ -126,6 +126,11 @@ def find_shards(pattern: str) -> list[str]:
     """The shards of a pattern. Raises FileNotFoundError naming what matches none."""
     if pattern.startswith(_REMOTE):
         return require("webdataset.shardlists", "reading shards").expand_urls(pattern)
+    if os.path.isdir(pattern):
+        raise FileNotFoundError(
+            f"urls must be tar files, got the folder {pattern}; for all those in it, "
+            f"{os.path.join(pattern, '*.tar')}"
+        )
     if os.path.exists(pattern):  # whatever brackets and braces are in its name
         return [pattern]
     shards, missing = [], []

@@ -231,6 +231,11 @@ def build_loader(config: Config, world: World) -> Loader:
             f"data.train: expected images with captions, which model.method={method} learns from, "
             "got none with any; for a folder, data.captions='a photo of a {}' makes them"
         )
+    if len(source) < batch_size:
+        raise ConfigError(
+            f"train.batch_size: expected at most the {len(source)} images of data.train, got "
+            f"{batch_size}; it counts those of all processes"
+        )
     with naming("train.batch_size"):
         return Loader(
             source,

@@ -382,6 +382,16 @@ else:
     ]
 
 
+_CHOICES = ("model.method", "data.kind")
+"""Keys that say which others there are."""
+_MEMBERS: dict[str, dict[str, Any]] = {
+    "model": dict(
+        zip(METHODS, (IJepaSection, TIJepaSection, TCJepaSection, ProbIJepaSection), strict=True)
+    ),
+    "data": dict(zip(DATA_KINDS, (ShardData, FolderData, CocoData, DigitData), strict=True)),
+}
+
+
 class Config(Section):
     """One run.
 
@@ -466,7 +476,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         recipe: name of a packaged recipe, or path of a YAML file. Its key `extends` names another
-            recipe, whose values hold where it gives none.
+            recipe, whose values hold where it gives none. Of a recipe with another `model.method`
+            or `data.kind`, only those hold that both know; so, too, where an override names it.
 
     Raises:
         ConfigError: no such recipe, no YAML, an unknown key, or a value of the wrong type.
@@ -495,8 +506,18 @@ def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         ConfigError: an override that is no `key=value`, or whose value is not YAML.
     """
     values = copy.deepcopy(values)
-    for override in overrides:
+    keys = [override.partition("=")[0] for override in overrides]
+    # The choice of a method or kind first: it drops what the values have for another one.
+    first = sorted(overrides, key=lambda each: each.partition("=")[0] not in _CHOICES)
+    for override in first:
         _apply(values, override)
+    train = values.get("train")
+    if (
+        "train.epochs" in keys
+        and isinstance(train, dict)
+        and not {"train.steps", "train"} & {*keys}
+    ):
+        train["steps"] = None  # which would win over the epochs asked for
     return values
 
 
@@ -539,7 +560,26 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    return _merged(_read(_find(str(base)), (*extended_by, path)), values)
+    base = _read(_find(str(base)), (*extended_by, path))
+    for section, name in (choice.split(".") for choice in _CHOICES):
+        mine = values.get(section)
+        if isinstance(mine, dict) and name in mine:
+            _drop_foreign(base, section, name, mine[name])
+    train = values.get("train")
+    if isinstance(train, dict) and "epochs" in train and isinstance(base.get("train"), dict):
+        base["train"].pop("steps", None)  # which would win over the epochs asked for
+    return _merged(base, values)
+
+
+def _drop_foreign(values: dict[str, Any], section: str, name: str, choice: Any) -> None:
+    """Drop what a section has for another method or kind than `choice`, in place."""
+    has = values.get(section)
+    known = _MEMBERS[section].get(choice) if isinstance(choice, str) else None
+    if known is None or not isinstance(has, dict) or has.get(name, choice) == choice:
+        return
+    # Paths and sizes of other data say nothing of these, even under the same name.
+    shared = DataBase if section == "data" else known
+    values[section] = {key: has[key] for key in has if key in shared.model_fields}
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -559,6 +599,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
     *sections, name = key.split(".")
+    whole = values
     for section in sections:
         if values.get(section) is None:  # as options that a recipe leaves to the defaults
             values[section] = {}
@@ -566,6 +607,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: {section!r} is the value {inner!r}, it has no keys")
         values = inner
+    if key in _CHOICES:
+        _drop_foreign(whole, *key.split("."), value)
+        values = whole[sections[0]]
     values[name] = value
 
 
@@ -586,18 +630,37 @@ def _describe(problem: Any, root: Any = None, prefix: str = "") -> str:
             near = f"; known: {', '.join(beside)}"
         return f"{key}: unknown key{near}"
     if kind == "missing":
-        return f"{key}: missing"
+        told = _MISSING.get(key, "")
+        return f"{key}: missing{told}"
     if kind == "union_tag_not_found":
         return f"{key}: missing {problem['ctx']['discriminator']}, one of {_tags(key)}"
     if kind == "union_tag_invalid":
         tag = problem["ctx"]["tag"]
         name = problem["ctx"]["discriminator"].strip("'")
-        return f"{key}.{name}: expected one of {_tags(key)}, got {tag!r}{_nearest(tag, _tags(key))}"
+        near = _nearest(_ALSO_CALLED.get(tag, tag), _tags(key))
+        return f"{key}.{name}: expected one of {_tags(key)}, got {tag!r}{near}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{key}: expected keys with values, got {got!r}"
+        such = f", such as train.lr.peak={got}" if key == "train.lr" else ""
+        return f"{key}: expected keys with values{such}, got {got!r}"
     expected = problem["msg"].removeprefix("Input should be ")
     near = _nearest(got, _choices(problem)) if isinstance(got, str) else ""
     return f"{key}: expected {expected}, got {got!r} ({type(got).__name__}){near}"
+
+
+_MISSING = {
+    "data.train": ", the training images: shards (.tar), a folder, or a file of COCO captions",
+    "data.train_images": (
+        ", the folder of the images; data.train is the file of their captions, such as "
+        "data.train=captions_train2017.json data.train_images=train2017"
+    ),
+}
+_ALSO_CALLED = {
+    "webdataset": "shards",
+    "wds": "shards",
+    "tar": "shards",
+    "imagefolder": "folder",
+    "image_folder": "folder",
+}
 
 
 def _choices(problem: Any) -> list[str]:
