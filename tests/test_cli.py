@@ -102,6 +102,28 @@ def test_pretrain_then_eval(recipe: str, capsys: Capture, caplog: pytest.LogCapt
     assert mine["probes"].keys() == known.keys()
 
 
+def test_eval_says_what_it_probed_and_warns_of_probes_that_say_nothing(
+    recipe: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    with caplog.at_level("INFO"):
+        assert main(["eval", "runs", "eval.k=32", "--output", "x.json"]) == DONE
+    told = "32 images to learn from, 24 to test on, classes: 10; results in x.json"
+    assert told in caplog.text
+    assert "eval.k" not in caplog.text
+    assert "at least 2 classes" not in caplog.text
+    for number in range(3):
+        Path("images/a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (9 * number, 0, 0)).save(f"images/a/{number}.png")
+    caplog.clear()
+    data = "data={kind: folder, train: images, val: images}"
+    with caplog.at_level("INFO"):
+        assert main(["eval", "runs", data, "eval.k=4", "--report"]) == DONE
+    assert "data: expected images of at least 2 classes, got one" in caplog.text
+    assert "eval.k: expected at most the 3 labelled images" in caplog.text
+    assert "classes: 1; results in runs/eval.json and runs/report.html" in caplog.text
+
+
 def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
     command = ["pretrain", recipe, "train.steps=2", "train.log_every=1", "model.method=tcjepa"]
     assert main([*command, "--report", "train.collapse.min_rank=1000"]) == FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.data import Batch, DigitScenes, HashedWords, Loader
+from jepa_fast.data.batch import UNKNOWN
 from jepa_fast.data.skips import SkipLog
 from jepa_fast.eval.figures import MaskExample, WordMap
 from jepa_fast.eval.heads import HeadScores, score_head
@@ -35,6 +37,7 @@ from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import failures, summary
 from jepa_fast.train.saved import refuse_foreign_code
 
+_log = logging.getLogger(__name__)
 _PICTURES = 4  # images shown in a report
 _HEAD_IMAGES = 250  # whose targets a head is asked about
 
@@ -95,7 +98,8 @@ def evaluate(
     question = _HeadQuestion(config, model, asked) if _has_head(config) else None
 
     started = time.perf_counter()
-    probes = _probe(config, model, known, question or asked, device, untrained_seeds)
+    learned, tested = _Labels(known), _Labels(question or asked)
+    probes = _probe(config, model, learned, tested, device, untrained_seeds)
     head = question.scores(model, device) if question else None
     if not probes and head is None:
         raise ConfigError(
@@ -123,7 +127,50 @@ def evaluate(
         }
         notes = [f"{name}: {some.summary()}" for name, some in skips.items() if some]
         _report(folder, config, model, probes, head, next(iter(asked)), device, notes)
+    if "knn" in results["probes"]:
+        _warn_of_empty_probes(learned, tested, config.eval.k)
+    written = f"{results_path} and {folder / 'report.html'}" if report else f"{results_path}"
+    _log.info(
+        "%d images to learn from, %d to test on, classes: %d; results in %s",
+        *(learned.images, tested.images, len(learned.classes | tested.classes), written),
+    )
     return Evaluation(probes, head)
+
+
+class _Labels:
+    """Passes batches on, and keeps in mind what the last pass over them showed.
+
+    images: how many there were. labelled: those with a label. classes: their labels.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self.images = self.labelled = 0
+        self.classes: set[int] = set()
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.images = self.labelled = 0
+        for batch in self.batches:
+            known = batch.labels[batch.labels != UNKNOWN].tolist()
+            self.images += len(batch)
+            self.labelled += len(known)
+            self.classes.update(known)
+            yield batch
+
+
+def _warn_of_empty_probes(learned: _Labels, tested: _Labels, k: int) -> None:
+    """Of labels, or neighbours, with which the probes of images say nothing."""
+    if len(learned.classes | tested.classes) < 2:
+        _log.warning(
+            "data: expected images of at least 2 classes, got one: every probe is right, whatever "
+            "the encoder; a folder has a sub-folder for each class"
+        )
+    if k > learned.labelled:
+        _log.warning(
+            "eval.k: expected at most the %d labelled images that probes learn from, got %d: all "
+            "of them vote; lower it",
+            *(learned.labelled, k),
+        )
 
 
 def _check_probes(config: Config, known: Loader, model: Any) -> None:
@@ -164,7 +211,7 @@ def format_probes(probes: Sequence[ProbeComparison]) -> str:
 def _probe(
     config: Config,
     model: Any,
-    known: Loader,
+    known: Iterable[Batch],
     asked: Iterable[Batch],
     device: torch.device,
     untrained_seeds: int,
