@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import textwrap
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _device
 
+import jepa_fast
 from jepa_fast import ProbIJepa
 from jepa_fast.masks import BlockMaskSampler
 from jepa_fast.nn.heads import HEADS, Head, LatentDistribution, create_head
@@ -412,6 +415,60 @@ def test_samples_that_equal_the_point_count_half() -> None:
     loc = torch.zeros(1, 3)
     cdf = Point(loc).cdf(torch.tensor([[-1.0, 0.0, 1.0]]))
     torch.testing.assert_close(cdf, torch.tensor([[0.5, 512.5, 1024.5]]) / 1025)
+
+
+def test_samples_are_drawn_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    class Recorded(UnitNormal):
+        def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+            drawn.append(n)
+            return super().sample(n, generator)
+
+    def answers(distribution: Recorded) -> list[Tensor]:
+        z = torch.zeros(5, 2)
+        return [distribution.mean, distribution.variance, distribution.cdf(z), distribution.entropy]
+
+    loc = torch.randn(5, 2)
+    kept = answers(distribution := Recorded(loc))
+    distribution.cdf(torch.ones(5, 2))
+    assert sum(drawn) == 1024
+    distribution.moment_samples = 7
+    _ = distribution.mean
+    distribution.cdf(torch.ones(5, 2))
+    assert sum(drawn) == 1024 + 7
+    drawn.clear()
+    monkeypatch.setattr("jepa_fast.nn.heads.interface._KEPT_BYTES", 1024 * 5 * 2 * 4 - 1)
+    anew = answers(Recorded(loc))
+    assert sum(drawn) == 3 * 1024
+    assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
+
+
+def test_the_example_of_a_head_runs() -> None:
+    example = (inspect.getdoc(Head) or "").partition("prediction.\n\n")[2].partition("\nArgs:")[0]
+    code = textwrap.dedent(example).replace('"vit_small_patch16"', "make_encoder()")
+    names: dict[str, Any] = {**globals(), "jepa_fast": jepa_fast, "nn": nn, "math": math}
+    exec(compile(code, "docstring of Head", "exec"), names)
+    model = names["model"]
+    images, masks = make_batch()
+    model(images, masks).loss.backward()
+    assert model.head.linear.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        distribution = model.predict_distribution(images, masks)
+    assert (distribution.mean - distribution.centre).abs().max() < 6 * math.sqrt(2 / 1024)
+    exact = 16 * (1 + math.log(2))
+    assert (distribution.entropy - exact).abs().max() < 6 * math.sqrt(16 / 1024)
+    assert torch.equal(distribution.cdf(distribution.centre), distribution.cdf(distribution.centre))
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    class PerToken(OwnHead):
+        def forward(self, condition: Tensor, target: Tensor) -> Tensor:
+            return (self.linear(condition) - target).square().mean(-1)
+
+    images, masks = make_batch()
+    with pytest.raises(ValueError, match=r"head: expected PerToken\.forward.*scalar, got \[\d+\];"):
+        make_model(PerToken)(images, masks)
 
 
 @pytest.mark.parametrize("how", ["class", "module"])

@@ -87,13 +87,20 @@ class ProbIJepa(IJepa):
             are block-major; their widths differ, unlike in the other models' output.
 
         Raises:
-            ValueError: masks or images that do not fit each other or the encoder's grid.
+            ValueError: masks or images that do not fit each other or the encoder's grid, or a head
+                whose loss is not a scalar.
         """
         masks = self._masks_of(images, masks)
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
         with phase("loss"):
             loss = self.head(*_counted(masks, condition, target))
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"head: expected {type(self.head).__name__}.forward(condition, target) to give the "
+                f"loss, a scalar, got {got}; return the mean over tokens, loss.mean()"
+            )
         condition = condition.detach()
         with phase("metrics"):
             metrics = collapse_metrics(condition, target, block_major_mask(masks))

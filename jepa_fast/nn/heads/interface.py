@@ -18,15 +18,23 @@ from jepa_fast.ops._checks import (
     may_be_read,
 )
 
+_KEPT_BYTES = 2**29
+"""Of samples that a distribution keeps: drawing them solves an ODE for some heads."""
+
 
 class LatentDistribution(ABC):
     """A distribution over the embedding of each of T target patches, [T, D].
 
-    Subclasses give `_log_prob` and `sample`. Mean, variance, entropy and `cdf` default to those of
-    `moment_samples` samples from a generator of their own, so that asking for them disturbs no
-    other random number and asking twice gives the same answer; subclasses with a closed form
-    override them. Of 1024 samples the mean is off by 1/32 standard deviation, the variance of a
-    normal by 4.4 % (RMS).
+    Subclasses call `super().__init__(T, D, device, dtype)` and define two methods, as `Head` shows:
+    `_log_prob(z)`, [T] from z [T, D], which `log_prob` calls after its checks, and
+    `sample(n, generator)`, [n, T, D] without gradients.
+
+    Mean, variance, entropy and `cdf` default to those of `moment_samples` samples from a generator
+    of their own, so that asking for them disturbs no other random number and asking twice gives the
+    same answer; subclasses with a closed form override them. The samples are drawn once and kept,
+    up to 512 MiB of them, until `moment_samples` is set; more than that are drawn anew for moments,
+    for entropy and for every `cdf`. Of 1024 samples the mean is off by 1/32 standard deviation, the
+    variance of a normal by 4.4 % (RMS).
 
     Args:
         tokens: T.
@@ -62,7 +70,7 @@ class LatentDistribution(ABC):
     def moment_samples(self, number: int) -> None:
         _check_moment_samples(number)
         self._moment_samples = number
-        for found in ("_sampled_moments", "_sampled_entropy"):
+        for found in ("_sampled_moments", "_sampled_entropy", "_kept_samples"):
             self.__dict__.pop(found, None)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -161,10 +169,21 @@ class LatentDistribution(ABC):
     def _own_samples(self) -> Iterator[Tensor]:
         """The same `moment_samples` samples at every call, [n, T, D], at most 4096 tokens at a
         time, or one sample."""
+        kept: list[Tensor] | None = self.__dict__.get("_kept_samples")
+        if kept is not None:
+            yield from kept
+            return
+        size = self.moment_samples * self.tokens * self.width * self.dtype.itemsize
+        drawn: list[Tensor] | None = [] if size <= _KEPT_BYTES else None
         generator = torch.Generator(self.device).manual_seed(0)
         chunk = max(1, 4096 // max(1, self.tokens))
         for start in range(0, self.moment_samples, chunk):
-            yield self.sample(min(chunk, self.moment_samples - start), generator)
+            samples = self.sample(min(chunk, self.moment_samples - start), generator)
+            if drawn is not None:
+                drawn.append(samples)
+            yield samples
+        if drawn is not None:
+            self.__dict__["_kept_samples"] = drawn
 
     @cached_property
     @torch.no_grad()
@@ -208,7 +227,37 @@ class LatentDistribution(ABC):
 class Head(nn.Module, ABC):
     """From the predictor's tokens to distributions over the teacher's.
 
-    A head of one's own needs the two methods below, whether or not it inherits from this class.
+    A head of one's own is made as `MyHead(condition_dim, target_dim, **head_options)` and has the
+    two methods below, whether or not it inherits from this class; one that does calls
+    `super().__init__(condition_dim, target_dim)`. What `distribution` returns has `log_prob` and
+    `sample`, and mean, variance, entropy and `cdf` if it inherits from `LatentDistribution`.
+
+    Example: a Laplace distribution about a linear prediction.
+
+        class Laplace(LatentDistribution):
+            def __init__(self, centre):  # [T, D]
+                super().__init__(*centre.shape, centre.device, centre.dtype)
+                self.centre = centre
+
+            def _log_prob(self, z):  # [T, D] to [T]
+                return -(z - self.centre).abs().sum(-1) - self.width * math.log(2)
+
+            def sample(self, n=1, generator=None):
+                noise = self.centre.new_empty(2, n, self.tokens, self.width)
+                return self.centre.detach() + noise.exponential_(generator=generator).diff(dim=0)[0]
+
+        class LaplaceHead(Head):
+            def __init__(self, condition_dim, target_dim):
+                super().__init__(condition_dim, target_dim)
+                self.linear = nn.Linear(condition_dim, target_dim)
+
+            def distribution(self, condition):  # [T, d]
+                return Laplace(self.linear(condition).float())
+
+            def forward(self, condition, target):  # [T, d] and [T, D] to a scalar
+                return -self.distribution(condition).log_prob(target).mean() / self.target_dim
+
+        model = jepa_fast.ProbIJepa("vit_small_patch16", LaplaceHead)
 
     Args:
         condition_dim: d, width of the predictor's tokens.
