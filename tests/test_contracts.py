@@ -258,6 +258,23 @@ def test_vmap_is_refused(sample: Sample) -> None:
         torch.func.vmap(lambda *x: sample.call(*_with_leaves(arguments, iter(x))))(*mapped)
 
 
+@each_differentiable_sample
+def test_forward_mode_is_refused(sample: Sample) -> None:
+    arguments = sample.arguments()
+    leaves = tuple(x.detach() for x in _floating(arguments))
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return sample.call(*_with_leaves(arguments, iter(leaves)))
+
+    with pytest.raises(RuntimeError, match=r"got one with a tangent.*torch\.autograd\.grad"):
+        torch.func.jvp(call, leaves, leaves)
+    with torch.autograd.forward_ad.dual_level():
+        call(*leaves)  # nothing has a tangent
+        dual = torch.autograd.forward_ad.make_dual(leaves[0], leaves[0])
+        with pytest.raises(RuntimeError, match="got one with a tangent"):
+            call(dual, *leaves[1:])
+
+
 @each_sample
 def test_meta_tensors_and_others_do_not_go_together(sample: Sample) -> None:
     arguments = sample.arguments()

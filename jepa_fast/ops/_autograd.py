@@ -101,6 +101,8 @@ def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
     That takes half the time. And where no argument takes a gradient, torch.compile would trace a
     `forward` of which it cannot tell how many arguments it takes with a context before them.
     """
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
     if torch.is_grad_enabled() and any(
         isinstance(each, Tensor) and each.requires_grad for each in arguments
     ):
@@ -108,6 +110,17 @@ def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
     if torch.compiler.is_compiling() or not _is_transformed():
         return function.forward(*arguments)
     return function.apply(*arguments)
+
+
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    # Not by a `jvp` of OperatorFunction: torch.compile refuses functions that have one.
+    for each in arguments:
+        if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+            raise RuntimeError(
+                "the operators of jepa_fast.ops expected tensors without forward-mode derivatives, "
+                "got one with a tangent, by torch.func.jvp, jacfwd or the like; take gradients, by "
+                "torch.autograd.grad"
+            )
 
 
 def _is_transformed() -> bool:
