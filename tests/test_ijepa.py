@@ -224,6 +224,8 @@ def test_options_are_checked_when_the_model_is_built() -> None:
         ValueError, match=r"predictor_heads: expected .* of predictor_dim 16, got 0"
     ):
         IJepa(PlainEncoder(), **{**narrow, "predictor_heads": 0})
+    with pytest.raises(ValueError, match=r"of predictor_dim 64, got 3 \(by default the encoder's "):
+        IJepa("vit_tiny_patch16", predictor_dim=64)
 
 
 @pytest.mark.parametrize(

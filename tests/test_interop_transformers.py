@@ -176,3 +176,12 @@ def test_models_that_are_no_vision_transformers_are_refused() -> None:
     )
     with pytest.raises(TypeError, match="ResNetModel whose configuration lacks hidden_size"):
         TransformersEncoder(transformers.ResNetModel(config))
+
+
+def test_models_with_a_head_or_a_class_token_are_told_what_to_pass() -> None:
+    classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))
+    with pytest.raises(TypeError, match=r"got ViTForImageClassification; .*inside, model\.vit$"):
+        TransformersEncoder(classifier)
+    assert TransformersEncoder(classifier.vit).grid == (4, 4)
+    with pytest.raises(CheckpointError, match=r"(?s)cls_token.*TransformersEncoder\(model\) takes"):
+        from_transformers(classifier.vit)

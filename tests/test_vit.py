@@ -98,7 +98,9 @@ def test_padding_changes_nothing() -> None:
 def test_other_image_sizes_only_if_asked() -> None:
     strict = VisionTransformer(**TINY)
     images = torch.randn(1, 3, 24, 8)
-    with pytest.raises(ValueError, match=r"expected \(16, 16\).*interpolate_positions=True"):
+    with pytest.raises(
+        ValueError, match=r"expected \(16, 16\).*For encode\(\) alone.*interpolate_pos"
+    ):
         strict(images)
     free = VisionTransformer(**TINY, interpolate_positions=True)
     assert free(images).shape == (1, 12, 32)
@@ -160,6 +162,20 @@ def test_images_of_integers_are_refused() -> None:
         VisionTransformer(**TINY)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
+def test_images_of_another_dtype_or_other_channels_are_refused() -> None:
+    encoder = VisionTransformer(**TINY)
+    images = torch.randn(1, 3, 16, 16)
+    with pytest.raises(
+        TypeError, match=r"expected torch\.float32, .* got torch\.bfloat16; convert"
+    ):
+        encoder(images.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(images.bfloat16()).isfinite().all()
+    assert encoder.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"expected 3 channels, .*got shape \(1, 1, 16, 16\); rep"):
+        encoder(images[:, :1])
+
+
 def test_overrides_win_over_the_name() -> None:
     encoder = create_encoder("vit_tiny_patch4", 32, depth=1, num_heads=2)
     assert (len(encoder.blocks), encoder.num_heads, encoder.grid) == (1, 2, (8, 8))
@@ -183,6 +199,19 @@ def test_protocol() -> None:
     check_encoder(encoder)
     with pytest.raises(TypeError, match="Linear without embed_dim, grid, num_heads"):
         check_encoder(nn.Linear(2, 2))
+    for name, value, expected in (
+        ("grid", 8, "two positive integers"),
+        ("grid", (8, 8, 8), "two positive integers"),
+        ("grid", (8, 0), "two positive integers"),
+        ("embed_dim", "32", "a positive integer"),
+        ("num_heads", None, "a positive integer"),
+    ):
+        wrong = VisionTransformer(**TINY)
+        setattr(wrong, name, value)
+        with pytest.raises(TypeError, match=rf"VisionTransformer\.{name} to be {expected}.*, got "):
+            check_encoder(wrong)
+    wrong.grid = [4, 4]
+    check_encoder(wrong, num_heads=False)
 
 
 def test_autocast_and_gradients() -> None:

@@ -110,5 +110,8 @@ def from_timm(model: timm.models.VisionTransformer) -> VisionTransformer:
         for name, value in model.state_dict().items()
         if not name.startswith(("head.", "attn_pool."))
     }
-    load_parts({"encoder": encoder}, {"encoder": state})
+    try:
+        load_parts({"encoder": encoder}, {"encoder": state})
+    except CheckpointError as error:  # class and register tokens, layer scale
+        raise CheckpointError(f"{error}\nTimmEncoder(model) takes the model as it is") from None
     return encoder

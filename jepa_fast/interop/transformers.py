@@ -76,7 +76,12 @@ def from_transformers(
             interpolate_positions=interpolate_positions,
             in_channels=config.num_channels,
         )
-    load_transformers_state(encoder, model.state_dict())
+    try:
+        load_transformers_state(encoder, model.state_dict())
+    except CheckpointError as error:  # class and register tokens
+        raise CheckpointError(
+            f"{error}\nTransformersEncoder(model) takes the model as it is"
+        ) from None
     return encoder
 
 
@@ -158,7 +163,8 @@ class TransformersEncoder(nn.Module):
             token, which no token depends on, stop requiring them.
 
     Raises:
-        TypeError: the configuration lacks the sizes that an encoder needs.
+        TypeError: the configuration lacks the sizes that an encoder needs, or the model has a head
+            on top, as those for classification have.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -174,6 +180,12 @@ class TransformersEncoder(nn.Module):
                 f"model: expected a vision transformer, got {type(model).__name__} whose "
                 f"configuration lacks {', '.join(missing)}; write a small module that follows "
                 "jepa_fast.nn.vit.Encoder around it"
+            )
+        if "For" in type(model).__name__:  # transformers' name for a model with a head
+            bare = "" if model.base_model is model else f", model.{model.base_model_prefix}"
+            raise TypeError(
+                f"model: expected a model whose output is its tokens, last_hidden_state, got "
+                f"{type(model).__name__}; pass the one inside{bare}"
             )
         self.model: Any = model
         # Tokens of unmasked images never use these; distributed training refuses to wait for them.

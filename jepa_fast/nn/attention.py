@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 
 def check_heads(
-    heads: int, dim: int, heads_name: str = "num_heads", dim_name: str = "the width"
+    heads: int,
+    dim: int,
+    heads_name: str = "num_heads",
+    dim_name: str = "the width",
+    default: str = "",
 ) -> None:
     """Refuse heads that do not divide the width; the names are those that the user passed them by.
+
+    ``default`` says where a number of heads comes from that the user did not pass.
 
     Raises:
         TypeError: ``heads`` is no integer.
@@ -28,7 +34,7 @@ def check_heads(
         raise TypeError(f"{heads_name}: expected an integer, got {heads!r}")
     if heads < 1 or dim % heads:
         raise ValueError(
-            f"{heads_name}: expected a positive divisor of {dim_name} {dim}, got {heads}; "
+            f"{heads_name}: expected a positive divisor of {dim_name} {dim}, got {heads}{default}; "
             "change the head count or the width"
         )
 

@@ -53,7 +53,8 @@ class VisionTransformerPredictor(nn.Module):
             )
         if depth < 1:
             raise ValueError(f"predictor_depth: expected at least one block, got {depth}")
-        check_heads(num_heads, predictor_dim, "predictor_heads", "predictor_dim")
+        default = " (by default the encoder's num_heads)"
+        check_heads(num_heads, predictor_dim, "predictor_heads", "predictor_dim", default)
         self.grid = grid
         self.embed_dim = embed_dim
         self.predictor_dim = predictor_dim

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,7 +50,8 @@ def check_encoder(encoder: nn.Module, *, num_heads: bool = True, keep: bool = Fa
         keep: whether it has to encode some patches without looking at the others.
 
     Raises:
-        TypeError: an attribute is missing (names all that are), or the module takes images only.
+        TypeError: an attribute is missing (names all that are) or of another form, or the module
+            takes images only.
     """
     needed = ("embed_dim", "grid", "num_heads") if num_heads else ("embed_dim", "grid")
     missing = [name for name in needed if not hasattr(encoder, name)]
@@ -58,12 +61,28 @@ def check_encoder(encoder: nn.Module, *, num_heads: bool = True, keep: bool = Fa
             f"{needed[-1]}, got {type(encoder).__name__} without {', '.join(missing)}; set them, "
             "or wrap the model with jepa_fast.interop.timm or jepa_fast.interop.transformers"
         )
+    for name in needed:
+        value = getattr(encoder, name)
+        if name == "grid":
+            fits = isinstance(value, Sequence) and len(value) == 2 and all(map(_is_count, value))
+            form, fix = "two positive integers, (rows, columns) of patches", "such as grid = (8, 8)"
+        else:
+            fits, form, fix = _is_count(value), "a positive integer", f"such as {name} = 4"
+        if not fits:
+            raise TypeError(
+                f"encoder: expected {type(encoder).__name__}.{name} to be {form}, got {value!r}; "
+                f"set it, {fix}"
+            )
     if keep and not _takes(encoder, 2):
         raise TypeError(
             f"encoder: expected a module that is called as encoder(images, keep), got "
             f"{type(encoder).__name__}, which takes images only; the context must be encoded "
             "without its hidden patches, see jepa_fast.nn.vit.Encoder"
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) > 0
 
 
 def _takes(encoder: nn.Module, count: int) -> bool:
@@ -222,8 +241,10 @@ class VisionTransformer(nn.Module):
             ``[T, embed_dim]``.
 
         Raises:
-            TypeError: images that are not floating.
-            ValueError: an image size that does not fit, or ``keep_mask`` without ``keep``.
+            TypeError: images that are not floating, or of another dtype than the weights without
+                autocast.
+            ValueError: an image size or channels that do not fit, or ``keep_mask`` without
+                ``keep``.
         """
         from jepa_fast import ops
 
@@ -243,6 +264,19 @@ class VisionTransformer(nn.Module):
             raise TypeError(
                 f"images: expected a floating dtype, got {images.dtype}; convert and normalise "
                 "them, for instance (images / 255 - mean) / std"
+            )
+        weight = self.patch_embed.proj.weight
+        if images.ndim == 4 and images.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"images: expected {weight.shape[1]} channels, [B, {weight.shape[1]}, H, W], got "
+                f"shape {tuple(images.shape)}; repeat a grey one, images.expand(-1, 3, -1, -1), or "
+                "build the encoder with in_channels"
+            )
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"images: expected {weight.dtype}, as the encoder's weights are, got "
+                f"{images.dtype}; convert them, images.to({weight.dtype}), or call the model under "
+                "torch.autocast"
             )
         return self.patch_embed(images) + self._positions(images)
 
@@ -265,7 +299,8 @@ class VisionTransformer(nn.Module):
         if not self.interpolate_positions:
             raise ValueError(
                 f"images: expected {self.img_size} pixels (height, width), got {size}; resize "
-                "them, or build the encoder with interpolate_positions=True"
+                "them: masks are of one grid, so a model trains at one size. For encode() alone, "
+                "encoders of create_encoder(..., interpolate_positions=True) take other sizes"
             )
         return interpolate_position_embedding(self.pos_embed, self.grid, self._grid_of(size))
 
