@@ -608,7 +608,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key}: {section!r} is the value {inner!r}, it has no keys")
         values = inner
     if key in _CHOICES:
-        _drop_foreign(whole, *key.split("."), value)
+        _drop_foreign(whole, sections[0], name, value)
         values = whole[sections[0]]
     values[name] = value
 
