@@ -377,7 +377,8 @@ def test_arguments_of_other_types(
         BlockMaskSampler(**({"grid": (8, 8)} | options))
 
 
-def test_numpys_integers_are_integers() -> None:
+def test_numpys_arrays_and_integers() -> None:
+    assert BlockMaskSampler(np.array([8, 9]), target_scale=np.array([0.15, 0.2])).grid == (8, 9)
     theirs, mine = np.int64, int
     made = [
         BlockMaskSampler(of(8), of(3), min_context=of(9), max_context=of(20), seed=of(3))(

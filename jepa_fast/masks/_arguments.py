@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -34,15 +33,22 @@ def height_and_width(name: str, value: Any, least: int) -> tuple[int, int]:
         TypeError: neither an integer nor two of them.
         ValueError: not two, or one below ``least``.
     """
-    sides = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) != 2:
-        raise ValueError(f"{name}: expected (height, width) or an int for both, got {value!r}")
+    sides: tuple[Any, ...]
     try:
-        height, width = map(operator.index, sides)
+        sides = (operator.index(value),) * 2
     except TypeError:
+        sides = _items(value)
+    try:
+        sides = tuple(map(operator.index, sides))
+    except TypeError:
+        sides = ()
+    if not sides:
         raise TypeError(
             f"{name}: expected an int, or two as (height, width), got {value!r}; use int()"
-        ) from None
+        )
+    if len(sides) != 2:
+        raise ValueError(f"{name}: expected (height, width) or an int for both, got {value!r}")
+    height, width = sides
     if min(height, width) < least:
         raise ValueError(
             f"{name}: expected (height, width), both at least {least}, got {(height, width)}"
@@ -57,7 +63,7 @@ def interval(name: str, value: Any, most: float = math.inf) -> tuple[float, floa
         TypeError: no pair of numbers.
         ValueError: not two, or not 0 < low <= high <= ``most``, both finite.
     """
-    pair = tuple(value) if isinstance(value, Iterable) else ()
+    pair = _items(value)
     if not pair or not all(isinstance(each, Real) for each in pair):
         raise TypeError(f"{name}: expected a pair of numbers (low, high), got {value!r}")
     bound = "" if most == math.inf else f" <= {most:g}"
@@ -75,3 +81,11 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}; use bool()")
     return value
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    """Those of a tuple, list or array; none of what has none."""
+    try:
+        return tuple(value)
+    except TypeError:
+        return ()
