@@ -160,6 +160,8 @@ def test_names_of_timm_are_referred_to_its_wrapper() -> None:
 def test_images_of_integers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"images: expected a floating dtype, got torch\.uint8"):
         VisionTransformer(**TINY)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"images: expected a tensor \[B, 3, H, W\], got list"):
+        VisionTransformer(**TINY)([torch.zeros(3, 16, 16)])
 
 
 def test_images_of_another_dtype_or_other_channels_are_refused() -> None:

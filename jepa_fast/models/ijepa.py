@@ -15,7 +15,13 @@ from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.nn.packed import Sequences
 from jepa_fast.nn.predictor import VisionTransformerPredictor
-from jepa_fast.nn.vit import check_encoder, create_encoder, encode_packed, encode_patches
+from jepa_fast.nn.vit import (
+    check_encoder,
+    check_images,
+    create_encoder,
+    encode_packed,
+    encode_patches,
+)
 from jepa_fast.ops.latent_loss import KINDS
 from jepa_fast.optim.teachers import HasTeachers, copy_teacher_buffers, teacher_parameters
 from jepa_fast.ranges import phase
@@ -178,14 +184,6 @@ class IJepa(nn.Module):
             # Slack would have no tokens to read, and nothing is to be predicted.
             return masks.padded(partly=True)
         return masks
-
-
-def check_images(images: object) -> None:
-    """Raises TypeError if the images are no tensor."""
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"images: expected a tensor [B, 3, H, W], got {type(images).__name__}; stack them"
-        )
 
 
 def target_mask(masks: BlockMasks | PackedMasks) -> Tensor | None:

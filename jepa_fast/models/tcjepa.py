@@ -15,7 +15,6 @@ from jepa_fast.models.ijepa import (
     IJepa,
     Masks,
     block_major_mask,
-    check_images,
     check_patch_count,
     gather_targets,
     target_mask,
@@ -30,7 +29,7 @@ from jepa_fast.nn.text_conditioner import (
     WordConditioning,
     check_word_options,
 )
-from jepa_fast.nn.vit import encode_patches
+from jepa_fast.nn.vit import check_images, encode_patches
 from jepa_fast.ranges import phase
 
 _DIAGNOSED_IMAGES = 8  # attention statistics are taken from the first images of a batch

@@ -41,6 +41,14 @@ class Encoder(Protocol):
     ) -> Tensor: ...
 
 
+def check_images(images: object) -> None:
+    """Raises TypeError if the images are no tensor."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images: expected a tensor [B, 3, H, W], got {type(images).__name__}; stack them"
+        )
+
+
 def check_encoder(encoder: nn.Module, *, num_heads: bool = True, keep: bool = False) -> None:
     """Refuse a module that lacks what is needed of :class:`Encoder`.
 
@@ -260,6 +268,7 @@ class VisionTransformer(nn.Module):
 
     def _patches(self, images: Tensor) -> Tensor:
         """``[B, N, embed_dim]``, positions added."""
+        check_images(images)
         if not images.is_floating_point():
             raise TypeError(
                 f"images: expected a floating dtype, got {images.dtype}; convert and normalise "
