@@ -380,6 +380,12 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
         (["main", "--suite", "no_suite"], {}, 2, r"no benchmarks \(bench_\*.py\) in .*no_suite"),
         (["main", "--suite", "/"], {}, 2, "has to be in the repository"),
         (["main", "--op", "unknown"], {}, 2, "unknown operator: unknown; there are: dying, eager"),
+        (
+            ["main", "--suite", "slow"],
+            {"slow/bench_all.py": SUITE.replace("quick=True", "quick=False")},
+            2,
+            r"no benchmark in slow \(bench_all.py\) has a case with quick=True for cpu, and only",
+        ),
         (["main", "--build", "test -f new.txt"], {"new.txt": ""}, 6, r"main \(.* cannot be built"),
         (
             ["main", "--build", "! test -f new.txt"],
@@ -500,10 +506,22 @@ def test_outside_a_repository(
 
 
 @pytest.mark.parametrize(
-    "option", ["--tolerance=0", "--threads=-1", "--seconds=nan", "--device=tpu"]
+    "option",
+    [
+        "--tolerance=0",
+        "--tolerance=2",
+        "--memory-tolerance=1.5",
+        "--threads=-1",
+        "--seconds=nan",
+        "--device=tpu",
+    ],
 )
 def test_wrong_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "main", option])
     assert stopped.value.code == 2
-    assert option.partition("=")[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert option.partition("=")[0] in error
+    assert ("expected a share, at most 1, got 2; 2 % is 0.02" in error) is (
+        option[2:] == "tolerance=2"
+    )

@@ -143,7 +143,9 @@ class Races:
             self._settings()
         except PerfError as error:
             self._write({"refused": str(error)})
-            raise pytest.UsageError(str(error)) from error
+            # Whoever reads the log says it.
+            told = () if self._log is not None else (str(error),)
+            raise pytest.UsageError(*told) from error
         self._write({"known": sorted({(c.operator, c.name) for c in map(_case_of, races)})})
         quick = config.getoption("race_quick", default=False)
         dropped = [

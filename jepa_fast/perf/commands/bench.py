@@ -102,9 +102,16 @@ def run(options: argparse.Namespace) -> int:
     budget = None
     if options.budget is not None:
         budget = options.budget - (time.monotonic() - started)
-    outcome = run_suite(
-        suite, device, operators, quick=options.quick, rounds=options.rounds, budget=budget
-    )
+    try:
+        outcome = run_suite(
+            suite, device, operators, quick=options.quick, rounds=options.rounds, budget=budget
+        )
+    except PerfError as error:
+        own = Path("benchmarks")
+        unknown = options.suite is None and str(error).startswith("unknown operator")
+        if unknown and own.resolve() != suite and any(own.glob("bench_*.py")):
+            raise PerfError(f"{error}; for those in ./benchmarks: --suite benchmarks") from error
+        raise
     for skipped in outcome.skipped:
         print(f"skipped {skipped['operator']} {skipped['case']}: {skipped['why']}")
     if outcome.records:

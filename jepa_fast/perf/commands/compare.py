@@ -56,14 +56,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=_positive(float),
+        type=_share,
         default=0.02,
         metavar="SHARE",
         help="slow-down that is allowed (default: 0.02, 2 %%)",
     )
     parser.add_argument(
         "--memory-tolerance",
-        type=_positive(float),
+        type=_share,
         default=0.01,
         metavar="SHARE",
         help="growth of peak memory that is allowed (default: 0.01)",
@@ -94,6 +94,16 @@ def _positive(kind: type[int] | type[float]) -> type[int] | type[float]:
 
     parse.__name__ = "number"  # as argparse names it when the text is none
     return parse  # type: ignore[return-value]
+
+
+def _share(text: str) -> float:
+    """Parses a share; beyond 1 it was meant in per cent."""
+    value = _positive(float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a share, at most 1, got {text}; {value:g} % is {value / 100:g}"
+        )
+    return value
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from jepa_fast.perf.gate.pair import CaseName, Pair
 from jepa_fast.perf.gate.sampling import Sample, sample
 from jepa_fast.perf.gate.sides import Setting, SideFailed
 from jepa_fast.perf.gate.snapshots import Snapshot
-from jepa_fast.perf.race import check_names
+from jepa_fast.perf.race import check_names, suite_files
 from jepa_fast.perf.signals import interruptible
 from jepa_fast.perf.summary import Check
 
@@ -177,8 +177,13 @@ def _cases(
         raise BuildFailed(f"{head.label} cannot run its benchmarks: {broken}")
     known = list(pair.cases[1])
     if not known:
+        # Versions run from copies; the user knows the suite by its place in the repository.
+        inside = setting.suite.is_relative_to(head.root)
+        suite = setting.suite.relative_to(head.root) if inside else setting.suite
+        files = ", ".join(file.name for file in suite_files(setting.suite))
         raise PerfError(
-            f"no benchmark in {setting.suite} has a case with quick=True for {setting.device}"
+            f"no benchmark in {suite} ({files}) has a case with quick=True for {setting.device}, "
+            "and only those are compared: Case(..., quick=True)"
         )
     check_names("operator", operators, [operator for operator, _ in known])
     return [case for case in known if not operators or case[0] in operators]
