@@ -241,3 +241,16 @@ def test_epochs_asked_for_win_over_steps_that_were_not(tmp_path: Path) -> None:
         (load_config(str(child), ["train.steps=4"]), (3, 4)),
     ):
         assert (config.train.epochs, config.train.steps) == expected
+
+
+def test_the_nearest_key_is_one_that_the_kind_has() -> None:
+    told = message("data={kind: coco, train: x.json, train_images: x, captions: y}")
+    assert "data.captions: unknown key, of kind folder alone: shards have" in told
+    assert "data.contrst: unknown key; nearest: data.contrast" in message("data.contrst=1")
+    told = message("data={kind: coco, train: x.json, train_images: x, contrst: y}")
+    assert "data.contrst: unknown key" in told
+    assert "data.contrast" not in told
+    folder = {"kind": "folder", "train": "x"}
+    assert "data.caption: unknown key; nearest: data.captions" in message(
+        "data.caption=y", data=folder
+    )

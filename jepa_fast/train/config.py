@@ -621,9 +621,17 @@ def _describe(problem: Any, root: Any = None, prefix: str = "") -> str:
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if kind == "extra_forbidden":
-        # A key of another kind of data or model is unknown here, too.
-        known = [name for name in _keys(root or Config, prefix) if name != key]
-        near = _nearest(key, known)
+        # A key of another kind of data or model is unknown here, and no help either.
+        section, *inner = problem["loc"]
+        member = _MEMBERS.get(str(section), {}).get(inner[0]) if inner else None
+        known = [
+            name
+            for name in _keys(root or Config, prefix)
+            if member is None
+            or not name.startswith(f"{section}.")
+            or name.split(".")[1] in member.model_fields
+        ]
+        near = _UNKNOWN.get(key) or _nearest(key, known)
         if not near:
             section = key.rpartition(".")[0]
             beside = sorted({k for k in known if k.rpartition(".")[0] == section})
@@ -652,6 +660,12 @@ _MISSING = {
     "data.train_images": (
         ", the folder of the images; data.train is the file of their captions, such as "
         "data.train=captions_train2017.json data.train_images=train2017"
+    ),
+}
+_UNKNOWN = {
+    "data.captions": (
+        ", of kind folder alone: shards have captions beside their images, and COCO's come from "
+        "the file that data.train names"
     ),
 }
 _ALSO_CALLED = {
