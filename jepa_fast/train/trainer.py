@@ -145,6 +145,7 @@ class Trainer:
         batches = self._batches()
         if self.step < self.total_steps:
             batches = itertools.chain([self._first(batches)], batches)
+        wait_for_all(self.world)  # a rank without data must not find the earlier run gone
         begin()
         with self._stop_signals(), self._progress() as progress, self._logs() as logs:
             while self.step < self.total_steps:
