@@ -25,7 +25,7 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 help:
 	@echo "make demo         pretrain a small TC-JEPA on the CPU and report, a few minutes"
 	@echo "make test         lint, then the tests of tiers 0 to 2"
-	@echo "make test-oldest  the same tests under the oldest supported torch and triton"
+	@echo "make test-oldest  the same, but for the tools, under the oldest supported torch and triton"
 	@echo "make sanitize     tests of the CPU kernels under g++'s AddressSanitizer and UBSan, 1 to 2 min"
 	@echo "make lint         ruff and mypy"
 	@echo "make compare      times and peak memory against those of BASE, by default the last commit"
@@ -68,9 +68,13 @@ test-oldest:
 	test -f jepa_fast/_native.abi3.so || $(OLDEST)/bin/python -m jepa_fast.cli build
 	$(MAKE) --no-print-directory oldest-tiers VENV=$(OLDEST)
 
+# But for the tests of the tools, which start processes by the dozen: what the tools do with torch,
+# tests/test_bench.py and tests/test_audit.py see here.
+TOOLS = $(addprefix --ignore=tests/test_,compare.py examples.py tables.py heads_comparison.py)
+
 .PHONY: oldest-tiers
 oldest-tiers:
-	$(PYTEST)
+	$(PYTEST) $(TOOLS)
 	TRITON_INTERPRET=1 $(PYTEST) $(TIER1)
 
 # Checks of every access, and of all that C++ leaves undefined; what one finds ends the process.

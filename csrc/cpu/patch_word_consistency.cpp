@@ -151,7 +151,7 @@ struct Call : Images {
   bool is_softplus;
   float inverse_tau;
   int64_t blocks;  // of an image's words: tiles of one block and one panel of tokens stay in L2
-  int64_t chunk;   // panels of tokens whose gradients are kept at a time
+  int64_t chunk;   // panels of tokens whose gradients are kept: 16 MB of them
 
   Call(
       const std::vector<Tensor>& queries,
@@ -170,26 +170,10 @@ struct Call : Images {
     constexpr int64_t kTileSize = 32768;
     const int64_t rows = std::clamp<int64_t>(kTileSize / (slices * kPanel), 12, 96);
     blocks = (std::max<int64_t>(1, most_words()) + rows - 1) / rows;
-    constexpr int64_t kSlopes = int64_t{1} << 22;  // 16 MB, which most images' are below
-    const int64_t of_panel = std::max<int64_t>(1, slices * captions * words_each * kPanel);
-    chunk = std::clamp<int64_t>(kSlopes / of_panel, 1, std::max<int64_t>(1, token_panels()));
+    chunk = panels_within(int64_t{1} << 22, slices);
   }
 
   int64_t tiles() const { return token_panels() * blocks; }
-};
-
-// Some panels of an image's tokens.
-struct Chunk {
-  int64_t first, panels, token, tokens;
-  bool is_first, is_last;
-
-  Chunk(const Call& call, int64_t first_panel, int64_t most)
-      : first(first_panel),
-        panels(std::min(most, call.token_panels() - first)),
-        token(first * kPanel),
-        tokens(std::min(panels * kPanel, call.tokens - token)),
-        is_first(first == 0),
-        is_last(first + panels == call.token_panels()) {}
 };
 
 // Where the gradients go, of each layer.
@@ -456,14 +440,13 @@ void run(const Call& call, const Gradients* gradients, double* sums) {
     return call.slices * call.width * call.tokens * call.words[b].size();
   };
   // Without gradients nothing is kept, and all tokens are one chunk.
-  const int64_t chunk_panels = gradients == nullptr ? call.token_panels() : call.chunk;
+  const int64_t chunk_panels =
+      gradients == nullptr ? std::max<int64_t>(1, call.token_panels()) : call.chunk;
   // `phase(count, multiplications, each)` calls each(i, scratch) for i up to count.
   const auto run_image = [&](const Image& image, int64_t b, auto&& phase) {
     const int64_t reading = product(b) / 64;  // takes about as long
     phase(image.parts_of_keys(), reading, [&](int64_t i, Scratch&) { image.read_keys(i); });
-    // Without tokens there still are gradients of words, all 0.
-    for (int64_t first = 0; first == 0 || first < call.token_panels(); first += chunk_panels) {
-      const Chunk chunk(call, first, chunk_panels);
+    for_each_chunk(call, chunk_panels, [&](const Chunk& chunk) {
       const int64_t work = product(b) / std::max<int64_t>(1, call.tokens) * chunk.tokens;
       phase(chunk.panels * call.blocks, work, [&](int64_t i, Scratch& scratch) {
         const double sum = image.compare(chunk, i, scratch);
@@ -473,7 +456,8 @@ void run(const Call& call, const Gradients* gradients, double* sums) {
       phase(image.parts(chunk), 2 * work, [&](int64_t i, Scratch& scratch) {
         image.write(chunk, i, scratch);
       });
-    }
+    });
+    if (gradients == nullptr) return;
     for (int64_t layer = 0; layer < call.layers; ++layer) image.clear_absent(layer);
   };
   int64_t of_whole = 0;

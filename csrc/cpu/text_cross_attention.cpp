@@ -229,6 +229,7 @@ struct Call : Images {
   Pool pool;
   bool is_softplus;
   float inverse_tau;
+  int64_t chunk;  // panels of tokens whose scores the backward pass keeps: 1 MB of them
 
   Call(
       const Tensor& queries,
@@ -247,7 +248,8 @@ struct Call : Images {
         scale(static_cast<float>(scale)),
         pool(static_cast<Pool>(pool)),
         is_softplus(is_softplus),
-        inverse_tau(static_cast<float>(1 / tau)) {}
+        inverse_tau(static_cast<float>(1 / tau)),
+        chunk(panels_within(int64_t{1} << 18, 1)) {}
 };
 
 // The forward pass of up to some panels of tokens of one head of an image.
@@ -404,27 +406,6 @@ struct Gradients {
   float sparsity;  // of the sum over all pairs and heads
 };
 
-// Panels of tokens whose scores are kept at a time.
-struct Chunk {
-  int64_t first, panels;  // of all tokens' panels
-  int64_t token, tokens;  // the same in tokens
-  bool is_first, is_last;
-
-  static int64_t panels_each(const Call& call) {
-    constexpr int64_t kScores = int64_t{1} << 18;  // 1 MB, which most images' are below
-    const int64_t of_panel = std::max<int64_t>(1, call.captions * call.words_each * kPanel);
-    return std::clamp<int64_t>(kScores / of_panel, 1, std::max<int64_t>(1, call.token_panels()));
-  }
-
-  Chunk(const Call& call, int64_t first_panel)
-      : first(first_panel),
-        panels(std::min(panels_each(call), call.token_panels() - first)),
-        token(first * kPanel),
-        tokens(std::min(panels * kPanel, call.tokens - token)),
-        is_first(first == 0),
-        is_last(first + panels == call.token_panels()) {}
-};
-
 // The backward pass of one head of an image, by chunks of tokens: first by panels of tokens, which
 // gives the gradient of q, then by panels of columns, which gives those of k and v. Either may be
 // shared out among threads, and sums over tokens are the same.
@@ -433,7 +414,7 @@ class BackwardImage {
   BackwardImage(
       const Call& call, const Gradients& gradients, int64_t b, int64_t head, Arena memory)
       : call_(&call), gradients_(&gradients), image_(b), head_(head) {
-    const int64_t panels = call.panels(), chunk = Chunk::panels_each(call);
+    const int64_t panels = call.panels(), chunk = call.chunk;
     const int64_t of_words = panels * size() * kPanel, of_tokens = panels * chunk * kPanel * kPanel;
     const int64_t scores = chunk * size() * kPanel;
     keys_ = memory.take(of_words);
@@ -743,13 +724,6 @@ class BackwardImage {
   float *dk_, *dv_;                        // [panels][W][32], where there are several chunks
 };
 
-template <typename Run>
-void for_each_chunk(const Call& call, Run&& run) {
-  const int64_t each = Chunk::panels_each(call), panels = call.token_panels();
-  // Without tokens there still are gradients of words, all 0.
-  for (int64_t first = 0; first == 0 || first < panels; first += each) run(Chunk(call, first));
-}
-
 // q and residual [R, T, d], k and v [B, C, S, d], masks contiguous; features, winner contiguous.
 void text_cross_attention(
     Tensor q,
@@ -850,7 +824,7 @@ void text_cross_attention_backward(
     for (int64_t i = begin; i < end; ++i) {
       const BackwardImage whole_image = image(i, piece);
       whole_image.read();
-      for_each_chunk(call, [&](const Chunk& chunk) {
+      for_each_chunk(call, call.chunk, [&](const Chunk& chunk) {
         for (int64_t k = 0; k < chunk.panels; ++k) whole_image.run_tokens(chunk, chunk.first + k);
         for (int64_t f = 0; f < panels; ++f) whole_image.run_columns(chunk, f);
       });
@@ -864,7 +838,7 @@ void text_cross_attention_backward(
     });
   };
   share_out(1, [](const BackwardImage& some, int64_t) { some.read(); });
-  for_each_chunk(call, [&](const Chunk& chunk) {
+  for_each_chunk(call, call.chunk, [&](const Chunk& chunk) {
     share_out(chunk.panels, [&](const BackwardImage& some, int64_t k) {
       some.run_tokens(chunk, chunk.first + k);
     });

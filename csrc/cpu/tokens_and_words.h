@@ -126,6 +126,12 @@ struct Images {
     pairs = std::max(1.0, pairs);
   }
 
+  // How many panels of tokens have up to so many scores, of as many products of a token and a word.
+  int64_t panels_within(int64_t scores, int64_t products) const {
+    const int64_t of_panel = std::max<int64_t>(1, products * captions * words_each * kPanel);
+    return std::clamp<int64_t>(scores / of_panel, 1, std::max<int64_t>(1, token_panels()));
+  }
+
   int64_t panels() const { return panels_of(width); }
   int64_t token_panels() const { return panels_of(tokens); }
   int64_t most_words() const {
@@ -208,6 +214,30 @@ struct Images {
     }
   }
 };
+
+// Some panels of an image's tokens.
+struct Chunk {
+  int64_t first, panels;  // of all tokens' panels
+  int64_t token, tokens;  // the same in tokens
+  bool is_first, is_last;
+
+  // Of up to `most` panels.
+  Chunk(const Images& images, int64_t first_panel, int64_t most)
+      : first(first_panel),
+        panels(std::min(most, images.token_panels() - first)),
+        token(first * kPanel),
+        tokens(std::min(panels * kPanel, images.tokens - token)),
+        is_first(first == 0),
+        is_last(first + panels == images.token_panels()) {}
+};
+
+// Runs all of an image's chunks. Without tokens there still is one, as words have gradients, all 0.
+template <typename Run>
+void for_each_chunk(const Images& images, int64_t most, Run&& run) {
+  for (int64_t first = 0; first == 0 || first < images.token_panels(); first += most) {
+    run(Chunk(images, first, most));
+  }
+}
 
 }  // namespace
 }  // namespace jepa_fast
