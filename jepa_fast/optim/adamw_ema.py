@@ -113,6 +113,10 @@ class AdamWEma(torch.optim.Optimizer):
     ) -> Any:
         """Updates the parameters, then the teacher.
 
+        But for a first step whose learning rates and gradients are all zero, and that is given no
+        momentum: by such a step `torch.distributed.checkpoint` makes an optimizer's state, and the
+        teacher stays where it is.
+
         Args:
             closure: computes the loss anew, as for `torch.optim.Optimizer`.
             momentum: of the EMA; None: the attribute `momentum`.
