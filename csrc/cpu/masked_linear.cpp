@@ -56,10 +56,6 @@ JEPA_FAST_CLONES void write_columns(
   }
 }
 
-JEPA_FAST_CLONES void add_to(float* __restrict to, const float* __restrict from, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] += from[i];
-}
-
 JEPA_FAST_CLONES void add_to_rows(float* to, const float* row, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i, to += kPanel) {
     for (int64_t j = 0; j < kPanel; ++j) to[j] += row[j];

@@ -57,6 +57,11 @@ JEPA_FAST_CLONES void transpose(
   }
 }
 
+[[maybe_unused]] JEPA_FAST_CLONES void add_to(
+    float* __restrict to, const float* __restrict from, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+}
+
 // Memory of whole vectors. What it holds does not matter yet, or is 0 where its size is given.
 //
 // It is from torch's allocator, so that whoever counts what a call takes sees it: torch's profiler does

@@ -208,10 +208,6 @@ JEPA_FAST_CLONES void write_winners(uint8_t* to, const float* winner, int64_t wi
   for (int64_t j = 0; j < width; ++j) to[j] = static_cast<uint8_t>(static_cast<int32_t>(winner[j]));
 }
 
-JEPA_FAST_CLONES void add_row(float* __restrict to, const float* __restrict row, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] += row[i];
-}
-
 // to = (x - y * factor) * scale
 JEPA_FAST_CLONES void subtract_scaled(
     float* to, const float* x, const float* y, float factor, float scale, int64_t width) {
@@ -529,7 +525,7 @@ class BackwardImage {
       if (chunk.is_first && chunk.is_last) return grad.data();
       float* const sum = sums + f * size() * kPanel;
       if (chunk.is_first) std::fill(sum, sum + size() * kPanel, 0.0f);
-      add_row(sum, grad.data(), size() * kPanel);
+      add_to(sum, grad.data(), size() * kPanel);
       return sum;
     };
 
