@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from jepa_fast.masks._arguments import flag, height_and_width, integer, interval
+from jepa_fast._arguments import flag, height_and_width, integer, interval
 
 _logger = logging.getLogger(__name__)
 _TRIES_PER_CONSTRAINT = 20

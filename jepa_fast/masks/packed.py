@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.masks._arguments import integer
+from jepa_fast._arguments import integer
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.masks.sampler import BlockMaskSampler
 from jepa_fast.ops._checks import check_index_range, reads_values

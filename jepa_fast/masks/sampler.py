@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from jepa_fast.masks._arguments import flag, height_and_width, integer, interval
+from jepa_fast._arguments import flag, height_and_width, integer, interval
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.ops import _random, draw_block_masks
 from jepa_fast.ops.draw_block_masks.reference import most_context

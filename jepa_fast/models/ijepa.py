@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_choice
 from jepa_fast.masks import BlockMasks, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.output import JepaOutput
@@ -68,8 +69,7 @@ class IJepa(nn.Module):
             create_encoder(encoder, img_size, init=init) if isinstance(encoder, str) else encoder
         )
         check_encoder(module, num_heads=predictor_heads is None, keep=True)
-        if loss not in KINDS:
-            raise ValueError(f"loss: expected one of {KINDS}, got {loss!r}")
+        check_choice("loss", loss, KINDS)
         if predictor_depth is None:
             predictor_depth = default_predictor_depth(module.embed_dim)
         self.encoder = module

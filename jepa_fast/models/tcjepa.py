@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
+from jepa_fast._arguments import check_choice, check_number
 from jepa_fast.masks import BlockMasks, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import (
@@ -20,7 +21,6 @@ from jepa_fast.models.ijepa import (
     target_mask,
 )
 from jepa_fast.models.output import JepaOutput
-from jepa_fast.nn.arguments import check_number
 from jepa_fast.nn.precision import without_autocast
 from jepa_fast.nn.text_conditioner import (
     CONDITIONERS,
@@ -107,10 +107,7 @@ class TCJepa(IJepa):
         normalize_target: bool = True,
         init: str = "released",
     ) -> None:
-        if conditioning not in CONDITIONERS:
-            raise ValueError(
-                f"conditioning: expected one of {tuple(CONDITIONERS)}, got {conditioning!r}"
-            )
+        check_choice("conditioning", conditioning, CONDITIONERS)
         super().__init__(
             encoder,
             img_size=img_size,

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_choice
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.cross_modal import CrossModal, energy_spread
@@ -114,8 +115,7 @@ class TIJepa(nn.Module):
             ("size", size, tuple(CROSSER_SIZES)),
             ("loss", loss, KINDS),
         ):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+            check_choice(name, value, choices)
         if vicreg is not None and len(vicreg) != 3:
             raise ValueError(
                 "vicreg: expected 3 weights (prediction loss, variance, covariance), got "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.arguments import check_choice, check_count, check_flag, check_number
+from jepa_fast._arguments import check_choice, check_count, check_number, flag
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
@@ -272,13 +272,13 @@ def check_word_options(
     if scale is not None:
         check_number(name("scale"), scale)
     check_choice(name("pool"), pool, POOLS)
-    check_flag(name("per_caption"), per_caption)
+    flag(name("per_caption"), per_caption)
     check_number(name("mlp_ratio"), mlp_ratio)
     if int(dim * mlp_ratio) < 1:
         raise ValueError(
             f"{name('mlp_ratio')}: expected at least 1 / {name('dim')}, 1 / {dim}, got {mlp_ratio}"
         )
-    check_flag(name("mlp_residual"), mlp_residual)
+    flag(name("mlp_residual"), mlp_residual)
     check_choice(name("similarity"), similarity, SIMILARITIES)
     check_number(name("tau"), tau)
     return _check_layers(after, depth, name("after"))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.ops import _shards
 from jepa_fast.ops._checks import check_choice, check_floating
-from jepa_fast.ops._shards import dtensor_type
 
 Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -157,7 +157,10 @@ class AdamWEma(torch.optim.Optimizer):
         if self.state or not all(_is_zero_on_the_host(group["lr"]) for group in self.param_groups):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return all(grad is not None and not _local(grad).any() for grad in grads)
+        if any(grad is None for grad in grads):
+            return False
+        (local,), _ = _shards.to_local("AdamWEma", {"grads": grads})
+        return not any(bool(grad.any()) for grad in local)
 
     def _step_group(
         self,
@@ -324,10 +327,3 @@ def _check_number(name: str, value: object) -> None:
 def _is_zero_on_the_host(number: float | Tensor) -> bool:
     """Of a number on a device nothing is known without waiting for it."""
     return (not isinstance(number, Tensor) or number.device.type == "cpu") and float(number) == 0
-
-
-def _local(tensor: Any) -> Tensor:
-    """This rank's shard of a DTensor, and any other tensor."""
-    kind = dtensor_type()
-    shard: Tensor = tensor.to_local() if kind is not None and isinstance(tensor, kind) else tensor
-    return shard
