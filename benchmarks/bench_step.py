@@ -1,10 +1,12 @@
 """Whole training steps of the four models: forward, backward, AdamW, and the EMA of the target.
 
-Masks are drawn, images are on the device. `ours` is what the trainer does: the library's operators
-and `AdamWEma`. `eager` is the same model on plain PyTorch operators with AdamW as torch sets
-it up; under `compile` and `ours_compile` every transformer block is compiled by itself, and of the
-plain operators all but the EMA (in a race `compile` comes first, and its blocks then serve
-`ours_compile`, whose first call so costs less). Cases say how text and images come:
+Masks are drawn, images are on the device. `ours` is what the trainer does: the library's operators,
+`AdamWEma`, and on a CPU the memory of a step kept for the next one. `eager` is the same model on
+plain PyTorch operators with AdamW as torch sets it up, and with a predictor as public code has it,
+whose last block computes the tokens of the context, too, which nobody reads. Under `compile` and
+`ours_compile` every transformer block is compiled by itself, and of the plain operators all but the
+EMA (in a race `compile` comes first, and its blocks then serve `ours_compile`, whose first call so
+costs less). Cases say how text and images come:
 
 - words as tensors, as from a cache; where the case names a text encoder, `live` is ours with that
   encoder (a T5 of random weights) in every step;
@@ -25,13 +27,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from cases import IJEPA_STEPS, PROBIJEPA_STEPS, TCJEPA_STEPS, TIJEPA_STEPS, step_cost
 from plain import PLAIN, TOLERANCE, plain_operators, why_no_compile
 from torch import Tensor, nn
 
 from jepa_fast import IJepa, ProbIJepa, TCJepa, TIJepa, ops
+from jepa_fast.host_memory import keep_host_memory, return_host_memory
 from jepa_fast.masks import BlockMasks, BlockMaskSampler
+from jepa_fast.nn.attention import Block
 from jepa_fast.nn.vit import VisionTransformer
 from jepa_fast.optim import (
     AdamWEma,
@@ -51,6 +56,13 @@ _JUMPS = {"tcjepa_step": 1e-3}
 picks one, in ours not always the plain one's. (With `pool="mean"` both are as near to float64.)"""
 _NO_TEXT_ENCODER = 'a text encoder needs transformers: pip install "jepa-fast[text]"'
 _HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _host_memory() -> Iterator[None]:
+    """Other benchmarks get their memory as programs do by default."""
+    yield
+    return_host_memory()
 
 
 @benchmark(IJEPA_STEPS)
@@ -272,7 +284,8 @@ class Step:
         device: `"cpu"` or `"cuda"`.
         model: is trained, by this step alone.
         inputs: the batch of every step.
-        plain: plain operators and torch's AdamW, instead of ours and what the trainer takes.
+        plain: plain operators, torch's AdamW, a predictor that computes all tokens and memory as
+            the process gets it by default, instead of ours and what the trainer takes.
         compiled: the transformer blocks under torch.compile, from the first call on.
 
     Attributes:
@@ -302,6 +315,9 @@ class Step:
         self._operators: Callable[[], AbstractContextManager[None]] = nullcontext
         if plain:
             self._operators = _compiled_operators if compiled else plain_operators
+            if hasattr(self.model.predictor, "predictor_blocks"):
+                _compute_all_tokens(self.model.predictor.predictor_blocks[-1])
+        self._keeps_memory = device == "cpu" and not plain
         self._to_compile = compiled
         self._autocast = functools.partial(
             torch.autocast, device, torch.bfloat16, enabled=case.dtype == "bfloat16"
@@ -312,6 +328,11 @@ class Step:
         if self._to_compile:
             self._to_compile = False
             _compile_blocks(self.model)
+        if self._keeps_memory:
+            keep_host_memory()
+        else:
+            # The heap stays, or each turn of ours would have to build it up again.
+            return_host_memory(heap=False)
         if self.first_loss is None:
             with seeded():
                 loss = self.first_loss = self.backward()
@@ -387,6 +408,15 @@ def networks(model: Any) -> tuple[nn.Module, nn.Module]:
     if isinstance(model, TIJepa):
         return model.target_crosser, model.context_crosser
     return model.target_encoder, model.encoder
+
+
+def _compute_all_tokens(block: Block) -> None:
+    """Has the block leave tokens out when all are computed."""
+
+    def forward(x: Tensor, key_mask: Tensor | None = None, skip: int = 0) -> Tensor:
+        return Block.forward(block, x, key_mask)[:, skip:]
+
+    block.forward = forward  # type: ignore[method-assign]
 
 
 def _compile_blocks(model: nn.Module) -> None:

@@ -134,6 +134,33 @@ def test_a_wrong_ema_is_noticed(
         bench_step.check_step(case, "cpu")
 
 
+@pytest.mark.parametrize("case", [c for c in QUICK if c.operator == "ijepa_step"], ids=str)
+def test_only_the_plain_predictor_computes_what_nobody_reads(case: Case) -> None:
+    rows = []
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        rows.append(output.shape[1])
+
+    for plain in (True, False):
+        model = bench_step.make_model(case, "cpu")
+        step = bench_step.Step(case, "cpu", model, bench_step.make_inputs(case, "cpu"), plain=plain)
+        model.predictor.predictor_blocks[-1].mlp.register_forward_hook(note)
+        step.backward()
+    assert rows == [case["Kc"] + case["Kt"], case["Kt"]]
+
+
+def test_ours_keeps_its_memory_and_the_plain_step_does_not(monkeypatch: Any) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(bench_step, "keep_host_memory", lambda: log.append("keep"))
+    monkeypatch.setattr(
+        bench_step, "return_host_memory", lambda heap: log.append(f"return, heap={heap}")
+    )
+    race = bench_step.step_race(QUICK[0], "cpu")
+    race.ours()
+    race.others["eager"]()
+    assert log == ["keep", "return, heap=False"]
+
+
 @each_quick
 def test_an_ema_that_is_wrong_in_the_model_is_noticed(
     case: Case, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +188,8 @@ def test_flops_are_those_that_are_counted(case: Case, monkeypatch: pytest.Monkey
     # Metrics are left out of the model. Attention's products are counted where it is written out.
     for model in (ijepa, probijepa, tcjepa, tijepa):
         monkeypatch.setattr(model, "collapse_metrics", lambda *args: {})
+    # The cost is what ours computes, whose products, in its operators, nobody sees.
+    monkeypatch.setattr(bench_step, "_compute_all_tokens", lambda block: None)
     race = bench_step.step_race(case, "cpu")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         race.others["eager"]()

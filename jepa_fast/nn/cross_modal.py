@@ -123,9 +123,11 @@ class CrossModalPredictor(nn.Module):
             source_mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
         asked = source_mask.new_zeros(batch, count)
         key_mask = torch.cat([_or_all(source_mask), asked], dim=1)
-        for block in self.predictor_blocks:
+        *blocks, last = self.predictor_blocks
+        for block in blocks:
             x = block(x, key_mask)
-        return self.predictor_proj(self.predictor_norm(x[:, length:]))
+        x = last(x, key_mask, skip=length)  # nobody reads the source's tokens any more
+        return self.predictor_proj(self.predictor_norm(x))
 
 
 def _or_all(mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jepa_fast.data.extras import require
 from jepa_fast.data.images import CocoCaptions
 from jepa_fast.data.loader import Loader
 from jepa_fast.errors import CheckpointError, DataError
+from jepa_fast.host_memory import kept_host_memory
 from jepa_fast.masks import BlockMasks
 from jepa_fast.optim import (
     AdamWEma,
@@ -147,7 +148,13 @@ class Trainer:
             batches = itertools.chain([self._first(batches)], batches)
         wait_for_all(self.world)  # a rank without data must not find the earlier run gone
         begin()
-        with self._stop_signals(), self._progress() as progress, self._logs() as logs:
+        on_cpu = self.world.device.type == "cpu"
+        with (
+            kept_host_memory() if on_cpu else nullcontext(),
+            self._stop_signals(),
+            self._progress() as progress,
+            self._logs() as logs,
+        ):
             while self.step < self.total_steps:
                 with phase("step", self.step):
                     with phase("data"):
