@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_fast import ops
+from jepa_fast.nn.linear import linear
 from jepa_fast.ops._registry import OPERATORS
 from jepa_fast.perf.race import Case, Cost, Race
 
@@ -381,11 +382,12 @@ def plain_operators() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _places(_: int) -> list[tuple[ModuleType, str, Callable[..., Any]]]:
-    """(module, name, plain operator) of all that refers to a public operator."""
+    """(module, name, plain operator) of all that refers to a public operator, or to `linear`."""
     places: list[tuple[ModuleType, str, Callable[..., Any]]] = [
         (ops, name, function) for name, function in PLAIN.items()
     ]
     by_public = {id(public): PLAIN[name] for name, public in _PUBLIC.items()}
+    by_public[id(linear)] = F.linear
     for module_name, module in list(sys.modules.items()):
         inside = module_name.partition(".")[0] == "jepa_fast"
         if not inside or module_name.startswith("jepa_fast.ops"):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Block, check_heads
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
+from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.precision import without_autocast
 
 
@@ -28,7 +29,7 @@ class ModalityEncoder(nn.Module):
         self, in_dim: int, width: int, depth: int, num_heads: int, init: str = "released"
     ) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_dim, width)
+        self.proj = Linear(in_dim, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         init_transformer(self, self.blocks, init)
@@ -82,7 +83,7 @@ class CrossModalPredictor(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(num_heads, predictor_dim, "predictor_heads", "predictor_dim")
-        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.predictor_embed = Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
         self.positions: Tensor
         self.register_buffer(
@@ -92,7 +93,7 @@ class CrossModalPredictor(nn.Module):
         )
         self.predictor_blocks = nn.ModuleList(Block(predictor_dim, num_heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self.predictor_proj = Linear(predictor_dim, embed_dim)
         init_transformer(self, self.predictor_blocks, init)
         init_mask_token(self.mask_token)
 

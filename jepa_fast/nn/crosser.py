@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Attention, Mlp, attend, check_heads
 from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.linear import Linear
 
 BlockKind = Literal["self_cross", "cross"]
 
@@ -36,10 +37,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         check_heads(num_heads, dim)
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(word_dim, dim)
-        self.value = nn.Linear(word_dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(word_dim, dim)
+        self.value = Linear(word_dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, words: Tensor, word_mask: Tensor | None = None) -> Tensor:
         """Attend.
@@ -163,7 +164,7 @@ class Crosser(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         make = SelfCrossBlock if block == "self_cross" else CrossBlock
         self.width = width
-        self.vision_proj = nn.Linear(image_dim, width)
+        self.vision_proj = Linear(image_dim, width)
         self.vision_norm = nn.LayerNorm(width, eps=1e-6)
         self.blocks = nn.ModuleList(
             make(width, text_dim, num_heads, mlp_ratio) for _ in range(depth)

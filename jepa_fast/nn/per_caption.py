@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Mlp
+from jepa_fast.nn.linear import linear
 from jepa_fast.nn.precision import widened, without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, recording
 from jepa_fast.ops._checks import check_choice, check_tensor
@@ -355,7 +356,7 @@ class _Call:
             by_head(k, self.num_heads, self.valid),
             by_head(v, self.num_heads, self.valid),
             x,
-            F.linear(x.to(self.product), w1, b1),
+            linear(x.to(self.product), w1, b1),
             w1, w2, b2, widened(gamma), widened(beta),
         ]  # fmt: skip
 
@@ -390,8 +391,8 @@ class _Call:
         if self.mlp_residual or not by_words:
             o = (attention.transpose(3, 4) @ v).movedim(1, 3).flatten(3)  # [B, n, P, d]
         if not by_words:
-            hidden = shared[:, None] + F.linear(o.to(self.product), w1)
-        out = F.linear(F.gelu(hidden), w2, b2)
+            hidden = shared[:, None] + linear(o.to(self.product), w1)
+        out = linear(F.gelu(hidden), w2, b2)
         if self.mlp_residual:
             out = x[:, None] + o + out
         return F.layer_norm(widened(out), (width,), gamma, beta, self.eps), sparsity

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from jepa_fast.masks import PackedMasks
 from jepa_fast.nn.attention import Block, check_heads
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
+from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.packed import Sequences
 from jepa_fast.nn.position import sincos_position_embedding
 
@@ -59,7 +60,7 @@ class VisionTransformerPredictor(nn.Module):
         self.embed_dim = embed_dim
         self.predictor_dim = predictor_dim
         self.num_heads = num_heads
-        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.predictor_embed = Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
         self.predictor_pos_embed: Tensor
         self.register_buffer(
@@ -69,7 +70,7 @@ class VisionTransformerPredictor(nn.Module):
             Block(predictor_dim, num_heads, mlp_ratio) for _ in range(depth)
         )
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self.predictor_proj = Linear(predictor_dim, embed_dim)
         init_transformer(self, self.predictor_blocks, init)
         init_mask_token(self.mask_token)
 

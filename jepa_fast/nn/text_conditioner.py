@@ -21,6 +21,7 @@ from jepa_fast import ops
 from jepa_fast._arguments import check_choice, check_count, check_number, flag
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
+from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.nn.words import check_word_mask, word_vectors
@@ -207,7 +208,7 @@ class WordConditioner(nn.Module):
         self.per_caption = per_caption
         self.similarity = similarity
         self.tau = tau
-        self.keys_values = nn.Linear(text_dim, len(self.after) * 2 * dim, bias=False)
+        self.keys_values = Linear(text_dim, len(self.after) * 2 * dim, bias=False)
         self.layers = nn.ModuleList(
             _WordLayer(dim, int(dim * mlp_ratio), mlp_residual, pool) for _ in self.after
         )
@@ -325,7 +326,7 @@ class _WordLayer(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, mlp_residual: bool, pool: str) -> None:
         super().__init__()
-        self.query = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, dim, bias=False)
         self.mlp = Mlp(dim, hidden_dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp_residual = mlp_residual

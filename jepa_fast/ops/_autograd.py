@@ -107,7 +107,7 @@ def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
         isinstance(each, Tensor) and each.requires_grad for each in arguments
     ):
         return function.apply(*arguments)
-    if torch.compiler.is_compiling() or not _is_transformed():
+    if torch.compiler.is_compiling() or not is_transformed():
         return function.forward(*arguments)
     return function.apply(*arguments)
 
@@ -123,7 +123,7 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
             )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func, or differentiation in forward mode, looks on: `apply` refuses these."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
