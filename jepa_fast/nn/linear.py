@@ -101,10 +101,10 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Of the operator's arguments the last three are for what may follow the product: here nothing.
-    return torch.ops.mkldnn._linear_pointwise.default(
-        x.contiguous(), weight.contiguous(), bias, "none", [], ""
-    )
+    if not weight.t().is_contiguous():  # a transposed one, as of backward passes, is read as it is
+        weight = weight.contiguous()
+    # The last three arguments are for what may follow the product: here nothing.
+    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
 
 
 @functools.cache
