@@ -382,6 +382,8 @@ def test_bad_sampling_arguments() -> None:
     mixture = (torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         ops.mixture_sample(*mixture, n=0)
+    with pytest.raises(TypeError, match=r"n must be an integer, got 1\.5"):
+        ops.mixture_sample(*mixture, n=1.5)
     with pytest.raises(TypeError, match="logits must be a tensor, got list"):
         ops.mixture_mean([1.0], mixture[1])
     with pytest.raises(TypeError, match="mixture_variance: logits must be a tensor, got NoneType"):

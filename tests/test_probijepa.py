@@ -7,6 +7,7 @@ import math
 import textwrap
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,24 @@ def test_asking_for_moments_disturbs_no_random_number(name: str) -> None:
     assert torch.equal(distribution.mean, distribution.mean)
     assert distribution.variance.shape == (2, 3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_head
+def test_a_number_of_samples_that_is_none_is_refused(name: str) -> None:
+    distribution = create_head(name, 4, 3, OPTIONS[name]).distribution(torch.randn(2, 4))
+    with pytest.raises(TypeError, match=r"sample: n must be an integer, got 1\.5"):
+        distribution.sample(1.5)
+    with pytest.raises(ValueError, match="sample: n must be at least 1, got -1"):
+        distribution.sample(-1)
+    assert distribution.sample(numpy.int64(2)).shape == (2, 2, 3)
+
+
+@each_head
+def test_options_that_count_are_integers(name: str) -> None:
+    counts = {n: v for n, v in OPTIONS[name].items() if isinstance(v, int)}
+    for option, value in (counts or {"num_components": 2}).items():
+        with pytest.raises(TypeError, match=rf"{option} must be an integer, got {value}\.5"):
+            create_head(name, 4, 3, {**OPTIONS[name], option: value + 0.5})
 
 
 @each_head

@@ -197,7 +197,7 @@ class AutoregressiveDistribution(LatentDistribution):
         """
         check_positive("sample", n=n)
         with without_autocast(self.direct):
-            return self._scan(n, generator)
+            return self._scan(int(n), generator)
 
     def _scan(self, n: int, generator: torch.Generator | None) -> Tensor:
         head = self.head

@@ -19,7 +19,7 @@ from jepa_fast.nn.heads.interface import (
 )
 from jepa_fast.nn.heads.ode import integrate_with_divergence, recordable
 from jepa_fast.nn.precision import widened
-from jepa_fast.ops._checks import check_choice
+from jepa_fast.ops._checks import check_choice, check_integer
 
 
 def alpha_bar(schedule: str, timesteps: int) -> Tensor:
@@ -151,6 +151,8 @@ class DiffusionHead(Head):
         check_choice(owner, "schedule", schedule, ("linear", "cosine"))
         if probes is not None:
             check_positive(owner, probes=probes)
+        if steps is not None:
+            check_integer(owner, "steps", steps)
         self.clip = max(math.sqrt(target_dim), 10.0) if clip is None else clip
         if not self.clip > 0:
             raise ValueError(f"{owner}: clip must be positive, got {clip}; math.inf turns it off")

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -216,11 +217,11 @@ class LatentDistribution(ABC):
         """[n, T, D] standard normal noise to start sampling from.
 
         Raises:
+            TypeError: `n` is no integer.
             ValueError: `n` below 1.
         """
-        if n < 1:
-            raise ValueError(f"sample: n must be at least 1, got {n}")
-        shape = (n, self.tokens, self.width)
+        check_positive("sample", n=n)
+        shape = (int(n), self.tokens, self.width)
         return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
 
 
@@ -323,8 +324,10 @@ def _check_moment_samples(number: int) -> None:
 
 
 def check_positive(owner: str, **values: int) -> None:
-    """Raises ValueError for a named value below 1."""
+    """Raises TypeError for a named value that is no integer, ValueError for one below 1."""
     for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
 

@@ -12,6 +12,7 @@ from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
     check_floating,
+    check_integer,
     check_same_size,
     check_tensor,
 )
@@ -125,13 +126,14 @@ def mixture_sample(
     _check_parameters(
         "mixture_sample", logits, loc, log_scale, family, event, scale_floor, scale_map
     )
+    check_integer("mixture_sample", "n", n)
     if n < 1:
         raise ValueError(f"mixture_sample: n must be at least 1, got {n}")
     dtype = reference.compute_dtype(logits, loc, log_scale)
     with torch.no_grad():
         scale = reference.component_scale(log_scale.to(dtype), scale_floor, scale_map)
         return reference.mixture_sample(
-            logits.to(dtype), loc.to(dtype), scale, n, family, event, generator
+            logits.to(dtype), loc.to(dtype), scale, int(n), family, event, generator
         )
 
 
@@ -192,7 +194,8 @@ def check_mixture_options(
     scale_map: str,
     num_components: int = 1,
 ) -> None:
-    """Raises ValueError on an unknown name, no component, or a floor that no scale can have."""
+    """Refuse an unknown name, no number of components, or a floor that no scale can have."""
+    check_integer(op, "num_components", num_components)
     if num_components < 1:
         raise ValueError(f"{op}: num_components must be at least 1, got {num_components}")
     check_choice(op, "family", family, reference.FAMILIES)
