@@ -357,6 +357,25 @@ def test_a_head_is_normalised_by_training_and_resumes_without_doing_it_again() -
     torch.testing.assert_close(resumed.norms[0].loc, target.mean(0))
 
 
+def test_questions_leave_the_norms_to_the_first_batch() -> None:
+    """A model is in training mode from the start, and may be asked before it is trained."""
+    torch.manual_seed(0)
+    head = CouplingFlowHead(4, 3, hidden_dim=8, moment_samples=8)
+    condition, target = torch.randn(32, 4), 5 + 3 * torch.randn(32, 3)
+    distribution = head.distribution(condition)
+    assert distribution.entropy.isfinite().all()
+    with torch.no_grad():
+        distribution.log_prob(torch.randn(32, 3))
+    assert not any(norm.initialised for norm in head.norms)
+    with torch.no_grad():
+        head(condition, target)
+    torch.testing.assert_close(head.norms[0].loc, target.mean(0))
+    # A training loop of one's own.
+    other = CouplingFlowHead(4, 3, hidden_dim=8)
+    other.distribution(condition).log_prob(target)
+    torch.testing.assert_close(other.norms[0].loc, target.mean(0))
+
+
 def test_actnorm_over_two_processes_is_that_of_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -27,6 +27,9 @@ class CouplingFlowHead(Head):
     From the target to noise: ActNorm, coupling, ActNorm, coupling, and so on. Run it in float32 or
     wider where the inverse matters: in bfloat16 a coupling's network rounds what it reads.
 
+    The first batch in training mode sets the ActNorms: that of `forward`, or of `log_prob` where
+    gradients are recorded. Questions that take no gradient, such as `entropy`, set nothing.
+
     A target so far out that its density is no float32 (or one that is not finite itself) gives a
     loss that is not finite, which stops a training run with the step's number; `overflows` counts
     such targets. Evaluated without gradients, `log_prob` raises and names the first.
@@ -95,7 +98,10 @@ class CouplingFlowHead(Head):
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
-        nll = -self.distribution(condition).log_prob(target)
+        distribution = self.distribution(condition)
+        if self.training:  # without gradients, too: so does checkpointing run it first
+            self._initialise(widened(target), distribution.condition)
+        nll = -distribution.log_prob(target)
         if self.training:
             self.overflows.add_((~nll.detach().isfinite()).sum())
         return nll.sum() / max(nll.numel() * self.target_dim, 1)
@@ -129,7 +135,7 @@ class CouplingFlowHead(Head):
     def _to_noise(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`to_noise` with u split as for the last coupling."""
         layers = self._layers
-        if self.training and not all(norm.is_set for norm, _ in layers):
+        if self.training and torch.is_grad_enabled():
             self._initialise(z, condition)
         couplings = [coupling for _, coupling in layers]
         steps = [coupling.step(norm) for norm, coupling in layers]
@@ -146,7 +152,10 @@ class CouplingFlowHead(Head):
     @torch.no_grad()
     def _initialise(self, z: Tensor, condition: Tensor) -> None:
         """Has each ActNorm that is not set yet set itself from what the layers before it give."""
-        for norm, coupling in self._layers:
+        layers = self._layers
+        if all(norm.is_set for norm, _ in layers):
+            return
+        for norm, coupling in layers:
             z, _ = norm(z)
             kept, free = coupling.split(z)
             free, _ = coupling(free, *coupling.step(norm).scale_and_shift(kept, condition))
