@@ -246,6 +246,7 @@ def test_under_autocast() -> None:
         ({"reduction": "none"}, ValueError, "reduction must be one of"),
         ({"family": "cauchy"}, ValueError, "family must be one of"),
         ({"scale_floor": -1.0}, ValueError, "scale_floor must be positive"),
+        ({"scale_floor": torch.tensor(1e-3)}, TypeError, "scale_floor must be a number, got Tens"),
     ],
 )
 def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:

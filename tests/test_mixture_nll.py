@@ -378,6 +378,20 @@ def test_arguments_of_another_type(name: str) -> None:
         ops.mixture_nll(**{**arguments, name: arguments[name].long()})
 
 
+@pytest.mark.parametrize("floor", [torch.tensor(1e-3, requires_grad=True), "1e-3", None])
+def test_a_floor_that_is_no_number(floor: object) -> None:
+    """A tensor would lose its gradient without a word."""
+    mixture = (torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))
+    for function, tensors in (
+        (ops.mixture_nll, (torch.zeros(2, 5), *mixture)),
+        (ops.mixture_cdf, (torch.zeros(2, 5), *mixture)),
+        (ops.mixture_variance, mixture),
+    ):
+        expected = f"{function.__name__}: scale_floor must be a number, got {type(floor).__name__}"
+        with pytest.raises(TypeError, match=expected):
+            function(*tensors, scale_floor=floor)
+
+
 def test_bad_sampling_arguments() -> None:
     mixture = (torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):

@@ -103,15 +103,11 @@ def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor
     return torch.tensor(value, dtype=torch.float64)
 
 
-def check_positive(op: str, argument: str, value: float, learned: str = "") -> None:
-    """Raises unless `value` is a positive and finite number.
+def check_number(op: str, argument: str, value: object, learned: str = "") -> None:
+    """Raises TypeError if `value` is no number. A tensor, too: it would silently take no gradient.
 
     Args:
         learned: what the caller can do instead of passing a tensor that takes gradients.
-
-    Raises:
-        TypeError: it is no number. A tensor, too: it would silently take no gradient.
-        ValueError: it is not positive and finite.
     """
     if not isinstance(value, (float, int)) and not isinstance(value, Real):
         fix = ""
@@ -119,6 +115,19 @@ def check_positive(op: str, argument: str, value: float, learned: str = "") -> N
             fix = f"; it takes no gradient: pass float({argument})"
             fix += f", or {learned}" if learned else ""
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}{fix}")
+
+
+def check_positive(op: str, argument: str, value: float, learned: str = "") -> None:
+    """Raises unless `value` is a positive and finite number.
+
+    Args:
+        learned: as in `check_number`.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not positive and finite.
+    """
+    check_number(op, argument, value, learned)
     if not 0 < value < math.inf:
         raise ValueError(f"{op}: {argument} must be positive and finite, got {value}")
 

@@ -90,7 +90,7 @@ def linear_mixture_nll(
 
     Raises:
         TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast; an argument is
-            not a floating tensor.
+            not a floating tensor; `num_components` is no integer, `scale_floor` no number.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
             target that is NaN or infinite.
         BackendError: the requested backend cannot serve the call.

@@ -13,6 +13,7 @@ from jepa_fast.ops._checks import (
     check_dim,
     check_floating,
     check_integer,
+    check_number,
     check_same_size,
     check_tensor,
 )
@@ -79,7 +80,7 @@ def mixture_nll(
         autocast: everything is computed in float32 or wider.
 
     Raises:
-        TypeError: an argument is not a floating tensor.
+        TypeError: an argument is not a floating tensor, or `scale_floor` is not a number.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
             target that is NaN or infinite (a GPU gives NaN or infinity).
         BackendError: the requested backend cannot serve the call.
@@ -194,13 +195,17 @@ def check_mixture_options(
     scale_map: str,
     num_components: int = 1,
 ) -> None:
-    """Refuse an unknown name, no number of components, or a floor that no scale can have."""
+    """Refuse an unknown name, no number of components, or a floor that no scale can have.
+
+    A floor that is a tensor, too: kernels take it as a number, and so it has no gradient.
+    """
     check_integer(op, "num_components", num_components)
     if num_components < 1:
         raise ValueError(f"{op}: num_components must be at least 1, got {num_components}")
     check_choice(op, "family", family, reference.FAMILIES)
     check_choice(op, "event", event, reference.EVENTS)
     check_choice(op, "scale_map", scale_map, reference.SCALE_MAPS)
+    check_number(op, "scale_floor", scale_floor)
     if not 0 < scale_floor <= _LARGEST:
         raise ValueError(
             f"{op}: scale_floor must be positive and at most {_LARGEST:g}, got {scale_floor}; "
