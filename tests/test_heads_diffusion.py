@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -100,6 +101,24 @@ def test_ddpm_visiting_every_timestep_is_the_papers_ancestral_sampling() -> None
     samples = head.distribution(torch.zeros(1, 4)).sample(40_000).double()[:, 0]
     torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.02)
     torch.testing.assert_close(samples.var(0), variance, rtol=0.04, atol=0)
+
+
+def test_few_steps_narrow_a_standard_normal_by_what_the_head_documents() -> None:
+    """Exactly: its network tells noise[t] * x, so that variances follow a recursion."""
+    described = re.findall(r"(?<![\d.])0\.[89]\d(?!\d)", DiffusionHead.__doc__ or "")
+    found = []
+    for sampler, steps in itertools.product(["ddim", "ddpm"], [50, 200]):
+        head = DiffusionHead(4, 3, hidden_dim=8, sampler=sampler, steps=steps)
+        remaining = alpha_bar("linear", 1000)
+        levels = [*remaining[head.visited()], torch.ones((), dtype=torch.float64)]
+        variance = 1.0
+        for now, later in itertools.pairwise(levels):
+            kept = torch.zeros(()) if sampler == "ddim" else 1 - now / later
+            fresh = (1 - later) / (1 - now) * kept
+            gain = (now * later).sqrt() + ((1 - now) * (1 - later - fresh).clamp(min=0)).sqrt()
+            variance = gain**2 * variance + fresh
+        found.append(f"{variance:.2f}")
+    assert described == found
 
 
 def test_ddim_is_a_function_of_its_starting_noise_and_ddpm_is_not() -> None:

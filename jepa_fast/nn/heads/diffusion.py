@@ -111,7 +111,7 @@ class DiffusionHead(Head):
         steps: how many of the timesteps the sampler visits, 1 to `timesteps`; None: 50, or all if
             there are fewer; may be set later. Of few steps samples lie too close together: those of
             an untrained head, which describes a standard normal, have variance 0.93 by 50 steps of
-            DDIM and 0.98 by 200, 0.86 and 0.95 by DDPM (linear schedule).
+            DDIM and 0.98 by 200, 0.86 and 0.96 by DDPM (linear schedule).
         clip: bound on the coordinates of the target that the sampler sees predicted; `log_prob` has
             none. None: 10, or sqrt(D) where that is more, which no LayerNorm-ed vector passes.
             `math.inf` turns it off.
