@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,18 @@ def test_loss_is_the_likelihood_and_has_exact_gradients() -> None:
     log_prob = head.distribution(condition).log_prob(target)
     torch.testing.assert_close(head(condition, target), -log_prob.mean() / 3)
     assert torch.autograd.gradcheck(head, (condition, target))
+
+
+def test_orderings_and_seeds_may_be_numpys() -> None:
+    listed, array = (
+        make_head(ordering=[2, 0, 1, 4, 3]),
+        make_head(ordering=numpy.array([2, 0, 1, 4, 3])),
+    )
+    assert torch.equal(listed.hidden[0].in_degree, array.hidden[0].in_degree)
+    plain, numpys = (make_head(ordering="random", seed=s) for s in (1, numpy.int64(1)))
+    assert torch.equal(plain.hidden[0].in_degree, numpys.hidden[0].in_degree)
+    with pytest.raises(ValueError, match=r"ordering must be .* permutation of 0 \.\. 4, got array"):
+        make_head(ordering=numpy.array([0, 1, 1, 2, 3]))
 
 
 def test_the_ordering_travels_in_the_state_dict() -> None:

@@ -131,6 +131,38 @@ def test_options_that_count_are_integers(name: str) -> None:
 
 
 @each_head
+def test_widths_and_numbers_of_samples_are_integers(name: str) -> None:
+    with pytest.raises(TypeError, match=r"moment_samples must be an integer, got 15\.5"):
+        create_head(name, 4, 3, {**OPTIONS[name], "moment_samples": 15.5})
+    with pytest.raises(TypeError, match=r"Head: target_dim must be an integer, got 3\.5"):
+        create_head(name, 4, 3.5, OPTIONS[name])
+
+
+@each_head
+def test_points_of_another_type_have_no_cdf(name: str) -> None:
+    distribution = create_head(name, 4, 3, OPTIONS[name]).distribution(torch.randn(2, 4))
+    with pytest.raises(TypeError, match="cdf: z must be a tensor, got list"):
+        distribution.cdf([0.0])
+    with pytest.raises(TypeError, match=r"cdf: z must be of a floating dtype, got torch\.int64"):
+        distribution.cdf(torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("flow", {"scale_bound": "2"}, "CouplingFlowHead: scale_bound must be a number, got str"),
+        ("flow", {"scale_bound": torch.tensor(2.0)}, "scale_bound must be a number, got Tensor"),
+        ("flow", {"seed": 0.5}, r"CouplingFlowHead: seed: expected an int, got float 0\.5"),
+        ("autoregressive", {"seed": "a"}, "AutoregressiveHead: seed: expected an int, got str"),
+        ("diffusion", {"clip": "2"}, "DiffusionHead: clip must be a number, got str"),
+    ],
+)
+def test_options_that_are_no_numbers(name: str, options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        create_head(name, 4, 3, options)
+
+
+@each_head
 def test_entropy_and_cdf(name: str) -> None:
     """Repeatable, in the right shapes and dtype, and from nobody else's random numbers."""
     torch.manual_seed(0)

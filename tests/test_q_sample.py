@@ -379,6 +379,7 @@ def test_low_precision_computes_in_float32() -> None:
         ({"seed": torch.tensor(0)}, ValueError, r"seed must be of shape \[1\], got \[\]"),
         ({"seed": _seed(0, "meta")}, ValueError, "seed must be on the device of target, cpu"),
         ({"first_row": -1}, ValueError, "first_row must be at least 0, got -1"),
+        ({"first_row": 1.5}, TypeError, r"first_row must be an integer, got 1\.5"),
     ],
 )
 def test_bad_arguments_of_q_sample(
@@ -399,6 +400,7 @@ def test_bad_arguments_of_q_sample(
         ({"target": torch.zeros(3, 4).long()}, TypeError, "target must be of a floating dtype"),
         ({"seed": torch.zeros(2).long()}, ValueError, r"seed must be of shape \[1\], got \[2\]"),
         ({"first_row": -1}, ValueError, "first_row must be at least 0, got -1"),
+        ({"first_row": 1.5}, TypeError, r"first_row must be an integer, got 1\.5"),
     ],
 )
 def test_bad_arguments_of_the_loss(

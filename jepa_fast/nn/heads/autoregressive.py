@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import ops
+from jepa_fast._arguments import integer
 from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
 from jepa_fast.nn.heads.mixture import init_mixture_projection
 from jepa_fast.nn.precision import widened, without_autocast
@@ -72,6 +73,7 @@ class AutoregressiveHead(Head):
         moment_samples: as in `Head`.
 
     Raises:
+        TypeError: a size or a seed that is no integer, a floor that is no number.
         ValueError: an unknown name, an ordering that is no permutation, a size below 1, a floor
             that is not positive.
 
@@ -105,7 +107,7 @@ class AutoregressiveHead(Head):
 
         # degree[c]: the place of coordinate c in the ordering. A hidden unit of degree j sees the
         # first j + 1 coordinates; hidden degrees ascend, so what a coordinate may read is a prefix.
-        order = _order(ordering, target_dim, seed)
+        order = _order(ordering, target_dim, integer("AutoregressiveHead: seed", seed))
         degree = torch.tensor(order).argsort()
         hidden_degree = torch.arange(hidden_dim) * (target_dim - 1) // hidden_dim
         output_degree = degree.repeat(3 * num_components)
@@ -294,13 +296,14 @@ def sampling_noise(
 def _order(ordering: str | Sequence[int], width: int, seed: int) -> list[int]:
     """The coordinates in the order in which they are drawn."""
     natural = list(range(width))
-    if ordering == "natural":
-        return natural
-    if ordering == "reversed":
-        return natural[::-1]
-    if ordering == "random":
-        return random.Random(seed).sample(natural, width)
-    if isinstance(ordering, Iterable) and not isinstance(ordering, str):
+    if isinstance(ordering, str):
+        if ordering == "natural":
+            return natural
+        if ordering == "reversed":
+            return natural[::-1]
+        if ordering == "random":
+            return random.Random(seed).sample(natural, width)
+    elif isinstance(ordering, Iterable):
         listed = list(ordering)
         if sorted(listed) == natural:
             return listed

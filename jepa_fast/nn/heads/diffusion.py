@@ -19,7 +19,7 @@ from jepa_fast.nn.heads.interface import (
 )
 from jepa_fast.nn.heads.ode import integrate_with_divergence, recordable
 from jepa_fast.nn.precision import widened
-from jepa_fast.ops._checks import check_choice, check_integer
+from jepa_fast.ops._checks import check_choice, check_integer, check_number
 
 
 def alpha_bar(schedule: str, timesteps: int) -> Tensor:
@@ -122,6 +122,7 @@ class DiffusionHead(Head):
             condition is projected once for all of them. May be set later.
 
     Raises:
+        TypeError: a size that is no integer, a bound that is no number.
         ValueError: an unknown name, or a number out of range.
 
     Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502.
@@ -154,6 +155,7 @@ class DiffusionHead(Head):
         if steps is not None:
             check_integer(owner, "steps", steps)
         self.clip = max(math.sqrt(target_dim), 10.0) if clip is None else clip
+        check_number(owner, "clip", self.clip)
         if not self.clip > 0:
             raise ValueError(f"{owner}: clip must be positive, got {clip}; math.inf turns it off")
         self.timesteps = timesteps

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_fast._arguments import integer
 from jepa_fast.nn.heads.couplings import ActNorm, Coupling, ThroughInverse, run_couplings
 from jepa_fast.nn.heads.interface import (
     Head,
@@ -19,6 +20,7 @@ from jepa_fast.nn.heads.interface import (
 )
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import check_choice, may_be_read
+from jepa_fast.ops._checks import check_positive as check_positive_number
 
 
 class CouplingFlowHead(Head):
@@ -55,6 +57,7 @@ class CouplingFlowHead(Head):
             head's device, and not in the state dict.
 
     Raises:
+        TypeError: a size or a seed that is no integer, a bound that is no number.
         ValueError: an unknown name, a size below 1, a bound that is not positive.
 
     Source: RealNVP, arXiv 1605.08803; ActNorm, arXiv 1807.03039.
@@ -78,11 +81,10 @@ class CouplingFlowHead(Head):
         owner = "CouplingFlowHead"
         check_positive(owner, num_couplings=num_couplings, hidden_dim=hidden_dim)
         check_choice(owner, "masks", masks, ("alternate", "random"))
-        if not 0 < scale_bound < math.inf:
-            raise ValueError(f"{owner}: scale_bound must be positive and finite, got {scale_bound}")
+        check_positive_number(owner, "scale_bound", scale_bound)
         self.memory_free = memory_free
         self.register_buffer("overflows", torch.tensor(0), persistent=False)
-        rng = random.Random(seed)
+        rng = random.Random(integer(f"{owner}: seed", seed))
         mask: list[bool] = []
         self.norms = nn.ModuleList()
         self.couplings = nn.ModuleList()

@@ -16,6 +16,7 @@ from jepa_fast.ops._checks import (
     check_finite,
     check_finite_target,
     check_floating,
+    check_integer,
     may_be_read,
 )
 
@@ -46,6 +47,7 @@ class LatentDistribution(ABC):
             may be set later.
 
     Raises:
+        TypeError: a number of samples that is no integer.
         ValueError: fewer than 2 samples.
     """
 
@@ -140,9 +142,11 @@ class LatentDistribution(ABC):
         at the most (RMS).
 
         Raises:
+            TypeError: z is not a floating tensor.
             ValueError: another shape, or a z that is not finite, which only a CPU tells (on a GPU
                 with JEPA_FAST_DEBUG=1).
         """
+        check_floating("cdf", "z", z)
         if z.shape != (self.tokens, self.width):
             raise ValueError(
                 f"cdf: z must be [T, D] = [{self.tokens}, {self.width}], got {list(z.shape)}"
@@ -267,12 +271,14 @@ class Head(nn.Module, ABC):
             where it has no closed form, at least 2; may be set later.
 
     Raises:
+        TypeError: a width or a number of samples that is no integer.
         ValueError: a width below 1, or fewer than 2 samples.
     """
 
     def __init__(self, condition_dim: int, target_dim: int, moment_samples: int = 1024) -> None:
         super().__init__()
         for name, value in (("condition_dim", condition_dim), ("target_dim", target_dim)):
+            check_integer(type(self).__name__, name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.condition_dim = condition_dim
@@ -319,6 +325,7 @@ class Head(nn.Module, ABC):
 
 
 def _check_moment_samples(number: int) -> None:
+    check_integer("distribution", "moment_samples", number)
     if number < 2:
         raise ValueError(f"moment_samples must be at least 2, got {number}")
 

@@ -14,7 +14,13 @@ from jepa_fast.ops._autograd import (
     is_the_gradient,
     keep_slopes,
 )
-from jepa_fast.ops._checks import check_dim, check_floating, check_same_size, check_tensor
+from jepa_fast.ops._checks import (
+    check_dim,
+    check_floating,
+    check_integer,
+    check_same_size,
+    check_tensor,
+)
 from jepa_fast.ops.q_sample import contract
 
 
@@ -115,7 +121,7 @@ def q_sample(
         x, [T, D] or [n, T, D], in the dtype of `target`; computed in float32 at least.
 
     Raises:
-        TypeError: a floating argument is none, or `seed` is no int64 tensor.
+        TypeError: a floating argument is none, `seed` is no int64 tensor, `first_row` no integer.
         ValueError: a shape does not fit, a level requires a gradient, `seed` is on another device,
             `first_row` is negative.
         BackendError: the requested backend cannot serve the call.
@@ -168,7 +174,8 @@ def denoising_loss(
         0-dim float32 (float64 if `prediction` is). 0 where there is nothing.
 
     Raises:
-        TypeError: `prediction` or `target` is no floating tensor, `seed` no int64 one.
+        TypeError: `prediction` or `target` is no floating tensor, `seed` no int64 one, `first_row`
+            no integer.
         ValueError: a shape does not fit, `seed` is on another device, `first_row` is negative.
         BackendError: the requested backend cannot serve the call.
 
@@ -206,5 +213,6 @@ def _check_seed(op: str, seed: Tensor, name: str, of: Tensor, first_row: int) ->
             f"{op}: seed must be on the device of {name}, {of.device}, got {seed.device}; "
             f"use noise_seed({name}.device)"
         )
+    check_integer(op, "first_row", first_row)
     if first_row < 0:
         raise ValueError(f"{op}: first_row must be at least 0, got {first_row}")
