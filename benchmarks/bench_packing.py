@@ -23,7 +23,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_step import Step, assert_as_accurate, assert_same_loss, make_model, networks, seeded
+from bench_step import (
+    Step,
+    assert_as_accurate,
+    assert_same_loss,
+    host_memory,  # noqa: F401  pytest finds it here
+    make_model,
+    networks,
+    seeded,
+)
 from cases import PACKING_STEPS, Computed, packing_step_cost, packing_step_flops
 from plain import TOLERANCE
 from torch import Tensor

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from bench_step import assert_as_accurate, seeded
 from cases import CAPTIONS, per_caption_cost
-from plain import PLAIN, TOLERANCE, Compiled, compiled, drawn_words, values
+from plain import PLAIN, TOLERANCE, Compiled, compiled, drawn_words, plain_operators, values
 from torch import Tensor, nn
 
 from jepa_fast import ops
@@ -53,7 +53,7 @@ def bench_per_caption(case: Case, device: str) -> Race:
 
     built, why_not = compiled(_at_once, device)
     ways: dict[str, Callable[..., Any]] = {
-        "eager": _at_once,
+        "eager": _plain,
         **built,
         "at_once": lambda *arguments: _at_once(*arguments, ops.text_cross_attention),
     }
@@ -61,7 +61,7 @@ def bench_per_caption(case: Case, device: str) -> Race:
     def check() -> None:
         wide = copy.deepcopy(layer).double()
         wide.halved = False
-        exact, eager = run(_at_once, wide), run(_at_once)
+        exact, eager = run(_at_once, wide), run(_plain)
         for way in (_ours, *ways.values()):
             if not isinstance(way, Compiled) or way.built:
                 tolerance = TOLERANCE[case.dtype]
@@ -100,6 +100,11 @@ def _ours(layer: _Layer, word_mask: Tensor) -> tuple[Tensor, Tensor]:
     conditioning = WordConditioning(layer.conditioner, *words, token_mask=None, share=1.0)
     pooled = conditioning(0, layer.tokens)
     return pooled, conditioning.sparsity()
+
+
+def _plain(layer: _Layer, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+    with plain_operators():  # linear layers, too
+        return _at_once(layer, word_mask)
 
 
 def _at_once(

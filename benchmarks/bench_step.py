@@ -59,8 +59,8 @@ _HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _host_memory() -> Iterator[None]:
-    """Other benchmarks get their memory as programs do by default."""
+def host_memory() -> Iterator[None]:
+    """Files after one that makes steps get their memory as programs do by default."""
     yield
     return_host_memory()
 
@@ -315,9 +315,9 @@ class Step:
         self._operators: Callable[[], AbstractContextManager[None]] = nullcontext
         if plain:
             self._operators = _compiled_operators if compiled else plain_operators
-            if hasattr(self.model.predictor, "predictor_blocks"):
-                _compute_all_tokens(self.model.predictor.predictor_blocks[-1])
-        self._keeps_memory = device == "cpu" and not plain
+            _compute_all_tokens(self.model.predictor.predictor_blocks[-1])
+        self._on_cpu = device == "cpu"
+        self._keeps_memory = not plain
         self._to_compile = compiled
         self._autocast = functools.partial(
             torch.autocast, device, torch.bfloat16, enabled=case.dtype == "bfloat16"
@@ -328,11 +328,8 @@ class Step:
         if self._to_compile:
             self._to_compile = False
             _compile_blocks(self.model)
-        if self._keeps_memory:
-            keep_host_memory()
-        else:
-            # The heap stays, or each turn of ours would have to build it up again.
-            return_host_memory(heap=False)
+        if self._on_cpu:
+            self._set_memory()
         if self.first_loss is None:
             with seeded():
                 loss = self.first_loss = self.backward()
@@ -349,6 +346,13 @@ class Step:
                 loss = self.model(**arguments).loss
             loss.backward()
         return loss.detach()
+
+    def _set_memory(self) -> None:
+        if self._keeps_memory:
+            keep_host_memory()
+        else:
+            # The heap stays, or each turn of ours would have to build it up again.
+            return_host_memory(heap=False)
 
     def update(self) -> None:
         """Moves the weights, and then the teacher."""

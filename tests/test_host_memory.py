@@ -36,7 +36,12 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1])
 
+def resident_after_freeing():
+    many = [torch.ones(2**20) for _ in range(64)]
+    del many
+    return resident()
 """
+FREED = 64 * 2**22 // resource.getpagesize()
 
 
 def counts(code: str) -> list[int]:
@@ -64,14 +69,13 @@ def test_freed_blocks_are_used_again() -> None:
 def test_returned_memory_goes_back_to_the_kernel_or_stays_in_the_heap() -> None:
     before, kept, stays, returned = counts(
         "assert keep_host_memory(); print(resident())\n"
-        "many = [torch.ones(2**20) for _ in range(64)]; del many; print(resident())\n"
+        "print(resident_after_freeing())\n"
         "assert return_host_memory(heap=False); print(resident())\n"
         "assert return_host_memory(); print(resident())"
     )
-    blocks = 64 * 2**22 // resource.getpagesize()
-    assert kept > before + 0.9 * blocks
-    assert stays > before + 0.9 * blocks
-    assert returned < before + 0.1 * blocks
+    assert kept > before + 0.9 * FREED
+    assert stays > before + 0.9 * FREED
+    assert returned < before + 0.1 * FREED
 
 
 @needs_glibc
@@ -79,13 +83,11 @@ def test_the_end_of_the_context_returns_what_was_kept() -> None:
     before, kept, returned = counts(
         "print(resident())\n"
         "with kept_host_memory() as kept:\n"
-        "    assert kept; many = [torch.ones(2**20) for _ in range(64)]\n"
-        "    del many; print(resident())\n"
+        "    assert kept; print(resident_after_freeing())\n"
         "print(resident())"
     )
-    blocks = 64 * 2**22 // resource.getpagesize()
-    assert kept > before + 0.9 * blocks
-    assert returned < before + 0.2 * blocks
+    assert kept > before + 0.9 * FREED
+    assert returned < before + 0.2 * FREED
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jepa_fast.ops._autograd import is_transformed
 
 LEAST_MULTIPLICATIONS = 2**26
-"""Below, half a millisecond on a core, calls cost more than the products gain."""
+"""Below, a millisecond on a core, calls cost more than the products gain."""
 
 LEAST_WIDTH = 128
 """Of inputs and outputs: with less oneDNN is not quicker."""

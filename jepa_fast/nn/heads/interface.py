@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -333,8 +332,7 @@ def _check_moment_samples(number: int) -> None:
 def check_positive(owner: str, **values: int) -> None:
     """Raises TypeError for a named value that is no integer, ValueError for one below 1."""
     for name, value in values.items():
-        if not isinstance(value, Integral):
-            raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+        check_integer(owner, name, value)
         if value < 1:
             raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
 
