@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jepa_fast import ops  # noqa: F401  (registers the operators)
+from jepa_fast import ops
 from jepa_fast.ops._registry import OPERATORS
 
 
@@ -273,6 +273,30 @@ def test_forward_mode_is_refused(sample: Sample) -> None:
         dual = torch.autograd.forward_ad.make_dual(leaves[0], leaves[0])
         with pytest.raises(RuntimeError, match="got one with a tangent"):
             call(dual, *leaves[1:])
+
+
+@each_differentiable_sample
+def test_sparse_tensors_are_refused(sample: Sample) -> None:
+    _each_refused(sample, lambda x: x.detach().to_sparse(), "must be dense")
+
+
+@each_differentiable_sample
+def test_fp8_is_refused_where_it_would_be_computed_with(sample: Sample) -> None:
+    if sample.function in (ops.gather_patches, ops.gather_packed):
+        return  # they move rows of any floating dtype
+    _each_refused(
+        sample, lambda x: x.detach().to(torch.float8_e4m3fn), "times its scale|the dtype of"
+    )
+
+
+def _each_refused(sample: Sample, change: Callable[[Tensor], Tensor], message: str) -> None:
+    arguments = sample.arguments()
+    leaves = [x.detach() for x in _floating(arguments)]
+    for i, leaf in enumerate(leaves):
+        with pytest.raises(TypeError, match=message):
+            sample.call(
+                *_with_leaves(arguments, iter([*leaves[:i], change(leaf), *leaves[i + 1 :]]))
+            )
 
 
 @each_sample

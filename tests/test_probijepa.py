@@ -122,6 +122,11 @@ def test_a_number_of_samples_that_is_none_is_refused(name: str) -> None:
     assert distribution.sample(numpy.int64(2)).shape == (2, 2, 3)
 
 
+def test_names_of_heads_are_strings() -> None:
+    with pytest.raises(TypeError, match=r"head must be one of \('mixture', .*got \['mixture'\]"):
+        create_head(["mixture"], 4, 3)
+
+
 @each_head
 def test_options_that_count_are_integers(name: str) -> None:
     counts = {n: v for n, v in OPTIONS[name].items() if isinstance(v, int)}

@@ -14,8 +14,8 @@ from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import (
     check_finite,
     check_finite_target,
-    check_floating,
     check_integer,
+    check_vectors,
     may_be_read,
 )
 
@@ -79,10 +79,10 @@ class LatentDistribution(ABC):
         """Log-density in nats of z [T, D] or [n, T, D]: [T] or [n, T], float32 or wider.
 
         Raises:
-            TypeError: z is not a floating tensor.
+            TypeError: z is not a dense floating tensor.
             ValueError: another shape; on a CPU, a z that is not finite.
         """
-        check_floating("log_prob", "z", z)
+        check_vectors("log_prob", "z", z)
         if z.ndim not in (2, 3) or z.shape[-2:] != (self.tokens, self.width):
             raise ValueError(
                 f"log_prob: z must be [T, D] or [n, T, D] with T = {self.tokens} and "
@@ -141,11 +141,11 @@ class LatentDistribution(ABC):
         at the most (RMS).
 
         Raises:
-            TypeError: z is not a floating tensor.
+            TypeError: z is not a dense floating tensor.
             ValueError: another shape, or a z that is not finite, which only a CPU tells (on a GPU
                 with JEPA_FAST_DEBUG=1).
         """
-        check_floating("cdf", "z", z)
+        check_vectors("cdf", "z", z)
         if z.shape != (self.tokens, self.width):
             raise ValueError(
                 f"cdf: z must be [T, D] = [{self.tokens}, {self.width}], got {list(z.shape)}"
@@ -299,12 +299,12 @@ class Head(nn.Module, ABC):
         """The distributions that condition [T, d] stands for."""
 
     def check(self, condition: Tensor, target: Tensor | None = None) -> None:
-        """Raises TypeError where condition or target is not a floating tensor, and ValueError where
-        their shapes do not fit the head."""
+        """Raises TypeError where condition or target is not a dense floating tensor, and ValueError
+        where their shapes do not fit the head."""
         name = type(self).__name__
-        check_floating(name, "condition", condition)
+        check_vectors(name, "condition", condition)
         if target is not None:
-            check_floating(name, "target", target)
+            check_vectors(name, "target", target)
         if condition.ndim != 2 or condition.shape[1] != self.condition_dim:
             raise ValueError(
                 f"{name}: condition must be [T, {self.condition_dim}], got "

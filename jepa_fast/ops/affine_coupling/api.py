@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
-from jepa_fast.ops._checks import check_dim, check_floating, check_positive, check_same_size
+from jepa_fast.ops._checks import check_dim, check_positive, check_same_size, check_vectors
 from jepa_fast.ops.affine_coupling import contract
 
 
@@ -76,18 +76,18 @@ def affine_coupling(
         y [T, D] in the dtype of `x`, and logdet [T] in float32 (float64 if `x` is).
 
     Raises:
-        TypeError: `x`, `raw_scale` or `shift` is not a floating tensor, `mask` is not bool, or
-            `scale_bound` is not a number.
+        TypeError: `x`, `raw_scale` or `shift` is not a dense floating tensor, `mask` is not
+            bool, or `scale_bound` is not a number.
         ValueError: a shape does not fit, or `scale_bound` is not positive.
         BackendError: the requested backend cannot serve the call.
 
     Source: RealNVP, arXiv 1605.08803, section 3.2.
     """
     check_dim("affine_coupling", "x", x, 2, "[T, D]")
-    check_floating("affine_coupling", "x", x)
+    check_vectors("affine_coupling", "x", x)
     for name, tensor in (("raw_scale", raw_scale), ("shift", shift)):
         check_dim("affine_coupling", name, tensor, 2, "[T, D]")
-        check_floating("affine_coupling", name, tensor)
+        check_vectors("affine_coupling", name, tensor)
         check_same_size("affine_coupling", name, tensor, 0, "x", x, 0)
         check_same_size("affine_coupling", name, tensor, 1, "x", x, 1)
     check_dim("affine_coupling", "mask", mask, 1, "[D]")

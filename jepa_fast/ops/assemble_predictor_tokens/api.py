@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
-from jepa_fast.ops._checks import check_dim, check_floating, check_index, check_same_size
+from jepa_fast.ops._checks import check_dim, check_index, check_same_size, check_vectors
 from jepa_fast.ops.assemble_predictor_tokens import contract
 
 
@@ -69,7 +69,7 @@ def assemble_predictor_tokens(
         float32 position embedding keeps the residual stream in float32 under autocast.
 
     Raises:
-        TypeError: an index is not int32 or int64, or another input not floating.
+        TypeError: an index is not int32 or int64, or another input no dense floating tensor.
         ValueError: a shape does not fit; an index is out of range (checked on the CPU always, on a
             GPU with `JEPA_FAST_DEBUG=1`).
         BackendError: the requested backend cannot serve the call.
@@ -78,14 +78,14 @@ def assemble_predictor_tokens(
     """
     op = "assemble_predictor_tokens"
     check_dim(op, "context", context, 3, "[B, Kc, d]")
-    mask_token = _without_ones(op, "mask_token", mask_token, 1, "[d] or [1, 1, d]")
-    pos_embed = _without_ones(op, "pos_embed", pos_embed, 2, "[N, d] or [1, N, d]")
     for name, tensor in (
         ("context", context),
         ("mask_token", mask_token),
         ("pos_embed", pos_embed),
     ):
-        check_floating(op, name, tensor)
+        check_vectors(op, name, tensor)
+    mask_token = _without_ones(op, "mask_token", mask_token, 1, "[d] or [1, 1, d]")
+    pos_embed = _without_ones(op, "pos_embed", pos_embed, 2, "[N, d] or [1, N, d]")
     check_index(op, "context_index", context_index, 2, "[B, Kc]")
     check_index(op, "target_index", target_index, (2, 3), "[B, M, Kt] or [B, Kt]")
     if target_index.ndim == 2:

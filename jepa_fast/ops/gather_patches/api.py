@@ -7,7 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
-from jepa_fast.ops._checks import check_dim, check_floating, check_index, check_same_size
+from jepa_fast.ops._checks import (
+    check_dense,
+    check_dim,
+    check_floating,
+    check_index,
+    check_same_size,
+)
 from jepa_fast.ops.gather_patches import contract
 
 
@@ -42,7 +48,7 @@ def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor
         [B, K, D] or [B, M, K, D] in the dtype of `x`.
 
     Raises:
-        TypeError: `x` is not floating, or `index` not int32 or int64.
+        TypeError: `x` is not floating or not dense, or `index` not int32 or int64.
         ValueError: a shape does not fit; an index is out of range (checked on the CPU always, on a
             GPU with `JEPA_FAST_DEBUG=1`).
         BackendError: the requested backend cannot serve the call.
@@ -51,6 +57,7 @@ def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor
     """
     check_dim("gather_patches", "x", x, 3, "[B, N, D]")
     check_floating("gather_patches", "x", x)
+    check_dense("gather_patches", "x", x)
     check_index("gather_patches", "index", index, (2, 3), "[B, K] or [B, M, K]")
     check_same_size("gather_patches", "x", x, 0, "index", index, 0)
     return applied(_GatherPatches, x, index, backend)
@@ -72,6 +79,7 @@ def gather_packed(rows: Tensor, index: Tensor, *, backend: str = "auto") -> Tens
     """
     check_dim("gather_packed", "rows", rows, 2, "[T, D]")
     check_floating("gather_packed", "rows", rows)
+    check_dense("gather_packed", "rows", rows)
     check_index("gather_packed", "index", index, 1, "[K]")
     # Packed rows are the patches of a single, long image; the gradient of [0] would copy.
     return applied(_GatherPatches, rows[None], index[None], backend).squeeze(0)

@@ -18,9 +18,9 @@ from jepa_fast.ops._autograd import (
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
-    check_floating,
     check_index,
     check_same_size,
+    check_vectors,
 )
 from jepa_fast.ops.latent_loss import contract
 from jepa_fast.ops.latent_loss.reference import KINDS
@@ -86,8 +86,8 @@ def latent_loss(
         0-dim float32 (float64 if `prediction` is). 0 where no token counts.
 
     Raises:
-        TypeError: `prediction` or `teacher` is not a floating tensor, `target_index` not int32 or
-            int64, or `target_mask` not bool.
+        TypeError: `prediction` or `teacher` is not a dense floating tensor, `target_index` not
+            int32 or int64, or `target_mask` not bool.
         ValueError: a shape does not fit; an unknown `kind`; negative `beta` or `eps`; an index is
             out of range (checked on the CPU always, on a GPU with `JEPA_FAST_DEBUG=1`).
         BackendError: the requested backend cannot serve the call.
@@ -98,8 +98,8 @@ def latent_loss(
     op = "latent_loss"
     check_dim(op, "prediction", prediction, 3, "[M * B, Kt, D]")
     check_dim(op, "teacher", teacher, 3, "[B, N, D]")
-    check_floating(op, "prediction", prediction)
-    check_floating(op, "teacher", teacher)
+    check_vectors(op, "prediction", prediction)
+    check_vectors(op, "teacher", teacher)
     check_index(op, "target_index", target_index, (2, 3), "[B, M, Kt] or [B, Kt]")
     if target_mask is not None:
         check_dim(op, "target_mask", target_mask, (2, 3), "of the shape of target_index")

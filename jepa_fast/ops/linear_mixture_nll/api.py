@@ -15,7 +15,7 @@ from jepa_fast.ops._autograd import (
     keep_slopes,
     spread,
 )
-from jepa_fast.ops._checks import check_choice, check_dim, check_floating, check_same_size
+from jepa_fast.ops._checks import check_choice, check_dim, check_same_size, check_vectors
 from jepa_fast.ops.linear_mixture_nll import contract
 from jepa_fast.ops.mixture_nll.api import check_mixture_options
 from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count
@@ -90,7 +90,7 @@ def linear_mixture_nll(
 
     Raises:
         TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast; an argument is
-            not a floating tensor; `num_components` is no integer, `scale_floor` no number.
+            not a dense floating tensor; `num_components` is no integer, `scale_floor` no number.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
             target that is NaN or infinite.
         BackendError: the requested backend cannot serve the call.
@@ -103,8 +103,8 @@ def linear_mixture_nll(
     check_dim(op, "hidden", hidden, 2, "[T, H]")
     check_dim(op, "weight", weight, 2, "[P, H]")
     check_dim(op, "target", target, 2, "[T, D]")
-    check_floating(op, "hidden", hidden)
-    check_floating(op, "target", target)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("target", target)):
+        check_vectors(op, name, tensor)
     check_same_size(op, "hidden", hidden, 1, "weight", weight, 1)
     check_same_size(op, "hidden", hidden, 0, "target", target, 0)
     outputs = mixture_parameter_count(num_components, target.shape[1], event)
@@ -117,6 +117,7 @@ def linear_mixture_nll(
         )
     if bias is not None:
         check_dim(op, "bias", bias, 1, "[P]")
+        check_vectors(op, "bias", bias)
         check_same_size(op, "bias", bias, 0, "weight", weight, 0)
     hidden, weight, bias = linear_inputs(op, "hidden", hidden, weight, bias)
     tensors = (hidden, weight, bias, target)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
-from jepa_fast.ops._checks import check_dim, check_floating, check_index, check_same_size
+from jepa_fast.ops._checks import check_dim, check_index, check_same_size, check_vectors
 from jepa_fast.ops.masked_linear import contract
 
 
@@ -61,18 +61,18 @@ def masked_linear(
         [..., O] in the dtype of `x`; under autocast in autocast's, as `F.linear`.
 
     Raises:
-        TypeError: `x` or `weight` is not a floating tensor, degrees are not integers, or dtypes
-            differ outside autocast.
+        TypeError: `x` or `weight` is not a dense floating tensor, degrees are not integers, or
+            dtypes differ outside autocast.
         ValueError: a shape does not fit.
         BackendError: the requested backend cannot serve the call.
 
     Source: MADE, arXiv 1502.03509, section 4.
     """
-    check_floating("masked_linear", "x", x)
+    check_vectors("masked_linear", "x", x)
     if x.ndim == 0:
         raise ValueError("masked_linear: x must be [..., I], got a tensor without dimensions")
     check_dim("masked_linear", "weight", weight, 2, "[O, I]")
-    check_floating("masked_linear", "weight", weight)
+    check_vectors("masked_linear", "weight", weight)
     check_same_size("masked_linear", "x", x, -1, "weight", weight, 1)
     check_index("masked_linear", "in_degree", in_degree, 1, "[I]")
     check_same_size("masked_linear", "in_degree", in_degree, 0, "weight", weight, 1)
@@ -80,6 +80,7 @@ def masked_linear(
     check_same_size("masked_linear", "out_degree", out_degree, 0, "weight", weight, 0)
     if bias is not None:
         check_dim("masked_linear", "bias", bias, 1, "[O]")
+        check_vectors("masked_linear", "bias", bias)
         check_same_size("masked_linear", "bias", bias, 0, "weight", weight, 0)
     x, weight, bias = linear_inputs("masked_linear", "x", x, weight, bias)
     return applied(_MaskedLinear, x, weight, bias, in_degree, out_degree, strict, backend)

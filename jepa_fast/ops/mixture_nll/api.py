@@ -11,11 +11,11 @@ from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_on
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
-    check_floating,
     check_integer,
     check_number,
     check_same_size,
     check_tensor,
+    check_vectors,
 )
 from jepa_fast.ops.mixture_nll import contract, reference
 
@@ -80,7 +80,7 @@ def mixture_nll(
         autocast: everything is computed in float32 or wider.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or `scale_floor` is not a number.
+        TypeError: an argument is not a dense floating tensor, or `scale_floor` is not a number.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
             target that is NaN or infinite (a GPU gives NaN or infinity).
         BackendError: the requested backend cannot serve the call.
@@ -90,7 +90,7 @@ def mixture_nll(
     """
     _check_parameters("mixture_nll", logits, loc, log_scale, family, event, scale_floor, scale_map)
     check_dim("mixture_nll", "target", target, 2, "[T, D]")
-    check_floating("mixture_nll", "target", target)
+    check_vectors("mixture_nll", "target", target)
     check_same_size("mixture_nll", "target", target, 0, "loc", loc, 0)
     check_same_size("mixture_nll", "target", target, 1, "loc", loc, 2)
     nll, _ = applied(
@@ -149,7 +149,7 @@ def mixture_mean(logits: Tensor, loc: Tensor) -> Tensor:
         [T, D] float32 (float64 if any input is), differentiable.
 
     Raises:
-        TypeError: an argument is not a floating tensor.
+        TypeError: an argument is not a dense floating tensor.
         ValueError: a shape does not fit.
     """
     _check_shapes("mixture_mean", logits, loc)
@@ -227,7 +227,7 @@ def _check_parameters(
     dims, shape = (2, "[T, K]") if event == "joint" else (3, "[T, K, D]")
     check_dim(op, "logits", logits, dims, f"{shape} for event={event!r}")
     _check_shapes(op, logits, loc)
-    check_floating(op, "log_scale", log_scale)
+    check_vectors(op, "log_scale", log_scale)
     if log_scale.shape != loc.shape:
         raise ValueError(
             f"{op}: log_scale must have the shape of loc, {list(loc.shape)}, "
@@ -238,8 +238,8 @@ def _check_parameters(
 def _check_shapes(op: str, logits: Tensor, loc: Tensor) -> None:
     check_dim(op, "logits", logits, (2, 3), "[T, K] or [T, K, D]")
     check_dim(op, "loc", loc, 3, "[T, K, D]")
-    check_floating(op, "logits", logits)
-    check_floating(op, "loc", loc)
+    check_vectors(op, "logits", logits)
+    check_vectors(op, "loc", loc)
     if loc.shape[1] == 0:
         raise ValueError(f"{op}: a mixture needs at least one component, got loc {list(loc.shape)}")
     if logits.shape != loc.shape[: logits.ndim]:

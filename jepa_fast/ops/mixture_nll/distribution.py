@@ -16,9 +16,9 @@ from torch import Tensor
 from jepa_fast.ops._checks import (
     check_dim,
     check_finite,
-    check_floating,
     check_same_size,
     check_tensor,
+    check_vectors,
     reads_values,
 )
 from jepa_fast.ops.mixture_nll import reference
@@ -48,7 +48,7 @@ def mixture_responsibilities(
         differentiable.
 
     Raises:
-        TypeError: an argument is not a floating tensor.
+        TypeError: an argument is not a dense floating tensor.
         ValueError: as `mixture_nll`; a target that is not finite, which only a CPU tells (on a GPU
             with JEPA_FAST_DEBUG=1).
 
@@ -94,7 +94,7 @@ def mixture_cdf(
         precision of the dtype, down to its smallest normal number.
 
     Raises:
-        TypeError: an argument is not a floating tensor.
+        TypeError: an argument is not a dense floating tensor.
         ValueError: as `mixture_responsibilities`.
     """
     op = "mixture_cdf"
@@ -131,7 +131,8 @@ def mixture_quantile(
         tensor among the inputs is), without gradients.
 
     Raises:
-        TypeError: an argument is not a floating tensor, `level` neither number nor floating tensor.
+        TypeError: an argument is not a dense floating tensor, `level` neither that nor a
+            number.
         ValueError: as `mixture_nll`; a level out of range (of a tensor, only a CPU tells; on a GPU
             with JEPA_FAST_DEBUG=1), or of a shape that does not broadcast with [T, D].
     """
@@ -230,7 +231,7 @@ def _standardised(
     """(z [T, K, D], the target as every component sees it; logits; scale), of checked arguments."""
     _check(op, logits, loc, log_scale, family, scale_floor, scale_map)
     check_dim(op, "target", target, 2, "[T, D]")
-    check_floating(op, "target", target)
+    check_vectors(op, "target", target)
     check_same_size(op, "target", target, 0, "loc", loc, 0)
     check_same_size(op, "target", target, 1, "loc", loc, 2)
     check_finite(op, "target", target)
@@ -257,7 +258,7 @@ def _check_level(op: str, level: object, loc: Tensor) -> Tensor:
     """The level in float64, [..., T, D]."""
     shape = (loc.shape[0], loc.shape[2])
     if isinstance(level, Tensor):
-        check_floating(op, "level", level)
+        check_vectors(op, "level", level)
         if level.device != loc.device:
             raise ValueError(
                 f"{op}: level must be on the device of loc, {loc.device}, got {level.device}"

@@ -16,10 +16,10 @@ from jepa_fast.ops._autograd import (
 )
 from jepa_fast.ops._checks import (
     check_dim,
-    check_floating,
     check_integer,
     check_same_size,
     check_tensor,
+    check_vectors,
 )
 from jepa_fast.ops.q_sample import contract
 
@@ -121,7 +121,8 @@ def q_sample(
         x, [T, D] or [n, T, D], in the dtype of `target`; computed in float32 at least.
 
     Raises:
-        TypeError: a floating argument is none, `seed` is no int64 tensor, `first_row` no integer.
+        TypeError: a floating argument is no dense floating tensor, `seed` no int64 one, `first_row`
+            no integer.
         ValueError: a shape does not fit, a level requires a gradient, `seed` is on another device,
             `first_row` is negative.
         BackendError: the requested backend cannot serve the call.
@@ -131,10 +132,10 @@ def q_sample(
     """
     op = "q_sample"
     check_dim(op, "target", target, 2, "[T, D]")
-    check_floating(op, "target", target)
+    check_vectors(op, "target", target)
     for name, level in (("signal", signal), ("noise", noise)):
         check_dim(op, name, level, (1, 2), "[T] or [n, T]")
-        check_floating(op, name, level)
+        check_vectors(op, name, level)
         check_same_size(op, name, level, level.ndim - 1, "target", target, 0)
         if level.requires_grad:
             raise ValueError(
@@ -174,8 +175,8 @@ def denoising_loss(
         0-dim float32 (float64 if `prediction` is). 0 where there is nothing.
 
     Raises:
-        TypeError: `prediction` or `target` is no floating tensor, `seed` no int64 one, `first_row`
-            no integer.
+        TypeError: `prediction` or `target` is no dense floating tensor, `seed` no int64 one,
+            `first_row` no integer.
         ValueError: a shape does not fit, `seed` is on another device, `first_row` is negative.
         BackendError: the requested backend cannot serve the call.
 
@@ -184,10 +185,10 @@ def denoising_loss(
     """
     op = "denoising_loss"
     check_dim(op, "prediction", prediction, (2, 3), "[T, D] or [n, T, D]")
-    check_floating(op, "prediction", prediction)
+    check_vectors(op, "prediction", prediction)
     if target is not None:
         check_dim(op, "target", target, 2, "[T, D]")
-        check_floating(op, "target", target)
+        check_vectors(op, "target", target)
         if target.shape != prediction.shape[-2:]:
             raise ValueError(
                 f"{op}: target must be [T, D] = {list(prediction.shape[-2:])} for this prediction, "
