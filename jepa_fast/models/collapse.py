@@ -11,8 +11,8 @@ _GRAM_SIDE = 128  # the Gram matrix is at most this wide, so a step pays about a
 _NARROW_ROWS = 1024  # tokens looked at where the width itself is at most _GRAM_SIDE
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 fill the unit interval evenly
 
-# Nodes of the trapezoid rule in effective_rank: u from log of the smallest share that counts up to
-# where a resolvent of a trace-one matrix equals exp(-u); beyond, that is summed in closed form.
+# Nodes of the trapezoid rule in rank_by_resolvents: u from log of the smallest share that counts up
+# to where a resolvent of a trace-one matrix equals exp(-u); beyond, that is summed in closed form.
 _STEP = 2.0
 _FIRST, _NODES = -22.0, 15
 _TAIL = tuple(_FIRST + _STEP * i for i in range(_NODES, _NODES + 40))
@@ -58,22 +58,16 @@ def effective_rank(tokens: Tensor, counts: Tensor | None = None) -> Tensor:
     """RankMe: the exponential of the entropy of the normalised singular values (arXiv 2210.02885).
 
     Cheap enough for every step: 128 tokens are looked at (up to 1024 where the width is at most
-    128), one from each equal stretch, so the value is at most ``min(128, D)``. torch's eigensolvers
-    make the host wait for the GPU, inverses do not, so both sums that the entropy needs are taken
-    as integrals of resolvents of the Gram matrix ``G`` (scaled to trace one, eigenvalues ``s^2``)::
-
-        sum s        = 1/pi * integral exp(u/2)     trace(G (G + e^u)^-1) du
-        sum s log s  = 1/pi * integral exp(u/2) u/2 trace(G (G + e^u)^-1) du
-
-    by the trapezoid rule, which converges exponentially here. The result agrees with the one from
-    singular values to within 2 %, and mostly 0.5 %.
+    128), one from each equal stretch, so the value is at most ``min(128, D)``. Nothing waits for a
+    GPU; there the result is within 2 % of that from singular values, and mostly 0.5 %.
 
     Args:
         tokens: ``[T, D]``, any floating dtype.
         counts: ``[T]`` bool, False where a token does not count; None: all do.
 
     Returns:
-        0-dim float32, from 1 (all tokens parallel) up; near 0 if all tokens are zero.
+        0-dim float32, from 1 (all tokens parallel) up; near 0 if all tokens are zero; NaN if one of
+        those looked at is not finite.
     """
     count, width = tokens.shape
     rows = _NARROW_ROWS if width <= _GRAM_SIDE else _GRAM_SIDE
@@ -99,6 +93,31 @@ def effective_rank(tokens: Tensor, counts: Tensor | None = None) -> Tensor:
     gram = tokens.T @ tokens if width <= _GRAM_SIDE else tokens @ tokens.T
     gram = gram / gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
 
+    rank = rank_by_eigenvalues if gram.device.type == "cpu" else rank_by_resolvents
+    return rank(gram).float()
+
+
+def rank_by_eigenvalues(gram: Tensor) -> Tensor:
+    """The effective rank from a Gram matrix of trace one: a tenth of the time of the other way."""
+    finite = gram.isfinite().all()
+    # The solver refuses NaN with an error; here it is for the trainer to say that a loss has it.
+    share = torch.linalg.eigvalsh(gram.where(finite, 0.0)).clamp_min(0).sqrt()
+    total = share.sum()
+    entropy = torch.special.entr(share / total.clamp_min(torch.finfo(gram.dtype).tiny)).sum()
+    return entropy.exp().where(total > 0, 0.0).where(finite, torch.nan)
+
+
+def rank_by_resolvents(gram: Tensor) -> Tensor:
+    """The same, on a GPU: torch's eigensolvers make the host wait for it, inverses do not.
+
+    Both sums that the entropy needs are integrals of resolvents of the Gram matrix ``G``, whose
+    eigenvalues are ``s^2``::
+
+        sum s        = 1/pi * integral exp(u/2)     trace(G (G + e^u)^-1) du
+        sum s log s  = 1/pi * integral exp(u/2) u/2 trace(G (G + e^u)^-1) du
+
+    by the trapezoid rule, which converges exponentially here.
+    """
     side = gram.shape[0]
     u = _FIRST + _STEP * torch.arange(_NODES, dtype=gram.dtype, device=gram.device)
     shift = u.exp()
@@ -108,4 +127,4 @@ def effective_rank(tokens: Tensor, counts: Tensor | None = None) -> Tensor:
     weight = resolvent * (u / 2).exp()
     total = (weight.sum() + _TAIL_SUM) * (_STEP / math.pi)
     log_total = ((weight * u).sum() + _TAIL_LOG_SUM) * (_STEP / math.pi) / 2
-    return (total.log() - log_total / total).exp().float()
+    return (total.log() - log_total / total).exp()
