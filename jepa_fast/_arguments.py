@@ -111,7 +111,7 @@ def check_number(name: str, value: object, *, zero: bool = False) -> None:
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
 
 

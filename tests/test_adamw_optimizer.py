@@ -416,6 +416,11 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
         ({"betas": (0.9, 0.9, 0.9)}, TypeError, "betas must be a pair of numbers"),
         ({"rounding_seed": 1.5}, TypeError, "rounding_seed must be None or an integer, got 1.5"),
+        ({"momentum": torch.tensor(2.0)}, ValueError, r"momentum must be in \[0, 1\], got 2.0"),
+        ({"targets": 3}, TypeError, "targets must be pairs of tensors, or a dict of them, got int"),
+        ({"targets": [(P,)]}, TypeError, "targets must be pairs of tensors"),
+        ({"targets": [(1, 2)]}, TypeError, "targets must be a tensor, got int"),
+        ({"maximize": "yes"}, TypeError, "maximize must be True or False, got 'yes'"),
         ({"backend": "gpu"}, ValueError, "backend must be one of .*'auto'.*, got 'gpu'"),
     ],
 )
@@ -424,6 +429,17 @@ def test_options_are_refused_when_they_are_given(
 ) -> None:
     with pytest.raises(error, match=f"AdamWEma: {message}"):
         AdamWEma([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_a_momentum_out_of_range_is_refused_before_anything_moves() -> None:
+    first, second, target = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    groups = [{"params": [first]}, {"params": [second]}]
+    optimizer = AdamWEma(groups, targets=[(second, target.detach())])
+    (first.sum() + second.sum()).backward()
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 1\.5"):
+        optimizer.step(momentum=torch.tensor(1.5))
+    assert first.eq(1).all()
+    assert not optimizer.state
 
 
 def test_where_no_kernel_serves_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:

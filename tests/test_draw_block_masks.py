@@ -302,6 +302,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"grid": 14}, r"grid must be a tuple \(height, width\), got int"),
         ({"step": 0.5}, "step must be an int, got float"),
         ({"target_size": (6.0, 5)}, "target_size's sides must be an int, got float"),
+        ({"allow_overlap": None}, "allow_overlap must be True or False, got None"),
     ],
 )
 def test_wrong_types(changes: dict[str, Any], message: str) -> None:

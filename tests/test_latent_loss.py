@@ -285,3 +285,10 @@ def test_bad_arguments() -> None:
         ops.latent_loss(prediction, teacher, index, beta=-1.0)
     with pytest.raises(ValueError, match="eps must be at least 0 and finite, got -1"):
         ops.latent_loss(prediction, teacher, index, eps=-1.0)
+    learned = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(TypeError, match="beta must be a number, got Tensor; it takes no gradient"):
+        ops.latent_loss(prediction, teacher, index, beta=learned)
+    with pytest.raises(TypeError, match="eps must be a number, got str"):
+        ops.latent_loss(prediction, teacher, index, eps="small")
+    with pytest.raises(TypeError, match="normalize_target must be True or False, got None"):
+        ops.latent_loss(prediction, teacher, index, normalize_target=None)

@@ -135,6 +135,21 @@ def test_values(options: dict[str, Any], dtype: torch.dtype, rel: float) -> None
     )
 
 
+@each_backend
+def test_tokens_that_do_not_count_do_not_whatever_they_hold(backend: str, device: str) -> None:
+    moved = {
+        n: [y.to(device) for y in x] if "layers" in n else x.to(device)
+        for n, x in _inputs().items()
+    }
+    inputs: dict[str, Any] = moved
+    token = tuple((~inputs["token_mask"]).nonzero()[0].tolist())
+    want = ops.patch_word_consistency(**inputs, backend=backend)
+    inputs["q_layers"] = [q.detach().clone() for q in inputs["q_layers"]]
+    for q in inputs["q_layers"]:
+        q[token] = torch.nan
+    assert torch.equal(ops.patch_word_consistency(**inputs, backend=backend), want)
+
+
 def test_similarities_are_in_float32_under_autocast() -> None:
     inputs = _inputs()
     del inputs["token_mask"]

@@ -415,3 +415,14 @@ def test_compiles_without_a_break(
         lambda **text: model(masks=MASKS, **text).loss, backend="aot_eager", fullgraph=True
     )
     torch.testing.assert_close(compiled(**given), model(masks=MASKS, **given).loss)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_while_the_weights_of_regularisers_change(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    model, given = build(predictor_depth=1), batch()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for weight in (0.5, 0.25, 0.0, 0.125):
+        model.consistency_weight = weight
+        compiled_loss = compiled(masks=MASKS, **given).loss
+        torch.testing.assert_close(compiled_loss, model(masks=MASKS, **given).loss)

@@ -208,6 +208,45 @@ def test_statistics() -> None:
     assert float(entropy) == pytest.approx(expected["entropy"], rel=1e-6)
 
 
+@pytest.mark.parametrize("scores", [1, 100])
+def test_statistics_look_at_some_tokens_after_the_other(
+    scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _inputs()
+    del inputs["v"], inputs["residual"]
+    whole = ops.attention_statistics(**inputs, num_heads=2)
+    monkeypatch.setattr(reference, "_MOST_SCORES", scores)
+    torch.testing.assert_close(ops.attention_statistics(**inputs, num_heads=2), whole)
+
+
+def test_statistics_are_in_float32_under_autocast() -> None:
+    inputs = _inputs()
+    del inputs["v"], inputs["residual"]
+    want = ops.attention_statistics(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attention_statistics(**inputs) == want
+
+
+def test_statistics_take_one_dtype() -> None:
+    inputs = _inputs()
+    with pytest.raises(TypeError, match="attention_statistics: q and k must have one dtype"):
+        ops.attention_statistics(inputs["q"], inputs["k"].double())
+
+
+@each_backend
+def test_tokens_that_do_not_count_do_not_whatever_they_hold(backend: str, device: str) -> None:
+    inputs = _inputs(device=device)
+    inputs["token_mask"] = torch.ones(inputs["q"].shape[:2], dtype=torch.bool, device=device)
+    inputs["token_mask"][0, 1] = False
+    _, want = ops.text_cross_attention(**inputs, backend=backend)
+    inputs["q"] = inputs["q"].detach().clone()
+    inputs["q"][0, 1] = torch.nan
+    _, got = ops.text_cross_attention(**inputs, backend=backend)
+    assert torch.equal(got, want)
+    del inputs["v"], inputs["residual"]
+    assert all(number.isfinite() for number in ops.attention_statistics(**inputs))
+
+
 def test_statistics_tell_dead_and_uniform_attention() -> None:
     q = torch.ones(2, 3, 4)
     positive, entropy = ops.attention_statistics(q, -torch.ones(2, 2, 5, 4))

@@ -402,11 +402,44 @@ def test_the_papers_sizes_take_a_step_without_storage(size: str, count: int, wid
             "predictor_heads: expected .* of predictor_dim 24, got 5",
         ),
         ({"block": "cross"}, "text_dim: expected the crosser's width 16"),
+        ({"block": "none"}, r"block: expected one of \('self_cross', 'cross'\), got 'none'"),
+        ({"representation": "mean"}, r"representation: expected one of \('pooled', 'token'\)"),
+        ({"vicreg": (1.0, float("nan"), 1.0)}, r"vicreg\[1\]: expected a number of 0 or more"),
+        ({"vicreg": (1.0, 1.0, -1.0)}, r"vicreg\[2\]: expected a number of 0 or more"),
+        ({"text_dim": 0}, "text_dim: expected at least 1, got 0"),
     ],
 )
 def test_bad_options(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         build(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"vicreg": 25.0}, r"vicreg: expected 3 weights .* got 25\.0"),
+        ({"energy_pairs": 1.5}, r"energy_pairs: expected an int, got float 1\.5"),
+        ({"text_encoder": 3}, "text_encoder: expected a callable, got int"),
+        ({"normalize_target": "no"}, "normalize_target: expected True or False, got 'no'"),
+        ({"encode_masked_image": None}, "encode_masked_image: expected True or False, got None"),
+        ({"text_dim": None}, "text_dim: expected an integer, got None"),
+        ({"width": 1.5}, r"width: expected an integer, got 1\.5"),
+        ({"depth": "2"}, "depth: expected an integer, got '2'"),
+        ({"predictor_depth": None}, "predictor_depth: expected an int, got NoneType"),
+        ({"predictor_dim": 24.0}, r"predictor_dim: expected an int, got float 24\.0"),
+    ],
+)
+def test_options_of_another_type(options: dict[str, object], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        build(**options)
+
+
+def test_encode_wants_a_text_an_image() -> None:
+    model, (images, words) = build(), batch()
+    with pytest.raises(ValueError, match="words: expected 2 texts, as images, got 1"):
+        model.encode(images, words[:1])
+    with pytest.raises(ValueError, match="words: expected those of the masks or scales given"):
+        model.encode(images, None, WORD_MASK)
 
 
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 3)])

@@ -39,6 +39,7 @@ class PackedMasks:
         grid: ``(H, W)``, the patches of an image along each side.
         longest: most context tokens that an image can have here.
         share: of the batch's target patches that count in this pack; over its packs they sum to 1.
+        lengths: ``[B]`` int64, context tokens of every image of the batch, whatever its pack.
     """
 
     context: Tensor
@@ -51,6 +52,7 @@ class PackedMasks:
     grid: tuple[int, int]
     longest: int
     share: float
+    lengths: Tensor
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedMasks:
         """The same masks on ``device``; ``non_blocking`` as in :meth:`torch.Tensor.to`."""
@@ -59,6 +61,25 @@ class PackedMasks:
     def pin_memory(self) -> PackedMasks:
         """The same masks in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
         return self._with(Tensor.pin_memory)
+
+    def members(self) -> Tensor:
+        """``[B]`` bool: the images that belong to this pack."""
+        if self.target_mask is None:
+            return torch.ones_like(self.lengths, dtype=torch.bool)
+        return self.target_mask.flatten(1).any(1)
+
+    def reweighted(self, count: Tensor) -> Tensor:
+        """What turns a mean over this pack into its part of the batch's mean, ``share`` aside.
+
+        For losses that are means over other things than target patches: `share * reweighted(n)` is
+        the part that this pack has of all things. Counts on the device; nothing waits for it.
+
+        Args:
+            count: ``[B]``, how many of them every image of the batch has.
+        """
+        member = self.members()
+        part = (count * member).sum() / count.sum().clamp(min=1)
+        return part * len(member) / member.sum().clamp(min=1)
 
     def padded(self, partly: bool = False) -> BlockMasks:
         """The same masks, one row an image of ``longest`` slots.
@@ -69,7 +90,7 @@ class PackedMasks:
         Raises:
             ValueError: some of the images belong to another pack, without ``partly``.
         """
-        if self.share < 1 and not partly:
+        if not partly and self.share < 1:
             raise ValueError(
                 "masks: expected all images of the batch in one pack, got some of them; raise the "
                 "budget of pack_masks"
@@ -100,9 +121,8 @@ def pack_masks(
         for pack in pack_masks(masks, tokens=7168, block=40, longest=196):
             (pack.share * model(images, pack).loss).backward()
 
-    The losses then sum to that of the whole batch. TC-JEPA's regularisers are means over the tokens
-    of a pack, so their sum weighs images of different contexts a little differently; TI-JEPA, which
-    unpacks, wants all images in one pack.
+    The losses then sum to that of the whole batch (but for VICReg's terms of TI-JEPA, which are of
+    the images together).
 
     Args:
         masks: of one batch, best on the CPU: how many packs there are depends on their values.
@@ -253,6 +273,7 @@ def _pack(
         grid=masks.grid,
         longest=longest,
         share=float(member.sum()) / batch if batch else 1.0,
+        lengths=masks.filled().sum(1),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_choice, check_count
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import make_teacher, update_teachers
 from jepa_fast.models.output import JepaOutput
@@ -54,6 +55,7 @@ class CrossModal(nn.Module):
         init: see :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: unknown names, or sizes that do not divide or are not positive.
     """
 
@@ -75,19 +77,16 @@ class CrossModal(nn.Module):
         init: str = "released",
     ) -> None:
         super().__init__()
-        if representation not in get_args(Representation):
-            raise ValueError(
-                f"representation: expected one of {get_args(Representation)}, "
-                f"got {representation!r}"
-            )
+        check_choice("representation", representation, get_args(Representation))
         for name, size in (
+            ("image_dim", image_dim),
+            ("text_dim", text_dim),
             ("width", width),
             ("depth", depth),
             ("predictor_dim", predictor_dim),
             ("predictor_depth", predictor_depth),
         ):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+            check_count(name, size)
         self.representation = representation
         self.loss = loss
         self.normalize_target = normalize_target

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast._arguments import check_choice
+from jepa_fast._arguments import check_choice, flag
 from jepa_fast.masks import BlockMasks, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.output import JepaOutput
@@ -48,7 +48,8 @@ class IJepa(nn.Module):
             given by name; see :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        TypeError: ``encoder`` is neither a name nor a module that follows the protocol.
+        TypeError: ``encoder`` is neither a name nor a module that follows the protocol; an option
+            of the wrong type.
         ValueError: unknown names, or sizes that do not divide.
     """
 
@@ -83,7 +84,7 @@ class IJepa(nn.Module):
             init=init,
         )
         self.loss = loss
-        self.normalize_target = normalize_target
+        self.normalize_target = flag("normalize_target", normalize_target)
 
     def forward(self, images: Tensor, masks: Masks) -> JepaOutput:
         """One training step's loss.

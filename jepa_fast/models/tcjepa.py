@@ -197,14 +197,17 @@ class TCJepa(IJepa):
             metrics = {"prediction_loss": loss.detach()}
             if isinstance(text, WordConditioning):
                 sparsity = text.sparsity()
-                # Without a weight it is a number to look at, not worth a backward pass.
-                learned = torch.is_grad_enabled() and self.consistency_weight != 0
-                with torch.set_grad_enabled(learned):
+                if self.consistency_weight == 0:
+                    # A number to look at, not worth a backward pass.
+                    with torch.no_grad():
+                        consistency = text.consistency()
+                else:
                     consistency = text.consistency()
                 metrics |= {"sparsity": sparsity.detach(), "consistency": consistency.detach()}
-                loss = (
-                    loss + self.sparsity_weight * sparsity + self.consistency_weight * consistency
+                regularisers = (
+                    self.sparsity_weight * sparsity + self.consistency_weight * consistency
                 )
+                loss = loss + _weight_of_pairs(masks, text.word_mask) * regularisers
         with phase("metrics"):
             if isinstance(text, WordConditioning):
                 positive, entropy = text.statistics(_DIAGNOSED_IMAGES)
@@ -317,11 +320,8 @@ class TCJepa(IJepa):
         sequences = self.predictor.sequences(masks)
         with phase("text conditioner"):
             text = self.conditioner(captions, sequences.filled)
-        if text.appended is not None:
-            raise ValueError(
-                "conditioning: expected one that appends no tokens for packed masks, got "
-                f"{type(self.conditioner).__name__}; pass padded masks"
-            )
+        if text.appended is not None:  # to sequences of one length
+            return self._predict_with_text(images, masks.padded(partly=True), captions)
 
         def condition(layer: int, tokens: Tensor) -> Tensor:
             with phase("text conditioner"):
@@ -330,6 +330,17 @@ class TCJepa(IJepa):
         with phase("predictor"):
             hidden = self.predictor.features_packed(context, masks, sequences, condition)
             return self.predictor.predictor_proj(hidden), text
+
+
+def _weight_of_pairs(masks: BlockMasks | PackedMasks, word_mask: Tensor) -> Tensor | float:
+    """What a pack's mean over pairs of caption and token counts for among those of its batch."""
+    if isinstance(masks, BlockMasks):
+        return 1.0
+    counts = masks.target_mask
+    if counts is None:
+        counts = torch.ones_like(masks.targets, dtype=torch.bool)
+    tokens = masks.lengths + counts.sum(-1).amax()  # of a sequence
+    return masks.reweighted(word_mask.any(2).sum(1) * tokens)
 
 
 def _token_mask(masks: BlockMasks) -> Tensor | None:

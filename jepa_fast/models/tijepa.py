@@ -9,10 +9,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from jepa_fast._arguments import check_choice
+from jepa_fast._arguments import (
+    check_choice,
+    check_count,
+    check_number,
+    flag,
+    height_and_width,
+    integer,
+)
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, PackedMasks
 from jepa_fast.models.collapse import collapse_metrics
-from jepa_fast.models.cross_modal import CrossModal, energy_spread
+from jepa_fast.models.cross_modal import CrossModal, Representation, energy_spread
 from jepa_fast.models.ijepa import Masks, gather_targets, make_teacher, update_teachers
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.models.vicreg import insured_loss
@@ -76,8 +83,10 @@ class TIJepa(nn.Module):
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
-        TypeError: ``encoder`` is neither a name nor a module that follows the protocol.
-        ValueError: unknown names, or sizes that are missing or do not divide.
+        TypeError: ``encoder`` is neither a name nor a module that follows the protocol; an option
+            of the wrong type.
+        ValueError: unknown names, weights that are negative or not finite, or sizes that are
+            missing, not positive, or do not divide.
     """
 
     def __init__(
@@ -113,14 +122,18 @@ class TIJepa(nn.Module):
         for name, value, choices in (
             ("objective", objective, get_args(Objective)),
             ("size", size, tuple(CROSSER_SIZES)),
+            ("representation", representation, get_args(Representation)),
             ("loss", loss, KINDS),
         ):
             check_choice(name, value, choices)
-        if vicreg is not None and len(vicreg) != 3:
-            raise ValueError(
-                "vicreg: expected 3 weights (prediction loss, variance, covariance), got "
-                f"{len(vicreg)}; VICREG_WEIGHTS are the usual ones"
+        check_count("text_dim", text_dim)
+        if text_encoder is not None and not callable(text_encoder):
+            raise TypeError(
+                f"text_encoder: expected a callable, got {type(text_encoder).__name__}; "
+                "interop.text.load_text_encoder makes one"
             )
+        if vicreg is not None:
+            _check_weights(vicreg)
         module: Any = create_encoder(encoder, img_size) if isinstance(encoder, str) else encoder
         if module is not None:
             check_encoder(module, num_heads=False, keep=encode_masked_image)
@@ -136,12 +149,12 @@ class TIJepa(nn.Module):
         self.text_encoder = text_encoder
         self.objective = objective
         self.image_dim, self.text_dim, self.embed_dim = image_dim, text_dim, width
-        self.grid: tuple[int, int] = grid
-        self.encode_masked_image = encode_masked_image
+        self.grid = height_and_width("grid", grid, least=1)
+        self.encode_masked_image = flag("encode_masked_image", encode_masked_image)
         self.loss = loss
-        self.normalize_target = normalize_target
+        self.normalize_target = flag("normalize_target", normalize_target)
         self.vicreg = vicreg
-        self.energy_pairs = energy_pairs
+        self.energy_pairs = integer("energy_pairs", energy_pairs)
         if objective == "masked_image":
             self.context_crosser = Crosser(
                 image_dim, text_dim, width, depth, num_heads, block, init=init
@@ -219,8 +232,7 @@ class TIJepa(nn.Module):
         tokens, vectors, word_mask = self.frozen_inputs(
             images, words, word_mask, caption_mask, word_scale, image_features=image_features
         )
-        if len(vectors) != len(tokens):
-            raise ValueError(f"words: expected {len(tokens)} texts, as images, got {len(vectors)}")
+        _check_pairs(tokens, vectors)
         if self.objective == "cross_modal":
             return self.cross_modal(tokens, vectors, word_mask)
         if masks is None:
@@ -239,6 +251,7 @@ class TIJepa(nn.Module):
                 self.normalize_target,
                 self.vicreg,
             )
+            loss = loss * view.weight
         with phase("metrics"):
             target = gather_targets(teacher, view.targets[:, None], self.normalize_target)
             metrics |= collapse_metrics(prediction, target, view.target_mask)
@@ -246,12 +259,14 @@ class TIJepa(nn.Module):
             if pairs >= 2:
                 with torch.no_grad():
                     metrics |= energy_spread(
-                        _energy(prediction, target, view.target_mask)[:pairs].mean(),
-                        self._pair_energy(
-                            view.first(pairs),
-                            vectors[:pairs].roll(1, 0),
-                            None if word_mask is None else word_mask[:pairs].roll(1, 0),
-                        ).mean(),
+                        view.mean(_energy(prediction, target, view.target_mask)[:pairs]),
+                        view.mean(
+                            self._pair_energy(
+                                view.first(pairs),
+                                vectors[:pairs].roll(1, 0),
+                                None if word_mask is None else word_mask[:pairs].roll(1, 0),
+                            )
+                        ),
                     )
         return JepaOutput(loss, metrics, prediction.detach(), target)
 
@@ -328,9 +343,14 @@ class TIJepa(nn.Module):
         tokens = self._image_tokens(images, image_features)
         if self.objective == "cross_modal":
             return self.cross_modal.encode(tokens)
-        text = (None,) if words is None else self._words(words, word_mask, caption_mask, word_scale)
+        vectors = mask = None
+        if words is not None:
+            vectors, mask = self._words(words, word_mask, caption_mask, word_scale)
+            _check_pairs(tokens, vectors)
+        elif not (word_mask is None and caption_mask is None and word_scale is None):
+            raise ValueError("words: expected those of the masks or scales given, got None")
         with phase("target crosser"):
-            return self.target_crosser(tokens, *text)
+            return self.target_crosser(tokens, vectors, mask)
 
     @torch.no_grad()
     def frozen_inputs(
@@ -383,10 +403,16 @@ class TIJepa(nn.Module):
     def _hide(self, tokens: Tensor, images: Tensor | None, masks: Masks) -> _HiddenImages:
         from jepa_fast import ops
 
+        pack = None
         if isinstance(masks, PackedMasks):
-            masks = masks.padded()
+            pack, masks = masks, masks.padded(partly=True)
         masks = BlockMasks.coerce(masks, self.grid)
-        targets, target_mask = (x.to(tokens.device) for x in masks.target_union())
+        targets, target_mask = masks.target_union()
+        weight: Tensor | float = 1.0
+        if pack is not None:
+            weight = pack.reweighted(target_mask.sum(1)).to(tokens.device)
+            target_mask = target_mask & pack.members()[:, None]
+        targets, target_mask = targets.to(tokens.device), target_mask.to(tokens.device)
         masks = masks.to(tokens.device)
         if len(masks.context) != len(tokens):
             raise ValueError(
@@ -411,7 +437,7 @@ class TIJepa(nn.Module):
         slot = torch.arange(targets.shape[1], device=targets.device)
         targets = targets.gather(1, slot % target_mask.sum(1, keepdim=True).clamp(min=1))
         return _HiddenImages(
-            tokens, context_tokens, masks.context, masks.context_mask, targets, target_mask
+            tokens, context_tokens, masks.context, masks.context_mask, targets, target_mask, weight
         )
 
     def _predict(
@@ -513,6 +539,28 @@ class TIJepa(nn.Module):
         return {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
 
 
+def _check_weights(vicreg: object) -> None:
+    """Raises unless these are the weights of the three terms."""
+    if not isinstance(vicreg, (tuple, list)):
+        raise TypeError(
+            "vicreg: expected 3 weights (prediction loss, variance, covariance), got "
+            f"{vicreg!r}; VICREG_WEIGHTS are the usual ones"
+        )
+    if len(vicreg) != 3:
+        raise ValueError(
+            "vicreg: expected 3 weights (prediction loss, variance, covariance), got "
+            f"{len(vicreg)}; VICREG_WEIGHTS are the usual ones"
+        )
+    for i, weight in enumerate(vicreg):
+        check_number(f"vicreg[{i}]", weight, zero=True)
+
+
+def _check_pairs(tokens: Tensor, words: Tensor) -> None:
+    """Raises ValueError unless there is a text for every image."""
+    if len(words) != len(tokens):
+        raise ValueError(f"words: expected {len(tokens)} texts, as images, got {len(words)}")
+
+
 @dataclass
 class _HiddenImages:
     """What the masked-image objective knows of a batch of images."""
@@ -523,6 +571,11 @@ class _HiddenImages:
     context_mask: Tensor | None  # [B, Kc]
     targets: Tensor  # [B, U] union of the target blocks
     target_mask: Tensor  # [B, U]
+    weight: Tensor | float  # of the mean over target tokens, where they are a part of a batch's
+
+    def mean(self, energy: Tensor) -> Tensor:
+        """Of the first images' energies, ``[<= B]``: over those that have targets."""
+        return energy.sum() / self.target_mask[: len(energy)].any(1).sum().clamp(min=1)
 
     def first(self, count: int) -> _HiddenImages:
         """The first ``count`` images."""
@@ -533,6 +586,7 @@ class _HiddenImages:
             None if self.context_mask is None else self.context_mask[:count],
             self.targets[:count],
             self.target_mask[:count],
+            self.weight,
         )
 
 

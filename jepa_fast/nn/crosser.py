@@ -7,9 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_choice, check_count, check_number
 from jepa_fast.nn.attention import Attention, Mlp, attend, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.linear import Linear
+from jepa_fast.nn.words import check_word_mask
 
 BlockKind = Literal["self_cross", "cross"]
 
@@ -142,6 +144,7 @@ class Crosser(nn.Module):
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
+        TypeError: a size that is no integer, or a ratio that is no number.
         ValueError: an unknown ``block`` or ``init``, widths that do not fit, or no blocks.
     """
 
@@ -157,11 +160,15 @@ class Crosser(nn.Module):
         init: str = "released",
     ) -> None:
         super().__init__()
-        if block not in get_args(BlockKind):
-            raise ValueError(f"block: expected one of {get_args(BlockKind)}, got {block!r}")
-        for name, size in (("width", width), ("depth", depth)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        check_choice("block", block, get_args(BlockKind))
+        for name, size in (
+            ("image_dim", image_dim),
+            ("text_dim", text_dim),
+            ("width", width),
+            ("depth", depth),
+        ):
+            check_count(name, size)
+        check_number("mlp_ratio", mlp_ratio)
         make = SelfCrossBlock if block == "self_cross" else CrossBlock
         self.width = width
         self.vision_proj = Linear(image_dim, width)
@@ -186,8 +193,8 @@ class Crosser(nn.Module):
 
         Args:
             tokens: ``[B, T, image_dim]`` from the image encoder.
-            words: ``[B, S, text_dim]`` from the text encoder; None: no image has a text, and no
-                block has cross-attention.
+            words: ``[B, S, text_dim]`` from the text encoder, finite at padding, too; None: no
+                image has a text, and no block has cross-attention.
             word_mask: ``[B, S]`` bool, False at padding. Cross-attention adds nothing to an image
                 whose words are all padding.
             token_mask: ``[B, T]`` bool, False at padding tokens: no other token attends to them,
@@ -195,9 +202,21 @@ class Crosser(nn.Module):
 
         Returns:
             ``[B, T, width]``.
+
+        Raises:
+            TypeError: a mask that is not bool.
+            ValueError: another number of texts than of images, or a mask of another shape.
         """
-        if words is not None and words.shape[1] == 0:
-            words = None
+        if words is not None:
+            if words.ndim != 3 or len(words) != len(tokens):
+                raise ValueError(
+                    f"words: expected [B, S, text_dim] of {len(tokens)} texts, as images, got "
+                    f"{list(words.shape)}"
+                )
+            check_word_mask("word_mask", word_mask, words.shape[:2])
+            if words.shape[1] == 0:
+                words = None
+        check_word_mask("token_mask", token_mask, tokens.shape[:2])
         x = self.vision_norm(self.vision_proj(tokens))
         for block in self.blocks:
             x = block(x, words, word_mask, token_mask)

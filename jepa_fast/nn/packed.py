@@ -177,8 +177,10 @@ def unsupported(backend: str, q: Tensor) -> list[str]:
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"takes bfloat16 and float16, got {q.dtype}")
     size = q.shape[-1]
-    if backend == "xformers" and (size % 8 or size > 256):
-        reasons.append(f"takes heads of a multiple of 8 up to 256, got {size}")
+    # flash-attn itself pads the others; torch's kernel, the same one, does not.
+    if size > 256 or (size % 8 and backend != "flash_attn"):
+        multiple = "" if backend == "flash_attn" else "of a multiple of 8 "
+        reasons.append(f"takes heads {multiple}up to 256, got {size}")
     module, fix = _MODULES[backend]
     if not _is_there(module):
         reasons.append(f"{module} is not there{fix}")

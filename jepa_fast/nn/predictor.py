@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from jepa_fast._arguments import integer
 from jepa_fast.masks import PackedMasks
 from jepa_fast.nn.attention import Block, check_heads
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
@@ -33,6 +34,7 @@ class VisionTransformerPredictor(nn.Module):
             :func:`~jepa_fast.nn.initialisation.init_transformer`.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: sizes that do not divide or are not positive, or an unknown ``init``.
     """
 
@@ -47,6 +49,8 @@ class VisionTransformerPredictor(nn.Module):
         init: str = "released",
     ) -> None:
         super().__init__()
+        integer("predictor_dim", predictor_dim)
+        integer("predictor_depth", depth)
         if predictor_dim < 1 or predictor_dim % 4:
             raise ValueError(
                 f"predictor_dim: expected a positive multiple of 4, got {predictor_dim}; its "

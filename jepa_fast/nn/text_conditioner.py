@@ -28,6 +28,7 @@ from jepa_fast.nn.words import check_word_mask, word_vectors
 from jepa_fast.ops.text_cross_attention.api import SIMILARITIES
 
 POOLS = ("max", "mean", "attention")
+_LOOKED_AT = 2  # captions of an image, for numbers to look at
 
 
 @dataclass(frozen=True)
@@ -459,7 +460,7 @@ class WordConditioning(Conditioning):
     def statistics(self, images: int) -> tuple[Tensor, Tensor]:
         """Share of positive cosines and relative attention entropy, means over layers.
 
-        Looks at the first ``images`` images, at the first sequence of each; see
+        Looks at the first ``images`` images, at the first sequence and two captions of each; see
         :func:`jepa_fast.ops.attention_statistics`.
         """
         layers = self._called("statistics")
@@ -467,8 +468,8 @@ class WordConditioning(Conditioning):
         found = [
             ops.attention_statistics(
                 self.queries[i][:images],
-                self.keys[i][:images],
-                self.word_mask[:images],
+                self.keys[i][:images, :_LOOKED_AT],
+                self.word_mask[:images, :_LOOKED_AT],
                 num_heads=self.conditioner.num_heads,
                 scale=self.conditioner.scale,
                 token_mask=None if self.token_mask is None else self.token_mask[:images],

@@ -85,6 +85,12 @@ def check_integer(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: {argument} must be an integer, got {value!r}")
 
 
+def check_flag(op: str, argument: str, value: object) -> None:
+    """Raises TypeError if `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} must be True or False, got {value!r}; use bool()")
+
+
 def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor:
     """A real number (also numpy's) in [0, most] as a 0-dim float64 tensor on the CPU.
 

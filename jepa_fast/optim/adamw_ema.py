@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jepa_fast import ops
 from jepa_fast.ops import _shards
-from jepa_fast.ops._checks import check_choice, check_floating
+from jepa_fast.ops._checks import check_choice, check_flag, check_floating
+from jepa_fast.ops.ema_update import memory
 
 Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -82,8 +83,11 @@ class AdamWEma(torch.optim.Optimizer):
             "decoupled_weight_decay": True,
         }
         _check_number("momentum", momentum)
-        if not isinstance(momentum, Tensor) and not 0.0 <= momentum <= 1.0:
+        if isinstance(momentum, Tensor):
+            memory.check_number("AdamWEma", "momentum", momentum, 1.0)
+        elif not 0.0 <= momentum <= 1.0:
             raise ValueError(f"AdamWEma: momentum must be in [0, 1], got {momentum}")
+        check_flag("AdamWEma", "maximize", maximize)
         if rounding_seed is not None and not isinstance(rounding_seed, Integral):
             raise TypeError(
                 f"AdamWEma: rounding_seed must be None or an integer, got {rounding_seed!r}"
@@ -132,6 +136,8 @@ class AdamWEma(torch.optim.Optimizer):
         left = {} if only_state else dict(self._targets)
         if momentum is None:
             momentum = self.momentum
+        if isinstance(momentum, Tensor) and left:  # before a group has moved
+            memory.check_number("AdamWEma", "momentum", momentum, 1.0)
         for number, group in enumerate(self.param_groups):
             self._step_group(number, group, momentum, left)
         if left:
@@ -265,11 +271,18 @@ class AdamWEma(torch.optim.Optimizer):
 
 def _pairs(name: str, pairs: Pairs) -> dict[Tensor, Tensor]:
     found: dict[Tensor, Tensor] = {}
-    for key, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
-        if key in found:
-            raise ValueError(f"AdamWEma: {name}: a tensor is listed twice; it can have one only")
+    try:
+        listed = [(a, b) for a, b in (pairs.items() if isinstance(pairs, Mapping) else pairs)]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"AdamWEma: {name} must be pairs of tensors, or a dict of them, got "
+            f"{type(pairs).__name__}"
+        ) from None
+    for key, value in listed:
         for tensor in (key, value):
             check_floating("AdamWEma", name, tensor)
+        if key in found:
+            raise ValueError(f"AdamWEma: {name}: a tensor is listed twice; it can have one only")
         if key.shape != value.shape:
             raise ValueError(
                 f"AdamWEma: {name}: both of a pair must be of one shape, got {list(key.shape)} and "

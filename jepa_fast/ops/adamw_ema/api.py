@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops import _memory, _rounding, _shards
-from jepa_fast.ops._checks import number_tensor
+from jepa_fast.ops._checks import check_flag, check_number, number_tensor
 from jepa_fast.ops.adamw_ema import contract
 
 _OP = "adamw_ema_"
@@ -62,7 +62,8 @@ def adamw_ema_(
     by shard, without communication, where those that belong together are placed alike.
 
     Raises:
-        TypeError: an argument is not a tensor, or not of a floating dtype.
+        TypeError: an argument is not a tensor, or not of a floating dtype; `betas` or `eps` are no
+            numbers, `maximize` no bool.
         ValueError: lists of lengths or tensors of shapes that do not fit, numbers out of range, or
             a tensor to be written that shares memory with any other one here.
         BackendError: the requested backend cannot serve the call.
@@ -81,10 +82,15 @@ def adamw_ema_(
     _check_lists(lists, steps)
     (p, g, m, v, t, s), shards = _shards.to_local(_OP, lists)
     device = p[0].device if p else torch.device("cpu")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{_OP}: betas must be a pair of numbers, got {betas!r}")
     beta1, beta2 = betas
     for name, number in (("betas[0]", beta1), ("betas[1]", beta2)):
+        check_number(_OP, name, number)
         if not 0.0 <= number < 1.0:
             raise ValueError(f"{_OP}: {name} must be in [0, 1), got {number}")
+    check_number(_OP, "eps", eps)
+    check_flag(_OP, "maximize", maximize)
     if not eps >= 0.0:
         raise ValueError(f"{_OP}: eps must be 0 or more, got {eps}")
     scalars = (

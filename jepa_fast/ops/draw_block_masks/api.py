@@ -77,6 +77,7 @@ def draw_block_masks(
     _check_number("min_context", min_context, 1)
     if max_context is not None:
         _check_number("max_context", max_context, min_context)
+    _checks.check_flag(_OP, "allow_overlap", allow_overlap)
     _check_size("grid", grid, None)
     _check_size("target_size", target_size, grid)
     _check_size("context_size", context_size, grid)

@@ -18,7 +18,9 @@ from jepa_fast.ops._autograd import (
 from jepa_fast.ops._checks import (
     check_choice,
     check_dim,
+    check_flag,
     check_index,
+    check_number,
     check_same_size,
     check_vectors,
 )
@@ -126,7 +128,9 @@ def latent_loss(
             f"{list(target_index.shape)}, got {list(prediction.shape)}"
         )
     check_choice(op, "kind", kind, KINDS)
+    check_flag(op, "normalize_target", normalize_target)
     for name, value in (("beta", beta), ("eps", eps)):
+        check_number(op, name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{op}: {name} must be at least 0 and finite, got {value}")
     with_slope = prediction.requires_grad and torch.is_grad_enabled()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from jepa_fast.ops.text_cross_attention.reference import (
     similarities,
     unit_length,
     valid_words,
+    weighted,
 )
 
 
@@ -32,11 +35,11 @@ def patch_word_consistency(
     """Mean over layers, captions and tokens of `sum_w |O^l[w] - mean_l O^l[w]|`."""
     batch = k_layers[0].shape[0]
     valid = valid_words(k_layers[0], word_mask, caption_mask)
-    layers = _similarities(q_layers, k_layers, valid, num_heads, similarity, tau)
+    layers = torch.stack(list(_similarities(q_layers, k_layers, valid, num_heads, similarity, tau)))
     deviation = (layers - layers.mean(0)).abs().mean(0).sum(2)  # [B, C, P]
     has_words = valid.any(3, keepdim=True)
     weight = pair_weights(has_words, token_mask, batch, deviation.shape[-1], deviation.dtype)
-    return (deviation * weight[:, 0]).sum()
+    return weighted(deviation, weight[:, 0])
 
 
 def patch_word_similarity(
@@ -51,8 +54,10 @@ def patch_word_similarity(
     """`mean_l O^l`, [R, C, T, S], zero where there is no word."""
     rows, tokens, _ = q_layers[0].shape
     valid = valid_words(k_layers[0], word_mask, caption_mask)
+    # Summed layer by layer: no more than a few maps are there at a time.
     layers = _similarities(q_layers, k_layers, valid, num_heads, similarity, tau)
-    return by_row(layers.mean(0).transpose(2, 3)[:, None], rows, tokens)
+    mean = functools.reduce(operator.add, layers) / len(q_layers)
+    return by_row(mean.transpose(2, 3)[:, None], rows, tokens)
 
 
 def _similarities(
@@ -62,12 +67,9 @@ def _similarities(
     num_heads: int,
     similarity: str,
     tau: float,
-) -> Tensor:
-    """O of every layer, averaged over its heads: [L, B, C, S, P]."""
-    found = []
+) -> Iterator[Tensor]:
+    """O of one layer after the other, averaged over its heads: [B, C, S, P]."""
     for q, k in zip(q_layers, k_layers, strict=True):
         q = unit_length(by_image(q, k.shape[0], num_heads))
         k = unit_length(by_head(k, num_heads, valid))
-        cosine = dot_products(q, k)
-        found.append(similarities(cosine, valid, similarity, tau).mean(1))
-    return torch.stack(found)
+        yield similarities(dot_products(q, k), valid, similarity, tau).mean(1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa_fast.ops._autocast import without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import (
     check_choice,
@@ -141,6 +142,8 @@ def attention_statistics(
 ) -> tuple[Tensor, Tensor]:
     """How alive a text attention is. Plain PyTorch without gradient, waits for no device.
 
+    Looks at some tokens after the other, so that no more than 2**20 scores are there at a time.
+
     Args: as for `text_cross_attention`.
 
     Returns:
@@ -156,9 +159,15 @@ def attention_statistics(
         "attention_statistics", "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads
     )
     check_scale("attention_statistics", scale)
-    return reference.attention_statistics(
-        q.detach(), k.detach(), word_mask, caption_mask, token_mask, num_heads, scale
-    )
+    if k.dtype != q.dtype:
+        raise TypeError(
+            f"attention_statistics: q and k must have one dtype, got {q.dtype} and {k.dtype}; "
+            "convert one of them"
+        )
+    with without_autocast(q):
+        return reference.attention_statistics(
+            q.detach(), k.detach(), word_mask, caption_mask, token_mask, num_heads, scale
+        )
 
 
 def check_words(

@@ -15,6 +15,7 @@ from torch import Tensor
 # Kernels know the pools by their places here.
 POOLS = ("max", "mean", "none")
 _EPSILON = 1e-8  # vectors shorter than this count as this long in a cosine
+_MOST_SCORES = 2**20  # that statistics look at at once
 
 
 def empty_outputs(
@@ -76,7 +77,7 @@ def text_cross_attention(
 
     weight = pair_weights(has_words, token_mask, batch, scores.shape[-1], scores.dtype)
     cosine = cosines(scores, q, k)
-    sparsity = (similarities(cosine, valid, similarity, tau).sum(3) * weight).sum() / num_heads
+    sparsity = weighted(similarities(cosine, valid, similarity, tau).sum(3), weight) / num_heads
     return features, sparsity, winner
 
 
@@ -157,17 +158,35 @@ def attention_statistics(
     valid = valid_words(k, word_mask, caption_mask)
     scale = score_scale(scale, q, num_heads)
     q, k = by_image(q, batch, num_heads), by_head(k, num_heads, valid)
-    scores = dot_products(q, k)
     has_words = valid.any(3, keepdim=True)
-    weight = pair_weights(has_words, token_mask, batch, scores.shape[-1], scores.dtype) / num_heads
-    # A missing word's score is zero, never positive.
+    weight = pair_weights(has_words, token_mask, batch, q.shape[2], q.dtype) / num_heads
     words = valid.sum(3)  # [B, 1, C, 1]
+    positive, relative = q.new_zeros(()), q.new_zeros(())
+    for part in _parts_of_tokens(q, k):
+        scores, of_pair = dot_products(q[:, :, part], k), weight[..., part]
+        # A missing word's score is zero, never positive.
+        positive = positive + weighted((scores > 0).sum(3), of_pair)
+        entropy = torch.special.entr(_attention(scores * scale, valid)).sum(3)
+        entropy = torch.where(words > 1, entropy / words.clamp_min(2).log(), 1.0)
+        relative = relative + weighted(entropy, of_pair)
     counted = (weight * words).sum() * num_heads
-    positive = ((scores > 0).sum(3) * weight).sum() / counted.clamp_min(_EPSILON)
-    attention = _attention(scores * scale, valid)
-    entropy = torch.special.entr(attention).sum(3)
-    relative = torch.where(words > 1, entropy / words.clamp_min(2).log(), 1.0)
-    return positive, (relative * weight).sum()
+    return positive / counted.clamp_min(_EPSILON), relative
+
+
+def _parts_of_tokens(q: Tensor, k: Tensor) -> list[slice]:
+    """Stretches of the tokens P that have at most `_MOST_SCORES` scores; in compiled code, whose
+    graph would repeat what is done with each, all of them.
+    """
+    tokens = q.shape[2]
+    if torch.compiler.is_compiling() or tokens == 0:
+        return [slice(0, tokens)]
+    length = max(1, _MOST_SCORES // max(1, k[..., 0].numel()))
+    return [slice(start, start + length) for start in range(0, tokens, length)]
+
+
+def weighted(of_pairs: Tensor, weight: Tensor) -> Tensor:
+    """Sum of what pairs have, times their weights; nothing of pairs that have none, be it NaN."""
+    return (of_pairs * weight).masked_fill(weight == 0, 0).sum()
 
 
 def valid_words(k: Tensor, word_mask: Tensor | None, caption_mask: Tensor | None) -> Tensor:
