@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from cases import CAPTIONS, text_cross_attention_cost
 from plain import PLAIN, Other, backend_of, drawn_words, operator_race, values
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from jepa_fast.perf import Case, Race, benchmark
 
@@ -45,6 +50,12 @@ def _race(case: Case, device: str, backward: bool) -> Race:
     word_mask = drawn_words(case["B"], case["C"], case["S"], device)
     arguments = (q, k, v, residual, word_mask)
     grads = [values(*tokens, device=device, seed=4), torch.ones((), device=device)]
+    others = {"sdpa": Other(_sdpa, exact=_features)}
+    if why := _why_no_flex_attention(device, arguments):
+        why_not = {"flex_attention": why}
+    else:
+        others["flex_attention"] = Other(_compiled_flex_attention, exact=_features)
+        why_not = {}
     return operator_race(
         case,
         device,
@@ -52,7 +63,8 @@ def _race(case: Case, device: str, backward: bool) -> Race:
         arguments,
         backend=backend_of("text_cross_attention", *arguments, *_MASKS, *_OPTIONS),
         grads=grads if backward else [],
-        others={"sdpa": Other(_sdpa, exact=_features)},
+        others=others,
+        why_not=why_not,
     )
 
 
@@ -66,14 +78,65 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, word_mask: Tensor) 
     It does less than ours: it gives no scores, so that the regularisers would take another product
     of all queries and words.
     """
-    batch, captions, words, width = k.shape
-    queries = q.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, 2)  # [B, M * T, d]
-    queries = queries[:, None].expand(-1, captions, -1, -1).flatten(0, 1)
-    attended = F.scaled_dot_product_attention(
-        queries[:, None],
-        k.reshape(-1, 1, words, width),
-        v.reshape(-1, 1, words, width),
-        word_mask.reshape(-1, 1, 1, words),
+    mask = word_mask.flatten(0, 1)[:, None, None]
+    attended = F.scaled_dot_product_attention(*_by_caption(q, k, v), mask)
+    return residual + _highest(attended, q, k)
+
+
+def flex_attention_features(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor,
+    attend: Callable[..., Any] = flex_attention,
+) -> Tensor:
+    """The same by FlexAttention, which leaves missing words out; they are others in every batch."""
+    by_caption = _by_caption(q, k, v)
+    mask = word_mask.flatten(0, 1)
+
+    def is_word(b: Tensor, h: Tensor, token: Tensor, word: Tensor) -> Tensor:
+        return mask[b, word]
+
+    queries, keys, _ = by_caption
+    blocks = create_block_mask(
+        is_word, len(queries), None, queries.shape[2], keys.shape[2], device=str(q.device)
     )
-    y = attended.view(batch, captions, -1, *q.shape[1:]).amax(1)  # [B, M, T, d]
-    return residual + y.transpose(0, 1).flatten(0, 1)
+    return residual + _highest(attend(*by_caption, block_mask=blocks), q, k)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled
+
+
+def _compiled_flex_attention(*arguments: Tensor) -> Tensor:
+    return flex_attention_features(*arguments, attend=_compiled())
+
+
+def _why_no_flex_attention(device: str, arguments: Sequence[Tensor]) -> str:
+    """Why FlexAttention cannot race; empty if it can."""
+    if device == "cpu":
+        return "compiled for a CPU it has no backward pass"
+    try:
+        _compiled_flex_attention(*arguments).sum().backward()
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # it takes not every width
+        return str(error).strip().partition("\n")[0]
+    for each in arguments:
+        each.grad = None
+    return ""
+
+
+def _by_caption(q: Tensor, *of_words: Tensor) -> tuple[Tensor, ...]:
+    """Captions in the batch: queries [B * C, 1, M * T, d], and keys or values [B * C, 1, S, d]."""
+    batch, captions = of_words[0].shape[:2]
+    queries = q.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, 2)
+    queries = queries[:, None].expand(-1, captions, -1, -1).flatten(0, 1)
+    return queries[:, None], *(x.flatten(0, 1)[:, None] for x in of_words)
+
+
+def _highest(attended: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The maximum over captions, back in rows [M * B, T, d]."""
+    y = attended.view(*k.shape[:2], -1, *q.shape[1:]).amax(1)  # [B, M, T, d]
+    return y.transpose(0, 1).flatten(0, 1)

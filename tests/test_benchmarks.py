@@ -330,3 +330,15 @@ def test_plain_operators_equal_ours(
                 torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11, msg=sample.name)
     assert calls
     assert set(plain.PLAIN) == set(PUBLIC)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_flex_attention_makes_are_the_features(plain: ModuleType) -> None:
+    """Its benchmark is for a GPU; not compiled it is the same mathematics."""
+    suite = importlib.import_module("bench_text_cross_attention")
+    q, residual = (plain.values(4, 7, 16, device="cpu", seed=seed) for seed in (0, 3))
+    k, v = (plain.values(2, 3, 5, 16, device="cpu", seed=seed) for seed in (1, 2))
+    word_mask = plain.drawn_words(2, 3, 5, "cpu")
+    want, _ = plain.PLAIN["text_cross_attention"](q, k, v, residual, word_mask)
+    got = suite.flex_attention_features(q, k, v, residual, word_mask)
+    torch.testing.assert_close(got, want)
