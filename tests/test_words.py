@@ -121,6 +121,8 @@ def test_errors() -> None:
         Captions.of(fp8.float(), scale=scale, **sizes)
     with pytest.raises(TypeError, match=r"words: expected floating vectors, got torch.int64"):
         Captions.of(torch.ones(2, 3, 4, 5, dtype=torch.int64), **sizes)
+    with pytest.raises(TypeError, match=r"words: expected a dense tensor, got torch\.sparse_coo"):
+        Captions.of(torch.ones(2, 3, 4, 5).to_sparse(), **sizes)
 
 
 each_conditioning = pytest.mark.parametrize(

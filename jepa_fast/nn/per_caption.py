@@ -27,10 +27,10 @@ from jepa_fast.nn.precision import widened, without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, recording
 from jepa_fast.ops._checks import check_choice, check_tensor
 from jepa_fast.ops.text_cross_attention.api import (
-    check_scale,
     check_similarity,
     check_values,
     check_words,
+    checked_scale,
 )
 from jepa_fast.ops.text_cross_attention.reference import (
     by_head,
@@ -120,7 +120,7 @@ def pool_per_caption(
     check_values(op, ("query", query), ("keys", keys), ("values", values), ("tokens", tokens))
     check_choice(op, "pool", pool, _POOLS)
     check_similarity(op, similarity, tau)
-    check_scale(op, scale)
+    scale = checked_scale(op, scale)
     width = query.shape[2]
     for argument, found in (("mlp", mlp.fc1.in_features), ("norm", norm.normalized_shape[-1])):
         if found != width:

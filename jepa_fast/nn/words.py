@@ -106,8 +106,8 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
         ``[..., Dt]``, the words themselves where they have the dtype.
 
     Raises:
-        TypeError: the words are not floating, in float8 without a scale, or have a scale in another
-            dtype.
+        TypeError: the words are not floating, not dense, in float8 without a scale, or have a scale
+            in another dtype.
         ValueError: there is not one scale a word.
     """
     if not words.dtype.is_floating_point:
@@ -115,6 +115,8 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
             f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
             "token ids, see jepa_fast.interop"
         )
+    if words.layout != torch.strided:
+        raise TypeError(f"words: expected a dense tensor, got {words.layout}; use .to_dense()")
     if scale is not None:
         return dequantize_words(words, scale, dtype or torch.float32)
     if words.dtype.itemsize == 1:

@@ -39,7 +39,7 @@ def gather_patches(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor
     """Takes patches out of every image: `out[b, ..., k] = x[b, index[b, ..., k]]`.
 
     Args:
-        x: [B, N, D] tokens, any floating dtype, any strides.
+        x: [B, N, D] tokens, any floating dtype (float8 has no gradient), any strides.
         index: [B, K] or [B, M, K] patch indices in [0, N), int32 or int64. They may repeat; the
             gradients of a patch taken repeatedly are summed in float32, in a fixed order.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.

@@ -117,7 +117,7 @@ def text_cross_attention(
     check_values(op, ("q", q), ("k", k), ("v", v), ("residual", residual))
     check_choice(op, "pool", pool, reference.POOLS)
     check_similarity(op, similarity, tau)
-    check_scale(op, scale)
+    scale = checked_scale(op, scale)
     if pool == "max" and k.shape[1] > MOST_CAPTIONS:
         raise ValueError(
             f"{op}: pool='max' takes at most {MOST_CAPTIONS} captions, got {k.shape[1]}; sample "
@@ -158,7 +158,7 @@ def attention_statistics(
     check_words(
         "attention_statistics", "q", q, "k", k, word_mask, caption_mask, token_mask, num_heads
     )
-    check_scale("attention_statistics", scale)
+    scale = checked_scale("attention_statistics", scale)
     if k.dtype != q.dtype:
         raise TypeError(
             f"attention_statistics: q and k must have one dtype, got {q.dtype} and {k.dtype}; "
@@ -249,10 +249,12 @@ def check_values(
         )
 
 
-def check_scale(op: str, scale: float | None) -> None:
-    """Raises unless `scale` is None or a positive and finite number."""
-    if scale is not None:
-        check_positive(op, "scale", scale, learned="multiply q by it and pass scale=1.0")
+def checked_scale(op: str, scale: float | None) -> float | None:
+    """`scale` as a float, or None. Raises unless it is None or a positive and finite number."""
+    if scale is None:
+        return None
+    check_positive(op, "scale", scale, learned="multiply q by it and pass scale=1.0")
+    return scale if isinstance(scale, float) else float(scale)  # symbolic ones are floats
 
 
 def check_similarity(op: str, similarity: str, tau: float) -> None:
