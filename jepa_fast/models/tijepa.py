@@ -133,7 +133,7 @@ class TIJepa(nn.Module):
                 "interop.text.load_text_encoder makes one"
             )
         if vicreg is not None:
-            _check_weights(vicreg)
+            vicreg = _weights("vicreg", vicreg)
         module: Any = create_encoder(encoder, img_size) if isinstance(encoder, str) else encoder
         if module is not None:
             check_encoder(module, num_heads=False, keep=encode_masked_image)
@@ -539,20 +539,28 @@ class TIJepa(nn.Module):
         return {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
 
 
-def _check_weights(vicreg: object) -> None:
-    """Raises unless these are the weights of the three terms."""
-    if not isinstance(vicreg, (tuple, list)):
+def _weights(name: str, value: Any) -> tuple[float, ...]:
+    """The weights of the three terms.
+
+    Raises:
+        TypeError: no numbers.
+        ValueError: another number of them, or one that is negative or not finite.
+    """
+    try:
+        weights = tuple(value)
+    except TypeError:
         raise TypeError(
-            "vicreg: expected 3 weights (prediction loss, variance, covariance), got "
-            f"{vicreg!r}; VICREG_WEIGHTS are the usual ones"
-        )
-    if len(vicreg) != 3:
+            f"{name}: expected 3 weights (prediction loss, variance, covariance), got {value!r}; "
+            "VICREG_WEIGHTS are the usual ones"
+        ) from None
+    if len(weights) != 3:
         raise ValueError(
-            "vicreg: expected 3 weights (prediction loss, variance, covariance), got "
-            f"{len(vicreg)}; VICREG_WEIGHTS are the usual ones"
+            f"{name}: expected 3 weights (prediction loss, variance, covariance), got "
+            f"{len(weights)}; VICREG_WEIGHTS are the usual ones"
         )
-    for i, weight in enumerate(vicreg):
-        check_number(f"vicreg[{i}]", weight, zero=True)
+    for i, weight in enumerate(weights):
+        check_number(f"{name}[{i}]", weight, zero=True)
+    return weights
 
 
 def _check_pairs(tokens: Tensor, words: Tensor) -> None:

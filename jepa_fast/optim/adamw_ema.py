@@ -136,7 +136,8 @@ class AdamWEma(torch.optim.Optimizer):
         left = {} if only_state else dict(self._targets)
         if momentum is None:
             momentum = self.momentum
-        if isinstance(momentum, Tensor) and left:  # before a group has moved
+        if left and isinstance(momentum, Tensor) and not torch.compiler.is_compiling():
+            # Operators ask, too, but once the first groups have moved.
             memory.check_number("AdamWEma", "momentum", momentum, 1.0)
         for number, group in enumerate(self.param_groups):
             self._step_group(number, group, momentum, left)

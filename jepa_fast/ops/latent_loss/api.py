@@ -89,7 +89,7 @@ def latent_loss(
 
     Raises:
         TypeError: `prediction` or `teacher` is not a dense floating tensor, `target_index` not
-            int32 or int64, or `target_mask` not bool.
+            int32 or int64, `target_mask` or `normalize_target` not bool, `beta` or `eps` no number.
         ValueError: a shape does not fit; an unknown `kind`; negative `beta` or `eps`; an index is
             out of range (checked on the CPU always, on a GPU with `JEPA_FAST_DEBUG=1`).
         BackendError: the requested backend cannot serve the call.
