@@ -159,6 +159,23 @@ def test_ranks_share_what_one_process_would_see() -> None:
     assert lengths == [8, 8]
 
 
+def test_another_number_of_processes_goes_on_where_one_has_stopped() -> None:
+    alone = Loader(Numbers(50), 6, train=True)
+    whole = ids(Loader(Numbers(50), 6, train=True))
+    for _ in zip(range(3), alone, strict=False):
+        pass
+    ranks = [Loader(Numbers(50), 2, train=True, rank=r, world_size=3) for r in range(3)]
+    for rank in ranks:
+        rank.load_state_dict(alone.state_dict())
+    rest = [ids(rank) for rank in ranks]
+    assert [a + b + c for a, b, c in zip(*rest, strict=True)] == whole[alone.position :]
+    with pytest.raises(ValueError, match="batch_size: saved 6, here 4"):
+        Loader(Numbers(50), 2, train=True, world_size=2).load_state_dict(alone.state_dict())
+    streamed = Loader(Streams(50), 6, train=True).state_dict()
+    with pytest.raises(ValueError, match="settings, got world_size: saved 1, here 2"):
+        Loader(Streams(50), 3, train=True, world_size=2).load_state_dict(streamed)
+
+
 def test_workers_change_nothing_for_indexed_sources() -> None:
     transform = Transform(2, crop_scale=(0.3, 1), flip=0.5)
     loaders = [

@@ -46,6 +46,15 @@ def test_two_processes_give_the_loss_of_one(tmp_path: Path) -> None:
     assert ranks[0]["loader"] == ranks[1]["loader"]
     assert not torch.equal(ranks[0]["rng"]["torch"], ranks[1]["rng"]["torch"])
 
+    # One process goes on where two have stopped, as it does where it stopped itself.
+    longer = (*RUNS["ijepa"], "train.steps=9")
+    for n in ("one", "two"):
+        pretrain(tiny(tmp_path / n / "ijepa", *longer), resume="")
+    one, two = (read_rows(tmp_path / n / "ijepa") for n in ("one", "two"))
+    assert [row["step"] for row in two] == list(range(1, 10))
+    losses = [row["loss"] for row in one]
+    assert [row["loss"] for row in two] == pytest.approx(losses, abs=1e-5)
+
     flow = load_checkpoint(tmp_path / "two" / "flow")["model"]
     assert any("log_scale" in key and value.abs().max() > 0 for key, value in flow.items())
 

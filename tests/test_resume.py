@@ -160,8 +160,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     odd = {**state, "model": {"odd": torch.zeros(1)}}  # no setting explains it
     with pytest.raises(CheckpointError, match=r"(?s)another model.*predictor_blocks\.0"):
         trainer_of(tiny(tmp_path)).restore(odd)
-    with pytest.raises(CheckpointError, match="of a run with 2 processes, this one has 1"):
-        trainer_of(tiny(tmp_path)).restore({**state, "ranks": state["ranks"] * 2})
+    (rank,) = state["ranks"]
+    others = {**rank, "loader": {**rank["loader"], "world_size": 2}}  # 16 images a step
+    with pytest.raises(
+        ConfigError, match=r"^train\.batch_size: expected 16, as the run has, got 8"
+    ):
+        trainer_of(tiny(tmp_path)).restore({**state, "ranks": [others] * 2})
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

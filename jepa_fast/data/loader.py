@@ -147,12 +147,17 @@ class Loader:
         self.skips.reasons.update(state["skipped"])
 
     def differences(self, state: dict[str, Any]) -> dict[str, tuple[Any, int]]:
-        """Settings in which the loader that `state` was taken of differs: {name: (its, mine)}."""
-        return {
-            name: (state.get(name), value)
-            for name, value in self._setting().items()
-            if state.get(name) != value
-        }
+        """Settings in which the loader that `state` was taken of differs: {name: (its, mine)}.
+
+        `batch_size` counts the images of all processes; how many these are matters to the order of
+        streamed sources alone.
+        """
+        its, mine = dict(state), self._setting()
+        for setting in (its, mine):
+            setting["batch_size"] = setting.get("batch_size", 0) * setting.get("world_size", 1)
+        if not isinstance(self.source, StreamedSource):
+            del mine["world_size"]
+        return {n: (its.get(n), value) for n, value in mine.items() if its.get(n) != value}
 
     def _setting(self) -> dict[str, int]:
         """Everything that the order of the batches depends on."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_fast.data import counter
 from jepa_fast.data.batch import Batch
 from jepa_fast.data.extras import require
 from jepa_fast.data.images import CocoCaptions
@@ -257,15 +258,13 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, as `load_checkpoint` gives it.
 
+        It may be of another number of processes, but for streamed data, whose order depends on it:
+        images and masks are what they would have been, random states begin anew.
+
         Raises:
-            CheckpointError: it is of another model or number of processes.
+            CheckpointError: it is of another model.
             ConfigError: it is past the end of this run, or settings differ that must not.
         """
-        if len(state["ranks"]) != self.world.size:
-            raise CheckpointError(
-                f"the checkpoint is of a run with {len(state['ranks'])} processes, this one has "
-                f"{self.world.size}; resume with as many"
-            )
         if state["step"] > self.total_steps:
             length = "steps" if self.config.steps else "epochs"
             raise ConfigError(
@@ -274,7 +273,8 @@ class Trainer:
                 f"{getattr(self.config, length)}); make the run longer, or start another one with "
                 "output=FOLDER and without --resume"
             )
-        mine = state["ranks"][self.world.rank]
+        ranks = state["ranks"]
+        mine = ranks[self.world.rank % len(ranks)]
         self._check_loader(mine["loader"])
         self._load_weights(state)
         try:
@@ -284,18 +284,24 @@ class Trainer:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         for group in self.optimizer.param_groups:  # the checkpoint has them, too
             group["betas"], group["eps"] = self.config.betas, self.config.eps
-        set_rng_state(mine["rng"])
-        self._window_seconds = mine["window"]["seconds"]
-        self._sums.load_state_dict(mine["window"], self.world.device)
+        window = mine["window"]
+        if len(ranks) == self.world.size:
+            set_rng_state(mine["rng"])
+        else:
+            # No two ranks may draw the same, nor what has been drawn before.
+            seed = counter.bits(self.loader.seed, state["step"], self.world.rank)
+            torch.manual_seed(int(seed) >> 1)
+            if window["sum"] is not None:
+                every = torch.stack([rank["window"]["sum"] for rank in ranks])
+                window = {**window, "sum": every.mean(0)}
+        self._window_seconds = window["seconds"]
+        self._sums.load_state_dict(window, self.world.device)
         self.step = state["step"]
 
     def _check_loader(self, saved: dict[str, Any]) -> None:
         """Raises ConfigError where the batches would not be those of the run."""
         problems = []
         for name, (its, here) in self.loader.differences(saved).items():
-            scale = self.world.size if name == "batch_size" else 1
-            if its is not None:
-                its, here = its * scale, here * scale
             what = f"{its} images" if name == "samples" else f"{its}"
             problems.append(f"{_KEYS[name]}: expected {what}, as the run has, got {here}")
         if problems:
