@@ -182,7 +182,7 @@ def heads(results: Results) -> list[str]:
         row.append(f"{costs['images_per_second']:.0f}")
         row.append(f"{costs['step_bytes'] / 2**20:.0f} MiB")
         latency = costs["sample_microseconds"]
-        row.append("-" if latency is None else f"{latency:.3g} µs")
+        row.append("-" if latency is None else _microseconds(latency))
         rows.append(row)
     heads = ["", "kNN", "linear", "effective rank of targets", "parameters of predictor and head"]
     return _table(
@@ -231,9 +231,13 @@ def ablations(results: Results, *names: str) -> list[str]:
             row.append(f"{fmean(run['target_rank'] for run in runs):.0f}")
             row += _described(runs)
             row.append(f"{costs['images_per_second']:.0f}")
-            rows.append([*row, f"{costs['sample_microseconds']:.3g} µs"])
+            rows.append([*row, _microseconds(costs["sample_microseconds"])])
     heads = ["ablation", "", "parameters of predictor and head", "effective rank of targets"]
     return _table([*heads, *_DESCRIBED, "images/s", "a sample of a token"], rows)
+
+
+def _microseconds(time: float) -> str:
+    return f"{time:.3g} µs" if time < 1000 else f"{time:.0f} µs"
 
 
 def public_ijepa(results: Results) -> list[str]:
