@@ -92,6 +92,12 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def check_counts(**values: object) -> None:
+    """As :func:`check_count` of every named value."""
+    for name, value in values.items():
+        check_count(name, value)
+
+
 def check_number(name: str, value: object, *, zero: bool = False) -> None:
     """Refuse what is no positive and finite number.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_choice
 from jepa_fast.data.text import TextBatch, sample_captions
 
 Normalization = Literal["none", "word", "sequence"]
@@ -51,10 +52,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         if max_words < 1:
             raise ValueError(f"max_words: expected at least 1, got {max_words}")
-        if normalize not in get_args(Normalization):
-            raise ValueError(
-                f"normalize: expected one of {get_args(Normalization)}, got {normalize!r}"
-            )
+        check_choice("normalize", normalize, get_args(Normalization))
         if tokenizer.pad_token is None:
             raise ValueError(
                 "tokenizer: expected one with a padding token, got none; "

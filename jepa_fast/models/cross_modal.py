@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast._arguments import check_choice, check_count
+from jepa_fast._arguments import check_choice, check_counts
 from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import make_teacher, update_teachers
 from jepa_fast.models.output import JepaOutput
@@ -78,15 +78,14 @@ class CrossModal(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("representation", representation, get_args(Representation))
-        for name, size in (
-            ("image_dim", image_dim),
-            ("text_dim", text_dim),
-            ("width", width),
-            ("depth", depth),
-            ("predictor_dim", predictor_dim),
-            ("predictor_depth", predictor_depth),
-        ):
-            check_count(name, size)
+        check_counts(
+            image_dim=image_dim,
+            text_dim=text_dim,
+            width=width,
+            depth=depth,
+            predictor_dim=predictor_dim,
+            predictor_depth=predictor_depth,
+        )
         self.representation = representation
         self.loss = loss
         self.normalize_target = normalize_target

@@ -334,12 +334,9 @@ class TCJepa(IJepa):
 
 def _weight_of_pairs(masks: BlockMasks | PackedMasks, word_mask: Tensor) -> Tensor | float:
     """What a pack's mean over pairs of caption and token counts for among those of its batch."""
-    if isinstance(masks, BlockMasks):
+    if isinstance(masks, BlockMasks) or masks.target_mask is None:  # all of the batch
         return 1.0
-    counts = masks.target_mask
-    if counts is None:
-        counts = torch.ones_like(masks.targets, dtype=torch.bool)
-    tokens = masks.lengths + counts.sum(-1).amax()  # of a sequence
+    tokens = masks.lengths + masks.target_mask.sum(-1).amax()  # of a sequence
     return masks.reweighted(word_mask.any(2).sum(1) * tokens)
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from jepa_fast._arguments import check_choice, check_count, check_number
+from jepa_fast._arguments import check_choice, check_counts, check_number
 from jepa_fast.nn.attention import Attention, Mlp, attend, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.linear import Linear
@@ -161,13 +161,7 @@ class Crosser(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("block", block, get_args(BlockKind))
-        for name, size in (
-            ("image_dim", image_dim),
-            ("text_dim", text_dim),
-            ("width", width),
-            ("depth", depth),
-        ):
-            check_count(name, size)
+        check_counts(image_dim=image_dim, text_dim=text_dim, width=width, depth=depth)
         check_number("mlp_ratio", mlp_ratio)
         make = SelfCrossBlock if block == "self_cross" else CrossBlock
         self.width = width

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_choice
 from jepa_fast.nn.attention import Block
 
 InitScheme = Literal["released", "rescaled", "fan_in"]
@@ -39,8 +40,7 @@ def init_transformer(
     Raises:
         ValueError: ``scheme`` is unknown.
     """
-    if scheme not in get_args(InitScheme):
-        raise ValueError(f"init: expected one of {get_args(InitScheme)}, got {scheme!r}")
+    check_choice("init", scheme, get_args(InitScheme))
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
             inputs = child.weight[0].numel()
