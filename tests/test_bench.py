@@ -306,6 +306,24 @@ def test_peak_memory_is_exact() -> None:
     }
 
 
+def test_what_an_earlier_call_left_is_not_subtracted() -> None:
+    kept = []
+
+    def call() -> None:
+        kept.clear()
+        kept.append(torch.ones(1000))
+
+    # The last profile knows the block that is freed in this one.
+    assert [memory.peak_allocation(call) for _ in range(3)] == [4000, 4000, 4000]
+
+
+def test_nothing_is_collected_in_the_middle_of_a_call() -> None:
+    enabled = []
+    memory.peak_allocation(lambda: enabled.append(gc.isenabled()))
+    assert enabled == [False]
+    assert gc.isenabled()
+
+
 def test_a_share_is_of_the_ceiling_that_takes_longer() -> None:
     here = Ceilings(100.0, {"float32": 1000.0})
     assert here.share(Cost(read=50, written=50, flops=500), "float32", 2.0) == (0.5, "memory")

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Frees what waits in reference cycles now, and no more of it until the end.
+
+    Else a collection in the middle of a call lowers its peak in some runs.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def peak_allocation(call: Callable[[], object], device: str = "cpu") -> int:
@@ -18,26 +37,45 @@ def peak_allocation(call: Callable[[], object], device: str = "cpu") -> int:
         device: `"cpu"` or `"cuda"`.
     """
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
+        with _no_collection():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            kept = call()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
         del kept
         return peak
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with (
+        _no_collection(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         kept = call()
     del kept
-    events = [
-        event
-        for event in profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-        if event.name() == "[memory]"
-    ]
+    # The profiler takes a block freed here for one of an earlier profile that had its address: what
+    # is freed is subtracted if it was allocated here, and no other.
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    sizes: dict[int, int] = {}
+    for allocation in _allocations(profile):
+        if allocation.alloc_size > 0:
+            sizes[allocation.ptr] = allocation.alloc_size
+            held += allocation.alloc_size
+            peak = max(peak, held)
+        else:
+            held -= sizes.pop(allocation.ptr, 0)
     return peak
+
+
+def _allocations(profile: torch.profiler.profile) -> list[Any]:
+    """What was allocated (a positive `alloc_size`) and freed, in order."""
+    found = []
+    roots = profile.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    todo = list(reversed(roots))
+    while todo:
+        event = todo.pop()
+        todo += reversed(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            found.append(event)
+    return [event.extra_fields for event in sorted(found, key=lambda event: event.start_time_ns)]
