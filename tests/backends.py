@@ -16,6 +16,8 @@ needs_native = pytest.mark.skipif(
     bool(_native.missing()) and shutil.which("g++") is None, reason="no compiler, no native kernels"
 )
 
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
 _PLACES = (
     pytest.param("reference", "cpu"),
     pytest.param("cpu", "cpu", marks=needs_native),
@@ -23,12 +25,25 @@ _PLACES = (
     pytest.param("triton", "cuda", marks=pytest.mark.tier3),
     pytest.param("cuda", "cuda", marks=pytest.mark.tier3),
 )
+# The CUDA kernels in the place of the CPU's: see tests/cuda_on_cpu.
+_EMULATED = pytest.param(
+    "cpu", "cpu", id="cuda-on-cpu", marks=[needs_native, needs_gxx, pytest.mark.cuda_on_cpu]
+)
+in_emulator = pytest.mark.parametrize(("backend", "device"), [_EMULATED])
 
 
-def backends(names: Iterable[str], on_gpu: bool = True) -> Any:
-    """Parametrizes `backend` and `device` over the places where these backends run."""
+def backends(names: Iterable[str], on_gpu: bool = True, emulated: bool = True) -> Any:
+    """Parametrizes `backend` and `device` over the places where these backends run.
+
+    Args:
+        names: of the backends.
+        on_gpu: also where only a GPU is.
+        emulated: run CUDA kernels on a CPU, too, which takes long.
+    """
     names = tuple(names)
     places = [place for place in _PLACES if place.values[0] in names]
+    if "cuda" in names and emulated:
+        places.append(_EMULATED)
     if not on_gpu:
         places = [place for place in places if place.values[1] == "cpu"]
     return pytest.mark.parametrize(("backend", "device"), places)

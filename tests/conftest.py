@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from backends import runs_cpu_kernel
+from cuda_on_cpu import emulated_kernels
 
 from jepa_fast.ops._registry import Operator
 
@@ -49,9 +50,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
     for item in kept:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        for_gpu = any(item.get_closest_marker(tier) is not None for tier in ("tier2", "tier3"))
-        if not for_gpu and runs_cpu_kernel(parameters, getattr(item.module, "SAMPLES", ())):
+        others = ("tier2", "tier3", "cuda_on_cpu")
+        elsewhere = any(item.get_closest_marker(marker) is not None for marker in others)
+        if not elsewhere and runs_cpu_kernel(parameters, getattr(item.module, "SAMPLES", ())):
             item.add_marker("native")
+
+
+@pytest.fixture(autouse=True)
+def _cuda_on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("cuda_on_cpu") is None:
+        yield
+        return
+    with emulated_kernels():
+        yield
 
 
 @pytest.fixture

@@ -177,6 +177,23 @@ def test_as_the_reference(dtype: torch.dtype, backend: str, device: str) -> None
     _assert_close(one.written, other.written)
 
 
+@backends(("cpu", "cuda"))
+def test_more_parameters_than_a_launch_takes(backend: str, device: str) -> None:
+    """Half of them with averages; some of several thread blocks."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(5 + i) if i % 100 else 9_000 + i for i in range(900)]
+    outcomes = []
+    values = [torch.randn(size, generator=generator).to(device) for size in sizes]
+    for each in (backend, "reference"):
+        p, g, m, v = ([x.clone() * scale for x in values] for scale in (1, 2, 0, 0))
+        t = [x.bfloat16() for x in values[:450]]
+        s = [x.clone() for x in t]
+        steps = [torch.tensor(float(i % 7), device=device) for i in range(len(values))]
+        adamw_ema_(p, g, m, v, steps, t, s, **OPTIONS, rounding_seed=7, backend=each)
+        outcomes.append([*p, *m, *v, *steps, *t, *s])
+    _assert_close(*outcomes, torch.bfloat16)
+
+
 @each_backend
 def test_stochastic_rounding_keeps_small_steps(backend: str, device: str) -> None:
     """bfloat16 parameters and averages follow those in float32, in the mean."""

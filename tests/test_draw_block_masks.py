@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import backends, needs_native
+from backends import backends, in_emulator, needs_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import Sample
@@ -24,7 +24,7 @@ from jepa_fast.ops._registry import OPERATORS
 from jepa_fast.ops.draw_block_masks import reference
 
 each_backend = backends(OPERATORS["draw_block_masks"].backends)
-each_kernel = backends(("cpu", "cuda"))
+each_kernel = backends(("cpu", "cuda"), emulated=False)
 
 PAPER = {
     "seed": 1, "step": 2, "grid": (14, 14), "num_targets": 4, "target_size": (6, 5),
@@ -104,6 +104,17 @@ def test_kernels_equal_the_reference(
     sample_ids = torch.tensor(ids)
     expected = draw_block_masks(sample_ids, **call, backend="reference")
     _assert_equal(draw_block_masks(sample_ids.to(device), **call, backend=backend), expected)
+
+
+@in_emulator
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(call=_calls(), ids=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4))
+def test_the_emulated_kernel_equals_the_reference(
+    backend: str, device: str, call: dict[str, Any], ids: list[int]
+) -> None:
+    sample_ids = torch.tensor(ids, device=device)
+    expected = draw_block_masks(sample_ids, **call, backend="reference")
+    _assert_equal(draw_block_masks(sample_ids, **call, backend=backend), expected)
 
 
 @each_kernel

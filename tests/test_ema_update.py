@@ -721,6 +721,23 @@ def test_cuda_graph_follows_a_device_seed(backend: str) -> None:
     assert torch.equal(target[0].cpu(), want[0])
 
 
+@backends(("cpu", "cuda"))
+def test_more_tensors_than_a_launch_takes(backend: str, device: str) -> None:
+    """Some of several thread blocks; what is drawn goes by the tensor."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(5 + i) if i % 100 else 9_000 + i for i in range(850)]
+    before = [torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in sizes]
+    sources = [torch.randn(size, generator=generator).to(device) for size in sizes]
+    outcomes = []
+    for each in (backend, "reference"):
+        targets = [target.clone() for target in before]
+        shadows = [target.half() for target in before]
+        ema_update_(targets, sources, 0.9, shadows, rounding_seed=7, backend=each)
+        outcomes.append([*targets, *shadows])
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.tier3
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_hundreds_of_tensors_in_few_launches(backend: str) -> None:

@@ -129,7 +129,7 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Options& 
   using T = Compute<Param>;
   const int row = row_of_block(table);
   // Powers of the betas take long, and are the same for all threads.
-  __shared__ alignas(AdamWStep<T>) unsigned char shared[sizeof(AdamWStep<T>)];
+  alignas(AdamWStep<T>) __shared__ unsigned char shared[sizeof(AdamWStep<T>)];
   auto& step = *reinterpret_cast<AdamWStep<T>*>(shared);
   if (threadIdx.x == 0) {
     step = AdamWStep<T>(
