@@ -10,6 +10,7 @@ import torch
 from backends import backends, needs_native
 from samples import Sample
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from jepa_fast import BackendError
 from jepa_fast.ops import adamw_ema_, ema_update_
@@ -175,6 +176,25 @@ def test_as_the_reference(dtype: torch.dtype, backend: str, device: str) -> None
         one.step(backend=backend)
         other.step(backend="reference")
     _assert_close(one.written, other.written)
+
+
+def test_compiled_rates_are_not_baked_in() -> None:
+    """Numbers that change every step compile twice, the second time for good."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    one, other = (_State(torch.float32, "cpu", torch.float32) for _ in range(2))
+
+    def step(state: _State, grads: list[Tensor], lr: float, momentum: float) -> None:
+        adamw_ema_(state.params, grads, *state.lists, lr=lr, weight_decay=0.1, momentum=momentum)
+
+    compiled = torch.compile(step, backend=graphs, fullgraph=True)
+    for i in range(4):
+        grads = one.randoms(torch.float32, "cpu")
+        for run, state in ((compiled, one), (step, other)):
+            run(state, grads, 1e-2 / (i + 1), 0.9 + 0.01 * i)
+    for got, want in zip(one.written, other.written, strict=True):
+        assert torch.equal(got, want)
+    assert graphs.frame_count <= 2
 
 
 @backends(("cpu", "cuda"))

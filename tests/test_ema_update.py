@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from samples import Sample
 from tolerance import assert_as_accurate
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_fast import BackendError
@@ -278,15 +279,10 @@ def test_one_tensor_on_another_device() -> None:
 def test_compiled_momentum_is_not_baked_in() -> None:
     """A float that changes every step compiles twice, the second time for good."""
     torch._dynamo.reset()
-    graphs = []
-
-    def keep(graph: Any, example: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
+    graphs = CompileCounterWithBackend("aot_eager")
     step = torch.compile(
         lambda target, source, momentum: ema_update_([target], [source], momentum),
-        backend=keep,
+        backend=graphs,
         fullgraph=True,
     )
     target, source = torch.zeros(3), torch.ones(3)
@@ -295,7 +291,7 @@ def test_compiled_momentum_is_not_baked_in() -> None:
         step(target, source, momentum)
         want = momentum * want + 1 - momentum
         assert target[0].item() == pytest.approx(want, rel=1e-6)
-    assert len(graphs) <= 2
+    assert graphs.frame_count <= 2
 
 
 # Stochastic rounding

@@ -106,6 +106,9 @@ def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor
     if not 0.0 <= value <= most:
         interval = "0 or more" if most == math.inf else f"[0, {most:g}]"
         raise ValueError(f"{op}: {argument} must be in {interval}, got {number}")
+    if torch.compiler.is_compiling():
+        # torch.tensor(value) would be compiled anew for every value.
+        return torch.ones((), dtype=torch.float64) * value
     return torch.tensor(value, dtype=torch.float64)
 
 
