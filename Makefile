@@ -69,8 +69,9 @@ test-oldest:
 	$(MAKE) --no-print-directory oldest-tiers VENV=$(OLDEST)
 
 # But for the tests of the tools, which start processes by the dozen: what the tools do with torch,
-# tests/test_bench.py and tests/test_audit.py see here.
-TOOLS = $(addprefix --ignore=tests/test_,compare.py examples.py tables.py heads_comparison.py)
+# tests/test_bench.py and tests/test_audit.py see here. And for what no torch changes.
+TOOLS = $(addprefix --ignore=tests/test_,compare.py examples.py tables.py heads_comparison.py \
+  growth.py tiers.py csrc.py)
 
 .PHONY: oldest-tiers
 oldest-tiers:
