@@ -504,7 +504,7 @@ class AdaLNConditioner(nn.Module):
         check_count("text_dim", text_dim)
         self.depth = depth
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(text_dim, depth * 2 * dim)
+        self.modulation = Linear(text_dim, depth * 2 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -540,8 +540,8 @@ class FeatureConditioner(nn.Module):
     def __init__(self, dim: int, depth: int, text_dim: int) -> None:
         super().__init__()
         check_count("text_dim", text_dim)
-        self.caption = nn.Linear(text_dim, dim)
-        self.layers = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth))
+        self.caption = Linear(text_dim, dim)
+        self.layers = nn.ModuleList(Linear(2 * dim, dim) for _ in range(depth))
         init_transformer(self, ())
 
     def forward(self, captions: Captions, token_mask: Tensor | None = None) -> Conditioning:
@@ -571,7 +571,7 @@ class WordAppender(nn.Module):
     def __init__(self, dim: int, depth: int, text_dim: int) -> None:
         super().__init__()
         check_count("text_dim", text_dim)
-        self.embed = nn.Linear(text_dim, dim)
+        self.embed = Linear(text_dim, dim)
         init_transformer(self, ())
 
     def forward(self, captions: Captions, token_mask: Tensor | None = None) -> Conditioning:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_fast.nn.linear import Linear
+
 _MODULATIONS = 1 << 24
 """Numbers that a sampler computes ahead: 64 MiB of float32."""
 
@@ -31,12 +33,12 @@ class AdaLNMlp(nn.Module):
 
     def __init__(self, target_dim: int, condition_dim: int, hidden_dim: int, depth: int) -> None:
         super().__init__()
-        self.input = nn.Linear(target_dim, hidden_dim)
-        self.condition = nn.Linear(condition_dim, hidden_dim)
+        self.input = Linear(target_dim, hidden_dim)
+        self.condition = Linear(condition_dim, hidden_dim)
         self.time = TimeEmbedding(hidden_dim)
         self.blocks = nn.ModuleList(AdaLNBlock(hidden_dim) for _ in range(depth))
-        self.modulation = _zero(nn.Linear(hidden_dim, 2 * hidden_dim))
-        self.output = _zero(nn.Linear(hidden_dim, target_dim))
+        self.modulation = _zero(Linear(hidden_dim, 2 * hidden_dim))
+        self.output = _zero(Linear(hidden_dim, target_dim))
 
     def forward(self, z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """[..., T, D] from z [..., T, D], time in [0, 1] and `self.condition(...)` [T, hidden_dim].
@@ -79,9 +81,9 @@ class AdaLNBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.modulation = _zero(nn.Linear(width, 3 * width))
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
+        self.modulation = _zero(Linear(width, 3 * width))
+        self.fc1 = Linear(width, width)
+        self.fc2 = Linear(width, width)
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
         shift, scale, gate = modulation.chunk(3, -1)
@@ -100,8 +102,8 @@ class TimeEmbedding(nn.Module):
         share = torch.arange(num_frequencies) / (num_frequencies - 1)
         frequencies = 1000 * torch.exp(-math.log(10_000) * share)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.fc1 = nn.Linear(2 * num_frequencies, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = Linear(2 * num_frequencies, width)
+        self.fc2 = Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
         angle = time.unsqueeze(-1) * self.frequencies

@@ -15,6 +15,7 @@ from jepa_fast import ops
 from jepa_fast._arguments import integer
 from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
 from jepa_fast.nn.heads.mixture import init_mixture_projection
+from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.precision import widened, without_autocast
 from jepa_fast.ops.mixture_nll import (
     check_mixture_options,
@@ -115,8 +116,8 @@ class AutoregressiveHead(Head):
             MaskedLinear(hidden_degree if i else degree, hidden_degree) for i in range(depth)
         )
         self.output = MaskedLinear(hidden_degree, output_degree, strict=True)
-        self.film = nn.Linear(condition_dim, depth * 2 * hidden_dim)
-        self.direct = nn.Linear(condition_dim, len(output_degree), bias=False)
+        self.film = Linear(condition_dim, depth * 2 * hidden_dim)
+        self.direct = Linear(condition_dim, len(output_degree), bias=False)
         nn.init.trunc_normal_(self.film.weight, std=0.02)
         nn.init.zeros_(self.film.bias)
         nn.init.trunc_normal_(self.direct.weight, std=0.02)

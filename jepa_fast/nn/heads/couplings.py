@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import ops
+from jepa_fast.nn.linear import linear
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import may_be_read
 
@@ -142,10 +143,10 @@ class Step(NamedTuple):
         """[T, F] each, from what passes, normalised, and the condition [T, d]."""
         # What autocast does, where the module itself is in half precision.
         dtype = self.hidden.dtype
-        seen = F.linear(kept.to(dtype), self.from_target, self.from_target_bias)
+        seen = linear(kept.to(dtype), self.from_target, self.from_target_bias)
         h = F.silu(torch.addmm(seen, condition.to(dtype), self.from_condition.t()))
-        h = F.silu(F.linear(h, self.hidden, self.hidden_bias))
-        raw_scale, shift = F.linear(h, self.output, self.output_bias).chunk(2, -1)
+        h = F.silu(linear(h, self.hidden, self.hidden_bias))
+        raw_scale, shift = linear(h, self.output, self.output_bias).chunk(2, -1)
         return raw_scale, shift
 
 

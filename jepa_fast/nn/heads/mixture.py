@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from jepa_fast import ops
 from jepa_fast.nn.heads.interface import Head, LatentDistribution
+from jepa_fast.nn.linear import Linear
 from jepa_fast.ops.mixture_nll import (
     check_mixture_options,
     mixture_parameter_count,
@@ -57,7 +58,7 @@ class MixtureHead(Head):
         self.scale_floor = scale_floor
         self.scale_map = scale_map
         outputs = mixture_parameter_count(num_components, target_dim, event)
-        self.projection = nn.Linear(condition_dim, outputs)
+        self.projection = Linear(condition_dim, outputs)
         init_mixture_projection(self.projection, num_components, target_dim, event)
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:

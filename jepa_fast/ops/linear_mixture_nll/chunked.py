@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from jepa_fast.ops import _onednn
 from jepa_fast.ops._checks import check_finite_target
 from jepa_fast.ops.linear_mixture_nll.reference import empty_gradients, factors
 from jepa_fast.ops.mixture_nll.reference import split_mixture_parameters
@@ -44,16 +46,12 @@ def in_chunks(
         next(present) if need else None for need in needs
     )
     step = _tokens_at_once(hidden, len(weight))
-    room = hidden.new_empty(min(step, tokens), len(weight))
     nll = hidden.new_empty(tokens, dtype=torch.float32)
     for first in range(0, tokens, step):
         part = slice(first, first + step)
         inputs = hidden[part]
-        outputs = room[: len(inputs)]
-        if bias is None:
-            torch.mm(inputs, weight.T, out=outputs)
-        else:
-            torch.addmm(bias, inputs, weight.T, out=outputs)
+        outputs = parameters = None  # the last chunk's are gone before this one's are made
+        outputs = _linear(inputs, weight, bias)
         parameters = split_mixture_parameters(outputs, num_components, width, event)
         if not grads:
             nll[part], _ = nll_and_posterior(target[part], *parameters, *options)
@@ -63,9 +61,12 @@ def in_chunks(
             target[part], *parameters, *options, inner, to_target
         )
         if grad_hidden is not None:
-            _product(outputs, weight, grad_hidden[part], is_first=True)
+            if _onednn.takes(outputs, weight.T):
+                grad_hidden[part] = _onednn.product(outputs, weight.T)
+            else:
+                _put_product(outputs, weight, grad_hidden[part], is_first=True)
         if grad_weight is not None:
-            _product(outputs.T, inputs, grad_weight, is_first=first == 0)
+            _put_product(outputs.T, inputs, grad_weight, is_first=first == 0)
         if grad_bias is not None:
             sums = outputs.sum(0, dtype=torch.float32)
             grad_bias.copy_(sums) if first == 0 else grad_bias.add_(sums)
@@ -76,7 +77,13 @@ def in_chunks(
     return (nll.sum(dtype=torch.float64) * (inner * outer)).to(torch.float32), grads
 
 
-def _product(left: Tensor, right: Tensor, total: Tensor, is_first: bool) -> None:
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _onednn.takes(inputs, weight, bias):
+        return _onednn.product(inputs, weight, bias)
+    return F.linear(inputs, weight, bias)
+
+
+def _put_product(left: Tensor, right: Tensor, total: Tensor, is_first: bool) -> None:
     """Puts `left @ right` into `total`, in float32; adds it where it is not the first."""
     if left.dtype != total.dtype:
         product = left @ right
