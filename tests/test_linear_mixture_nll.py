@@ -127,6 +127,25 @@ def test_as_accurate_as_eager_in_chunks(
         assert_as_accurate(mine.flatten(), theirs.flatten(), truth.flatten())
 
 
+@backends(REGISTERED["linear_mixture_nll"].backends)
+@pytest.mark.parametrize("event", ["joint", "coordinate"])
+def test_float16_gradients_of_a_token_do_not_overflow(
+    event: str, backend: str, device: str
+) -> None:
+    """A target 76 scales away has gradients beyond 65504, which the mean over tokens has not."""
+    tokens, logit, scale = 1024, 0.0, -10.0
+    hidden, weight = torch.ones(tokens, 1).half(), torch.zeros(3, 1).half()
+    bias, target = torch.tensor([logit, 0.0, scale]).half(), torch.zeros(tokens, 1)
+    target[0] = 0.08
+    inputs = [x.to(device).requires_grad_() for x in (hidden, weight, bias, target)]
+    loss = ops.linear_mixture_nll(*inputs, 1, event=event, backend=backend)
+    got = torch.autograd.grad(loss, inputs)
+    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    want = torch.autograd.grad(ops.linear_mixture_nll(*exact, 1, event=event), exact)
+    for mine, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), truth, rtol=2e-3, atol=1e-5)
+
+
 @backends(["cpu", "reference"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_only_what_is_needed_has_a_gradient(bias: bool, backend: str, device: str) -> None:

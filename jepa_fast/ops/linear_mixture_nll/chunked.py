@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jepa_fast.ops import _onednn
 from jepa_fast.ops._checks import check_finite_target
-from jepa_fast.ops.linear_mixture_nll.reference import empty_gradients, factors
+from jepa_fast.ops.linear_mixture_nll.reference import empty_gradients, gradient_dtype
 from jepa_fast.ops.mixture_nll.reference import split_mixture_parameters
 
 _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 128 << 20}
@@ -39,42 +39,44 @@ def in_chunks(
     """As `reference.linear_mixture_nll_and_gradients`, by a backend's two functions."""
     tokens, width = target.shape
     options = (family, event, scale_floor, scale_map)
-    inner, outer = factors(reduction, tokens, hidden.dtype)
+    factor = 1 / max(tokens, 1) if reduction == "mean" else 1.0
     grads = empty_gradients(hidden, weight, bias, target, needs)
     present = iter(grads)
     grad_hidden, grad_weight, grad_bias, grad_target = (
         next(present) if need else None for need in needs
     )
-    step = _tokens_at_once(hidden, len(weight))
+    wide = gradient_dtype(hidden.dtype)
+    wide_weight = weight.to(wide)
+    step = _tokens_at_once(hidden.device, len(weight) * wide.itemsize)
     nll = hidden.new_empty(tokens, dtype=torch.float32)
     for first in range(0, tokens, step):
         part = slice(first, first + step)
         inputs = hidden[part]
         outputs = parameters = None  # the last chunk's are gone before this one's are made
-        outputs = _linear(inputs, weight, bias)
+        outputs = _linear(inputs, weight, bias).to(wide)
         parameters = split_mixture_parameters(outputs, num_components, width, event)
         if not grads:
             nll[part], _ = nll_and_posterior(target[part], *parameters, *options)
             continue
         to_target = None if grad_target is None else grad_target[part]
         nll[part] = mixture_nll_and_gradients_(
-            target[part], *parameters, *options, inner, to_target
+            target[part], *parameters, *options, factor, to_target
         )
         if grad_hidden is not None:
-            if _onednn.takes(outputs, weight.T):
-                grad_hidden[part] = _onednn.product(outputs, weight.T)
+            if _onednn.takes(outputs, wide_weight.T):
+                grad_hidden[part] = _onednn.product(outputs, wide_weight.T)
             else:
-                _put_product(outputs, weight, grad_hidden[part], is_first=True)
+                _put_product(outputs, wide_weight, grad_hidden[part], is_first=True)
         if grad_weight is not None:
-            _put_product(outputs.T, inputs, grad_weight, is_first=first == 0)
+            _put_product(outputs.T, inputs.to(wide), grad_weight, is_first=first == 0)
         if grad_bias is not None:
             sums = outputs.sum(0, dtype=torch.float32)
             grad_bias.copy_(sums) if first == 0 else grad_bias.add_(sums)
     check_finite_target("linear_mixture_nll", target, nll)
-    if tokens == 0 or outer != 1:
+    if tokens == 0:
         for grad in grads:
-            grad.mul_(outer) if tokens else grad.zero_()
-    return (nll.sum(dtype=torch.float64) * (inner * outer)).to(torch.float32), grads
+            grad.zero_()
+    return (nll.sum(dtype=torch.float64) * factor).to(torch.float32), grads
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,6 +96,5 @@ def _put_product(left: Tensor, right: Tensor, total: Tensor, is_first: bool) -> 
         total.addmm_(left, right)
 
 
-def _tokens_at_once(hidden: Tensor, outputs: int) -> int:
-    room = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
-    return max(64, room // max(1, outputs * hidden.element_size()))
+def _tokens_at_once(device: torch.device, row_bytes: int) -> int:
+    return max(64, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // max(1, row_bytes))

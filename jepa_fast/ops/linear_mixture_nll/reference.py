@@ -26,11 +26,34 @@ def linear_mixture_nll(
 ) -> Tensor:
     """Scalar from hidden [T, H], weight [P, H], bias [P] and target [T, D]."""
     parameters = F.linear(hidden, weight, bias)
+    options = (num_components, family, event, scale_floor, scale_map, reduction)
+    return _reduced_nll(parameters, target, *options)
+
+
+def _reduced_nll(
+    parameters: Tensor,
+    target: Tensor,
+    num_components: int,
+    family: str,
+    event: str,
+    scale_floor: float,
+    scale_map: str,
+    reduction: str,
+) -> Tensor:
     logits, loc, log_scale = mixture.split_mixture_parameters(
         parameters, num_components, target.shape[1], event
     )
     nll = mixture.mixture_nll(target, logits, loc, log_scale, family, event, scale_floor, scale_map)
     return nll.sum() if reduction == "sum" else nll.sum() / max(nll.shape[0], 1)
+
+
+def _outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The layer's outputs, computed in `dtype`, with gradients in that of the tensors."""
+    outputs = F.linear(hidden, weight, bias)
+    if dtype == outputs.dtype:
+        return outputs
+    rounded = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return outputs + (rounded - outputs).detach()
 
 
 def linear_mixture_nll_and_gradients(
@@ -48,26 +71,26 @@ def linear_mixture_nll_and_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss, its gradients for those of hidden, weight, bias and target that `needs` marks).
 
-    Gradients are in float32, or float64 for float64.
+    Gradients are in float32, or float64 for float64. Those of the outputs are in `gradient_dtype`.
     """
-    options = (num_components, family, event, scale_floor, scale_map)
-    loss = linear_mixture_nll(hidden, weight, bias, target, *options, reduction)
+    options = (num_components, family, event, scale_floor, scale_map, reduction)
+    loss = linear_mixture_nll(hidden, weight, bias, target, *options)
     if not any(needs):
         return loss, []
-    inner, outer = factors(reduction, len(hidden), hidden.dtype)
 
-    def summed(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    def again(hidden_: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
         *offset, target = rest
-        return linear_mixture_nll(
-            hidden, weight, offset[0] if offset else None, target, *options, "sum"
-        )
+        outputs = _outputs(hidden_, weight, offset[0] if offset else None, hidden.dtype)
+        return _reduced_nll(outputs, target, *options)
 
-    tensors = (hidden, weight, bias, target)
+    wide = gradient_dtype(hidden.dtype)
+    layer = [None if each is None else each.to(wide) for each in (hidden, weight, bias)]
+    tensors = (*layer, target)
     needed = [need for need, t in zip(needs, tensors, strict=True) if t is not None]
     leaves = [t for t in tensors if t is not None]
-    grads = recomputed_gradients(summed, leaves, needed, [loss.new_full((), inner)])
+    grads = recomputed_gradients(again, leaves, needed, [torch.ones_like(loss)])
     rooms = empty_gradients(hidden, weight, bias, target, needs)
-    return loss, [room.copy_(grad).mul_(outer) for room, grad in zip(rooms, grads, strict=True)]
+    return loss, [room.copy_(grad) for room, grad in zip(rooms, grads, strict=True)]
 
 
 def linear_mixture_nll_backward(grad: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
@@ -75,14 +98,13 @@ def linear_mixture_nll_backward(grad: Tensor, grads: Sequence[Tensor]) -> list[T
     return [each * grad for each in grads]
 
 
-def factors(reduction: str, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
-    """The loss over the sum of the tokens' NLL, as a product of two factors.
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradients of a layer's outputs in `dtype`.
 
-    The first enters the gradients of the layer's outputs, which are in `dtype`, the second is left
-    for the end: in float16 a mean's gradients would be 0 over many tokens.
+    Those of a token are up to 1 / scale times its deviation, and in a mean they are divided by the
+    number of tokens: float16 holds neither the one nor the other.
     """
-    factor = 1 / max(tokens, 1) if reduction == "mean" else 1.0
-    return (1.0, factor) if dtype == torch.float16 else (factor, 1.0)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def empty_gradients(
