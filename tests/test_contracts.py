@@ -13,6 +13,7 @@ from samples import Sample
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from jepa_fast import ops
 from jepa_fast.ops._registry import OPERATORS
@@ -248,6 +249,49 @@ def test_second_derivatives_are_refused_of_sums_too(sample: Sample) -> None:
         torch.func.grad(lambda *x: sum(g.sum() for g in first(*x)), argnums=places)(
             *(x.detach() for x in wanted)
         )
+
+
+@each_differentiable_sample
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_under_a_checkpoint(sample: Sample, create_graph: bool) -> None:
+    """Which hands out what was saved once."""
+    arguments = sample.arguments()
+    wanted = _floating(arguments)
+
+    def total(*leaves: Tensor) -> Tensor:
+        outputs = sample.call(*_with_leaves(arguments, iter(leaves)))
+        return sum(o.sum() for o in outputs if o.is_floating_point())
+
+    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, wanted, create_graph=create_graph)
+
+    got = gradients(checkpoint(total, *wanted, use_reentrant=False))
+    for one, other in zip(got, gradients(total(*wanted)), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_differentiable_sample
+def test_many_gradients_at_once_are_right_or_refused(sample: Sample) -> None:
+    arguments = sample.arguments()
+    wanted = _floating(arguments)
+    output = next(o for o in sample.call(*arguments) if o.requires_grad)
+    above = torch.stack([torch.ones_like(output), torch.full_like(output, 2.0)])
+    refused = ""
+    try:
+        together = torch.autograd.grad(
+            output, wanted, above, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        refused = str(error)
+    if refused:
+        assert "expected one gradient from above" in refused
+        return
+    for i, each in enumerate(above):
+        one = torch.autograd.grad(output, wanted, each, retain_graph=True, allow_unused=True)
+        for got, want in zip(together, one, strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                torch.testing.assert_close(got[i], want)
 
 
 @each_differentiable_sample

@@ -181,9 +181,9 @@ class _PerCaption(OperatorFunction):
     @staticmethod
     @differentiable_once("pool_per_caption", "use text_cross_attention's reference and the MLP")
     def backward(
-        ctx: Any, grad: Tensor, grad_sparsity: Tensor, _: Tensor
+        ctx: Any, saved: Any, grad: Tensor, grad_sparsity: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *inputs, kept, pooled = ctx.saved_tensors
+        *inputs, kept, pooled = saved
         grads = torch.ops.jepa_fast_nn.pool_per_caption_backward.default(
             grad, grad_sparsity, kept, pooled, *inputs, *ctx.options
         )

@@ -184,18 +184,35 @@ def differentiable_once(name: str, instead: str = "") -> Callable[[_Backward], _
     what serves `instead`, by default the operator's reference.
 
     torch's own `once_differentiable` gives silent zeros for second derivatives by torch.func.
+
+    The decorated function takes the saved tensors after the context, and leaves `ctx.saved_tensors`
+    alone: under `torch.utils.checkpoint` they can be had once.
     """
 
     def decorate(backward: _Backward) -> _Backward:
+        def whole(*arguments: Any) -> tuple[Tensor | None, ...]:
+            try:
+                return backward(*arguments)
+            except RuntimeError as error:
+                if "Batching rule not implemented" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{name} expected one gradient from above, got many at once, by "
+                    "is_grads_batched=True, torch.func.jacrev or the like; take them in a loop"
+                ) from error
+
         @functools.wraps(backward)
         def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             if grads[0] is None:  # as only those of `keep_slopes` see: nothing follows from it
                 return (None,) * len(ctx.needs_input_grad)
+            saved = ctx.saved_tensors
             # A compiled graph refuses second derivatives by itself.
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return backward(ctx, *grads)
+            if torch.compiler.is_compiling():
+                return backward(ctx, saved, *grads)
+            if not torch.is_grad_enabled():
+                return whole(ctx, saved, *grads)
             with torch.no_grad():
-                results = backward(ctx, *grads)
+                results = whole(ctx, saved, *grads)
             present = [result for result in results if result is not None]
             # Whatever the results depend on: they require gradients where any of it does.
             ends = _End.apply(
@@ -204,7 +221,7 @@ def differentiable_once(name: str, instead: str = "") -> Callable[[_Backward], _
                 len(present),
                 *present,
                 *grads,
-                *ctx.saved_tensors,
+                *saved,
             )
             return spread(ends, [result is not None for result in results])
 

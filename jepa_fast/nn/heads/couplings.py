@@ -311,9 +311,9 @@ class ThroughInverse(OperatorFunction):
     @staticmethod
     @differentiable_once("CouplingFlowHead", "set its memory_free to False")
     def backward(
-        ctx: Any, grad_kept: Tensor, grad_free: Tensor, grad_logdet: Tensor
+        ctx: Any, saved: Any, grad_kept: Tensor, grad_free: Tensor, grad_logdet: Tensor
     ) -> tuple[Tensor | None, ...]:
-        kept, free, condition, *flat = ctx.saved_tensors
+        kept, free, condition, *flat = saved
         needs_condition, *needs = ctx.needs_input_grad[3:]
         size = len(Step._fields)
         grad_condition: Tensor | None = None

@@ -33,12 +33,14 @@ class _AffineCoupling(OperatorFunction):
 
     @staticmethod
     @differentiable_once("affine_coupling")
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: Any, grad_y: Tensor, grad_logdet: Tensor
+    ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         grads = contract.BACKWARD.call(
             grad_y,
             grad_logdet,
-            *ctx.saved_tensors,
+            *saved,
             ctx.scale_bound,
             ctx.inverse,
             needs,

@@ -34,9 +34,9 @@ class _AssemblePredictorTokens(OperatorFunction):
 
     @staticmethod
     @differentiable_once("assemble_predictor_tokens")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, ctx.patches, needs, ctx.backend)
+        grads = contract.BACKWARD.call(grad, *saved, ctx.patches, needs, ctx.backend)
         dtypes = [dtype for dtype, need in zip(ctx.dtypes, needs, strict=True) if need]
         cast = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         return *spread(cast, needs), None, None, None

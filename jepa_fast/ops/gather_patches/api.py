@@ -30,8 +30,8 @@ class _GatherPatches(OperatorFunction):
 
     @staticmethod
     @differentiable_once("gather_patches")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = saved
         return contract.BACKWARD.call(grad, index, ctx.patches, ctx.backend), None, None
 
 

@@ -41,8 +41,8 @@ class _LatentLoss(OperatorFunction):
 
     @staticmethod
     @differentiable_once("latent_loss")
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        slope = ctx.saved_tensors[0].detach()
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        slope = saved[0].detach()
         if not is_the_gradient(slope, grad, ctx.dtype):
             # Plain PyTorch on every device.
             slope = contract.BACKWARD.call(grad, slope, ctx.dtype, "reference")

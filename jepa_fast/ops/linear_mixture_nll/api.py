@@ -38,9 +38,9 @@ class _LinearMixtureNll(OperatorFunction):
 
     @staticmethod
     @differentiable_once("linear_mixture_nll")
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Plain PyTorch on every device.
-        slopes = [slope.detach() for slope in ctx.saved_tensors]
+        slopes = [slope.detach() for slope in saved]
         scaled = contract.BACKWARD.call(grad, slopes, "reference")
         grads = [
             None if each is None else each.to(dtype)

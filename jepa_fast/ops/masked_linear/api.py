@@ -24,11 +24,11 @@ class _MaskedLinear(OperatorFunction):
 
     @staticmethod
     @differentiable_once("masked_linear")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        bias = ctx.saved_tensors[2]
+        bias = saved[2]
         present = needs if bias is not None else needs[:2]
-        grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, ctx.strict, present, ctx.backend)
+        grads = contract.BACKWARD.call(grad, *saved, ctx.strict, present, ctx.backend)
         return *spread(grads, needs), None, None, None, None
 
 

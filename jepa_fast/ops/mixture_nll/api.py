@@ -38,10 +38,10 @@ class _MixtureNll(OperatorFunction):
 
     @staticmethod
     @differentiable_once("mixture_nll")
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
         options = (ctx.family, ctx.event, ctx.scale_floor, ctx.scale_map)
-        grads = contract.BACKWARD.call(grad, *ctx.saved_tensors, *options, needs, ctx.backend)
+        grads = contract.BACKWARD.call(grad, *saved, *options, needs, ctx.backend)
         return *spread(grads, needs), None, None, None, None, None
 
 

@@ -30,8 +30,8 @@ class _PatchWordConsistency(OperatorFunction):
 
     @staticmethod
     @differentiable_once("patch_word_consistency")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        masks, layers = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        masks, layers = saved[:3], saved[3:]
         count = len(layers) // 2
         grads = contract.BACKWARD.call(grad, layers[:count], layers[count:], *masks, *ctx.options)
         return *[None] * 7, *grads

@@ -39,8 +39,8 @@ class _QSample(OperatorFunction):
 
     @staticmethod
     @differentiable_once("q_sample")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (signal,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (signal,) = saved
         # Plain PyTorch on every device: a teacher's tokens, which targets mostly are, take none.
         return contract.Q_SAMPLE_BACKWARD.call(grad, signal, ctx.dtype, "reference"), *[None] * 5
 
@@ -67,9 +67,11 @@ class _DenoisingLoss(OperatorFunction):
         keep_slopes(ctx, output[1])
 
     @staticmethod
-    @differentiable_once("q_sample")
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        slope = ctx.saved_tensors[0].detach()
+    @differentiable_once(
+        "denoising_loss", "use the plain PyTorch of jepa_fast/ops/q_sample/reference.py"
+    )
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        slope = saved[0].detach()
         to_target = None
         if ctx.needs_input_grad[1]:
             wide = slope.to(grad.dtype)

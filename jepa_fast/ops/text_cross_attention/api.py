@@ -42,11 +42,9 @@ class _TextCrossAttention(OperatorFunction):
     @staticmethod
     @differentiable_once("text_cross_attention")
     def backward(
-        ctx: Any, grad_features: Tensor, grad_sparsity: Tensor, _: Tensor
+        ctx: Any, saved: Any, grad_features: Tensor, grad_sparsity: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grads = contract.BACKWARD.call(
-            grad_features, grad_sparsity, *ctx.saved_tensors, *ctx.options
-        )
+        grads = contract.BACKWARD.call(grad_features, grad_sparsity, *saved, *ctx.options)
         every_caption = grad_features.ndim == 4
         grad_residual = grad_features.sum(1) if every_caption else grad_features
         return *grads, grad_residual, *[None] * 9
