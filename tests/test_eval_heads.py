@@ -18,7 +18,7 @@ from jepa_fast.data import Batch, Loader
 from jepa_fast.eval import heads, write_report
 from jepa_fast.eval.heads import SAMPLES as DRAWN
 from jepa_fast.eval.heads import HeadScores, score_distribution, score_head
-from jepa_fast.masks import BlockMaskSampler
+from jepa_fast.masks import BlockMaskSampler, pack_masks
 from jepa_fast.models.probijepa import ProbIJepa
 from jepa_fast.nn.heads import LatentDistribution
 from jepa_fast.train.build import build_model, load_model
@@ -61,6 +61,14 @@ def test_a_true_distribution_is_judged_calibrated() -> None:
     assert found.diversity == pytest.approx(1, abs=0.02)
     # The same question has the same answer.
     assert scores(UnitNormal(loc), target) == found
+
+
+def test_a_distribution_of_nothing_or_of_others_is_refused() -> None:
+    normal = UnitNormal(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"population must be .* D = 2 of target, got \[4, 3\]"):
+        score_distribution(normal, torch.zeros(3, 2), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="at least 1 token"):
+        score_distribution(UnitNormal(torch.zeros(0, 2)), torch.zeros(0, 2), torch.zeros(4, 2))
 
 
 def test_distributions_too_wide_or_far_off_are_found_out() -> None:
@@ -190,6 +198,26 @@ def test_a_heads_scores_are_of_its_own_distribution() -> None:
         score_head(model, [])
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         score_head(model, batches, tokens=0)
+    with pytest.raises(TypeError, match="seed must be an integer, got None"):
+        score_head(model, batches, seed=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a ProbIJepa, got VisionTransformer"):
+        score_head(model.encoder, batches)
+
+
+def test_of_packed_masks_only_targets_that_count_are_asked_about() -> None:
+    torch.manual_seed(0)
+    model = ProbIJepa(
+        "vit_tiny_patch4", OwnHead, img_size=32, predictor_dim=12, predictor_heads=2
+    ).eval()
+    images = torch.randn(5, 3, 32, 32)
+    masks = BlockMaskSampler(model.encoder.grid, num_targets=2, min_context=2)(0, 5)
+    want = score_head(model, [(images, masks)], tokens=10**6)
+    packs = pack_masks(masks, 1 + 2 * masks.context.shape[1])
+    assert len(packs) > 1
+    found = score_head(model, [(images, pack) for pack in packs], tokens=10**6)
+    assert found.tokens == want.tokens
+    assert found.nll == pytest.approx(want.nll, rel=1e-5)
+    assert found.normal_nll == pytest.approx(want.normal_nll, rel=1e-5)
 
 
 def test_tokens_asked_in_parts_count_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,17 @@ def as_if_trained(**options: Any) -> CouplingFlowHead:
     return head
 
 
+@pytest.mark.parametrize("memory_free", [False, True])
+def test_in_training_it_works_under_torch_func(memory_free: bool) -> None:
+    head = make_head(memory_free=memory_free).train()
+    condition, z = torch.randn(6, 4).double(), torch.randn(6, 5).double()
+    head(condition, z)  # sets the norms
+    leaf = condition.clone().requires_grad_()
+    (want,) = torch.autograd.grad(head(leaf, z), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda c: head(c, z))(condition), want)
+    assert head.overflows == 0
+
+
 @pytest.mark.parametrize("masks", ["alternate", "random"])
 def test_inverse_in_float32_of_a_stack_as_if_trained(masks: str) -> None:
     head = as_if_trained(masks=masks).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from jepa_fast import ops
-from jepa_fast.nn.heads import FlowMatchingHead
+from jepa_fast.nn.heads import DiffusionHead, FlowMatchingHead
 
 
 class ExactVelocity(nn.Module):
@@ -96,6 +97,34 @@ def test_flow_matching_loss_is_that_of_the_velocity() -> None:
     assert loss.item() == pytest.approx(5.0, abs=0.15)
     loss.backward()
     assert all(p.grad is not None for p in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "use"),
+    [
+        ("draws", 0, ValueError, "forward"),
+        ("draws", 1.5, TypeError, "forward"),
+        ("steps", 0, ValueError, "sample"),
+        ("steps", 10.0, TypeError, "sample"),
+        ("steps", -1, ValueError, "log_prob"),
+        ("probes", 0, ValueError, "log_prob"),
+        ("probes", 2.5, TypeError, "log_prob"),
+    ],
+)
+@pytest.mark.parametrize("kind", [FlowMatchingHead, DiffusionHead])
+def test_what_is_set_later_is_checked_where_it_is_used(
+    kind: type[Any], name: str, value: Any, error: type[Exception], use: str
+) -> None:
+    head = kind(4, 3, hidden_dim=8)
+    condition, target = torch.randn(5, 4), torch.randn(5, 3)
+    distribution = head.distribution(condition)
+    setattr(head, name, value)
+    with pytest.raises(error, match=rf"{kind.__name__}: {name} must be .*{value}"):
+        {
+            "forward": lambda: head(condition, target),
+            "sample": lambda: distribution.sample(2),
+            "log_prob": lambda: distribution.log_prob(target),
+        }[use]()
 
 
 def test_several_draws_of_flow_matching_are_a_mean_over_them() -> None:

@@ -55,6 +55,20 @@ def test_entropy_and_cdf(options: dict[str, str]) -> None:
     assert (several.cdf(z) - by_samples).abs().max() < 4 * 0.5 / math.sqrt(1024) + 1 / 1024
 
 
+@pytest.mark.parametrize("family", ["gaussian", "logistic"])
+@pytest.mark.parametrize("log_scale", [50.0, -60.0])
+def test_the_entropy_of_one_component_needs_no_square(family: str, log_scale: float) -> None:
+    """Of its scale, which may be too large or too small for a float32."""
+    head = MixtureHead(2, 3, num_components=1, family=family, scale_floor=1e-30)
+    with torch.no_grad():
+        head.projection.weight.zero_()
+        head.projection.bias[-3:] = log_scale
+    unit = {"gaussian": 0.5 * math.log(2 * math.pi * math.e), "logistic": 2.0}[family]
+    entropy = head.distribution(torch.ones(1, 2)).entropy
+    assert entropy.dtype == torch.float32
+    assert entropy.item() == pytest.approx(3 * (log_scale + unit), rel=1e-4)
+
+
 def test_entropy_of_modes_far_apart_is_that_of_one_and_of_the_choice() -> None:
     head = MixtureHead(2, 3, num_components=2)
     with torch.no_grad():

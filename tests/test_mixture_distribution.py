@@ -107,8 +107,9 @@ def test_cdf_keeps_its_digits_in_both_tails(dtype: torch.dtype) -> None:
         x = factor * z
         of = special.ndtr if family == "gaussian" else special.expit
         exact = of(x.double().numpy())
-        # Of a relative error of the argument, z^2 as much is in the normal's tail.
-        rtol = 4 * torch.finfo(dtype).eps * (1 + far**2)
+        # Of a relative error of the argument, z^2 as much is in the normal's tail; it is computed
+        # in float64.
+        rtol = 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float64).eps * (1 + far**2))
         below = ops.mixture_cdf(x, logits, zero, scale_one, family)
         above = ops.mixture_cdf(-x, logits, zero, scale_one, family, complement=True)
         assert below.dtype == dtype
@@ -153,6 +154,32 @@ def test_float32_quantiles_are_the_exact_ones_rounded(family: str) -> None:
                 smallest = parts[2].exp().amin(1) + 1e-3
                 error = (got.double() - exact).abs()
                 assert (error <= 2**-23 * (exact.abs() + smallest)).all(), (level, error.max())
+
+
+def test_responsibilities_of_a_target_far_from_all_components() -> None:
+    """Whose squared distance in scales is no float32."""
+    target, logits = torch.tensor([[1e22]]), torch.zeros(1, 2)
+    loc, log_scale = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [1.0]]])
+    got = ops.mixture_responsibilities(target, logits, loc, log_scale)
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[0.0, 1.0]]
+
+
+def test_the_variance_leaves_out_what_has_no_weight() -> None:
+    """However large its scale is: its square is no float32."""
+    logits = torch.tensor([[0.0, -200.0], [0.0, -torch.inf]], requires_grad=True)
+    loc = torch.tensor([[[0.5], [1e21]]]).expand(2, -1, -1)
+    log_scale = torch.tensor([[[0.0], [50.0]]]).expand(2, -1, -1)
+    variance = ops.mixture_variance(logits, loc, log_scale)
+    torch.testing.assert_close(variance, torch.full((2, 1), 1.001**2))
+    (grad,) = torch.autograd.grad(variance.sum(), logits)
+    assert bool(grad.isfinite().all())
+
+
+def test_samples_of_no_weights_are_refused() -> None:
+    logits, loc = torch.tensor([[0.0, torch.nan]]), torch.zeros(1, 2, 1)
+    with pytest.raises(ValueError, match="mixture_sample: logits must not be NaN"):
+        ops.mixture_sample(logits, loc, loc)
 
 
 def test_one_component_has_the_quantiles_of_its_family() -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast.masks import BlockMasks
+from jepa_fast.masks import BlockMasks, PackedMasks
+from jepa_fast.models.probijepa import counted_tokens
 from jepa_fast.nn.heads import LatentDistribution
+from jepa_fast.nn.heads.interface import check_positive
+from jepa_fast.ops._checks import check_integer
 
 SAMPLES = 39
 """A token. Of a calibrated head the 40 ranks of a target among them are equally likely, so that the
@@ -60,26 +63,37 @@ class HeadScores:
 
 @torch.no_grad()
 def score_head(
-    model: Any, batches: Iterable[tuple[Tensor, BlockMasks]], tokens: int = 512, seed: int = 0
+    model: Any,
+    batches: Iterable[tuple[Tensor, BlockMasks | PackedMasks]],
+    tokens: int = 512,
+    seed: int = 0,
 ) -> HeadScores:
     """Asks the head of a `ProbIJepa` about targets of images that it did not see.
 
     Args:
         model: in eval mode. Its head's distributions have `log_prob(z)` and `sample(n, generator)`.
-        batches: images [B, 3, H, W] and their masks, on the model's device.
+        batches: images [B, 3, H, W] and their masks, on the model's device; of packed ones the
+            targets that count are asked about, each of them once.
         tokens: how many of all their targets, at most; chosen by `seed`.
         seed: also of the samples.
 
     Raises:
+        TypeError: a model without a head, `tokens` or `seed` that is no integer.
         ValueError: `tokens` below 1, or fewer than 2 targets.
     """
-    if tokens < 1:
-        raise ValueError(f"score_head: tokens must be at least 1, got {tokens}")
-    outputs = [model(images, masks) for images, masks in batches]
-    if sum(output.target.shape[:2].numel() for output in outputs) < 2:
+    if not hasattr(model, "head"):
+        raise TypeError(f"score_head: model must be a ProbIJepa, got {type(model).__name__}")
+    check_positive("score_head", tokens=tokens)
+    check_integer("score_head", "seed", seed)
+    conditions, targets = [], []
+    for images, masks in batches:
+        output = model(images, masks)
+        condition, target = counted_tokens(masks, output.prediction, output.target)
+        conditions.append(condition)
+        targets.append(target)
+    if sum(map(len, targets)) < 2:
         raise ValueError("score_head: batches must have at least 2 target tokens")
-    condition = torch.cat([output.prediction.flatten(0, 1) for output in outputs])
-    target = torch.cat([output.target.flatten(0, 1) for output in outputs])
+    condition, target = torch.cat(conditions), torch.cat(targets)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
     chosen = order[:tokens].to(target.device)
     asked = _Asked(target[chosen], seed)
@@ -98,7 +112,17 @@ def score_distribution(
         target: [T, D].
         population: [P, D], the targets that the normal is fitted to.
         seed: of the samples.
+
+    Raises:
+        ValueError: no target, or a population of another width.
     """
+    if not len(target):
+        raise ValueError("score_distribution: target must be of at least 1 token, got none")
+    if population.ndim != 2 or population.shape[1] != target.shape[-1]:
+        raise ValueError(
+            f"score_distribution: population must be [P, D] with the D = {target.shape[-1]} of "
+            f"target, got {list(population.shape)}"
+        )
     asked = _Asked(target, seed)
     asked.add(distribution, target)
     return asked.scores(population)

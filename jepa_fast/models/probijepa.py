@@ -94,7 +94,7 @@ class ProbIJepa(IJepa):
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
         with phase("loss"):
-            loss = self.head(*_counted(masks, condition, target))
+            loss = self.head(*counted_tokens(masks, condition, target))
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
@@ -123,12 +123,12 @@ class ProbIJepa(IJepa):
             ValueError: masks that do not fit the images or the encoder's grid.
         """
         masks = self._masks_of(images, masks)
-        return self.head.distribution(*_counted(masks, self._condition(images, masks)))
+        return self.head.distribution(*counted_tokens(masks, self._condition(images, masks)))
 
     def targets(self, images: Tensor, masks: Masks) -> Tensor:
         """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [T, D]."""
         masks = self._masks_of(images, masks)
-        return _counted(masks, self._targets(images, masks))[0]
+        return counted_tokens(masks, self._targets(images, masks))[0]
 
     def _targets(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
         """[M * B, Kt, D], in float32 or wider."""
@@ -142,7 +142,7 @@ class ProbIJepa(IJepa):
         return self._predict(images, masks)
 
 
-def _counted(masks: BlockMasks | PackedMasks, *tokens: Tensor) -> list[Tensor]:
+def counted_tokens(masks: BlockMasks | PackedMasks, *tokens: Tensor) -> list[Tensor]:
     """The tokens that count, [M * B, Kt, D] to [T, D]: all, but for slots that packing leaves over
     and images of other packs.
     """

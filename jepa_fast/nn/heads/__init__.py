@@ -35,11 +35,17 @@ def create_head(
         options: further arguments of the head's class.
 
     Raises:
-        TypeError: the name is none; an option's value that the head refuses.
+        TypeError: the name is none; options that are no mapping; an option's value that the head
+            refuses.
         ValueError: an unknown name or option, or an option's value that the head refuses.
     """
     if not isinstance(name, str):
         raise TypeError(f"head must be one of {tuple(HEADS)}, got {name!r}")
+    if not isinstance(options, Mapping | None):
+        raise TypeError(
+            f"options of head {name!r} must be a mapping of names to values, got "
+            f"{type(options).__name__}"
+        )
     if name not in HEADS:
         raise ValueError(f"head must be one of {tuple(HEADS)}, got {name!r}")
     known = list(inspect.signature(HEADS[name]).parameters)[2:]

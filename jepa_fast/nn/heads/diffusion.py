@@ -122,8 +122,9 @@ class DiffusionHead(Head):
             condition is projected once for all of them. May be set later.
 
     Raises:
-        TypeError: a size that is no integer, a bound that is no number.
-        ValueError: an unknown name, or a number out of range.
+        TypeError: a size that is no integer, a bound that is no number; of what was set later,
+            where it is used.
+        ValueError: an unknown name, or a number out of range, likewise.
 
     Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502.
     """
@@ -148,12 +149,8 @@ class DiffusionHead(Head):
     ) -> None:
         super().__init__(condition_dim, target_dim, moment_samples)
         owner = "DiffusionHead"
-        check_positive(owner, hidden_dim=hidden_dim, depth=depth, timesteps=timesteps, draws=draws)
+        check_positive(owner, hidden_dim=hidden_dim, depth=depth, timesteps=timesteps)
         check_choice(owner, "schedule", schedule, ("linear", "cosine"))
-        if probes is not None:
-            check_positive(owner, probes=probes)
-        if steps is not None:
-            check_integer(owner, "steps", steps)
         self.clip = max(math.sqrt(target_dim), 10.0) if clip is None else clip
         check_number(owner, "clip", self.clip)
         if not self.clip > 0:
@@ -163,7 +160,7 @@ class DiffusionHead(Head):
         self.steps = min(50, timesteps) if steps is None else steps
         self.probes = probes
         self.draws = draws
-        self.visited()
+        self.check_options()
         # Where the linear schedule ends. With less of the signal left, as at the cosine one's end,
         # what divides by it would multiply roundings.
         remaining = alpha_bar(schedule, timesteps).clamp(min=4e-5)
@@ -174,8 +171,23 @@ class DiffusionHead(Head):
             target_dim, condition_dim, hidden_dim, depth, self.signal, self.noise
         )
 
+    def check_options(self) -> None:
+        """Raises unless what may be set later is what it may be."""
+        owner = "DiffusionHead"
+        check_positive(owner, draws=self.draws)
+        if self.probes is not None:
+            check_positive(owner, probes=self.probes)
+        check_choice(owner, "sampler", self.sampler, ("ddim", "ddpm"))
+        check_integer(owner, "steps", self.steps)
+        if not 1 <= self.steps <= self.timesteps:
+            raise ValueError(
+                f"{owner}: steps must be between 1 and timesteps = {self.timesteps}, "
+                f"got {self.steps}"
+            )
+
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
+        self.check_options()
         target = widened(target)
         t = torch.randint(self.timesteps, (self.draws, len(target)), device=target.device)
         seed = ops.noise_seed(target.device)
@@ -197,15 +209,10 @@ class DiffusionHead(Head):
         """The timesteps that the sampler visits, from `timesteps` - 1 down to 0, evenly spread.
 
         Raises:
-            ValueError: `sampler` or `steps` is not what it may be.
+            TypeError, ValueError: as the class says.
         """
-        check_choice("DiffusionHead", "sampler", self.sampler, ("ddim", "ddpm"))
+        self.check_options()
         last = self.timesteps - 1
-        if not 1 <= self.steps <= self.timesteps:
-            raise ValueError(
-                f"DiffusionHead: steps must be between 1 and timesteps = {self.timesteps}, "
-                f"got {self.steps}"
-            )
         return [round(last - last * i / max(self.steps - 1, 1)) for i in range(self.steps)]
 
 

@@ -19,7 +19,8 @@ from jepa_fast.nn.heads.interface import (
     standard_normal_log_prob,
 )
 from jepa_fast.nn.precision import widened
-from jepa_fast.ops._checks import check_choice, may_be_read
+from jepa_fast.ops._autograd import is_transformed
+from jepa_fast.ops._checks import check_choice, check_flag, may_be_read
 from jepa_fast.ops._checks import check_positive as check_positive_number
 
 
@@ -54,7 +55,7 @@ class CouplingFlowHead(Head):
 
     Attributes:
         overflows: int64, 0-dim, how many targets had no finite density in training so far; on the
-            head's device, and not in the state dict.
+            head's device, and not in the state dict. Not counted inside torch.func's transforms.
 
     Raises:
         TypeError: a size or a seed that is no integer, a bound that is no number.
@@ -82,6 +83,7 @@ class CouplingFlowHead(Head):
         check_positive(owner, num_couplings=num_couplings, hidden_dim=hidden_dim)
         check_choice(owner, "masks", masks, ("alternate", "random"))
         check_positive_number(owner, "scale_bound", scale_bound)
+        check_flag(owner, "memory_free", memory_free)
         self.memory_free = memory_free
         self.register_buffer("overflows", torch.tensor(0), persistent=False)
         rng = random.Random(integer(f"{owner}: seed", seed))
@@ -104,7 +106,7 @@ class CouplingFlowHead(Head):
         if self.training:  # without gradients, too: so does checkpointing run it first
             self._initialise(widened(target), distribution.condition)
         nll = -distribution.log_prob(target)
-        if self.training:
+        if self.training and not is_transformed():  # which refuse to see it written
             self.overflows.add_((~nll.detach().isfinite()).sum())
         return nll.sum() / max(nll.numel() * self.target_dim, 1)
 

@@ -38,7 +38,8 @@ class FlowMatchingHead(Head):
             condition is projected once for all of them. May be set later.
 
     Raises:
-        ValueError: a size below 1.
+        TypeError: a size that is no integer; of what was set later, where it is used.
+        ValueError: a size below 1, likewise.
 
     Source: arXiv 2210.02747 (its optimal-transport path with sigma_min = 0).
     """
@@ -55,18 +56,22 @@ class FlowMatchingHead(Head):
         draws: int = 1,
     ) -> None:
         super().__init__(condition_dim, target_dim, moment_samples)
-        check_positive(
-            "FlowMatchingHead", hidden_dim=hidden_dim, depth=depth, steps=steps, draws=draws
-        )
-        if probes is not None:
-            check_positive("FlowMatchingHead", probes=probes)
+        check_positive("FlowMatchingHead", hidden_dim=hidden_dim, depth=depth)
         self.steps = steps
         self.probes = probes
         self.draws = draws
+        self.check_options()
         self.network = AdaLNMlp(target_dim, condition_dim, hidden_dim, depth)
+
+    def check_options(self) -> None:
+        """Raises unless what may be set later is what it may be."""
+        check_positive("FlowMatchingHead", steps=self.steps, draws=self.draws)
+        if self.probes is not None:
+            check_positive("FlowMatchingHead", probes=self.probes)
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         self.check(condition, target)
+        self.check_options()
         target = widened(target)
         time = torch.rand((self.draws, len(target)), dtype=target.dtype, device=target.device)
         seed = ops.noise_seed(target.device)
@@ -98,6 +103,7 @@ class FlowMatchingDistribution(LatentDistribution):
         self.condition = head.network.condition(condition)
 
     def _log_prob(self, z: Tensor) -> Tensor:
+        self.head.check_options()
         with recordable() as plain:
             condition = plain(self.condition)
             grid = torch.linspace(1, 0, self.head.steps + 1, dtype=z.dtype, device=self.device)
@@ -111,6 +117,7 @@ class FlowMatchingDistribution(LatentDistribution):
 
     @torch.no_grad()
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        self.head.check_options()
         noise = self._normal(n, generator)
         grid = torch.linspace(0, 1, self.head.steps + 1, dtype=noise.dtype, device=self.device)
         return integrate(self.head.network.at(grid, self.condition), noise, grid)

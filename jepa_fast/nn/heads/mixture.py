@@ -12,6 +12,7 @@ from jepa_fast.nn.heads.interface import Head, LatentDistribution
 from jepa_fast.nn.linear import Linear
 from jepa_fast.ops.mixture_nll import (
     check_mixture_options,
+    component_scale,
     mixture_parameter_count,
     split_mixture_parameters,
 )
@@ -153,12 +154,9 @@ class MixtureDistribution(LatentDistribution):
     def entropy(self) -> Tensor:
         if self.loc.shape[1] > 1:
             return super().entropy
-        # In closed form from the variance, of which a component's entropy is a function.
-        of_unit_variance = {
-            "gaussian": 0.5 * math.log(2 * math.pi * math.e),
-            "logistic": 2 + 0.5 * math.log(3 / math.pi**2),
-        }
-        return (0.5 * self.variance.log() + of_unit_variance[self.family]).sum(-1)
+        of_unit_scale = {"gaussian": 0.5 * math.log(2 * math.pi * math.e), "logistic": 2.0}
+        scale = component_scale(self.log_scale[:, 0].double(), self.scale_floor, self.scale_map)
+        return (scale.log() + of_unit_scale[self.family]).sum(-1).to(self.dtype)
 
     def _cdf(self, z: Tensor) -> Tensor:
         return ops.mixture_cdf(

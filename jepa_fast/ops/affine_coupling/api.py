@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
-from jepa_fast.ops._checks import check_dim, check_positive, check_same_size, check_vectors
+from jepa_fast.ops._checks import (
+    check_dim,
+    check_flag,
+    check_positive,
+    check_same_size,
+    check_vectors,
+)
 from jepa_fast.ops.affine_coupling import contract
 
 
@@ -85,6 +91,7 @@ def affine_coupling(
 
     Source: RealNVP, arXiv 1605.08803, section 3.2.
     """
+    check_flag("affine_coupling", "inverse", inverse)
     check_dim("affine_coupling", "x", x, 2, "[T, D]")
     check_vectors("affine_coupling", "x", x)
     for name, tensor in (("raw_scale", raw_scale), ("shift", shift)):

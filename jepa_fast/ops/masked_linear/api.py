@@ -8,7 +8,13 @@ from torch import Tensor
 
 from jepa_fast.ops._autocast import linear_inputs
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, spread
-from jepa_fast.ops._checks import check_dim, check_index, check_same_size, check_vectors
+from jepa_fast.ops._checks import (
+    check_dim,
+    check_flag,
+    check_index,
+    check_same_size,
+    check_vectors,
+)
 from jepa_fast.ops.masked_linear import contract
 
 
@@ -68,6 +74,7 @@ def masked_linear(
 
     Source: MADE, arXiv 1502.03509, section 4.
     """
+    check_flag("masked_linear", "strict", strict)
     check_vectors("masked_linear", "x", x)
     if x.ndim == 0:
         raise ValueError("masked_linear: x must be [..., I], got a tensor without dimensions")

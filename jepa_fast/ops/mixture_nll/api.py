@@ -16,6 +16,7 @@ from jepa_fast.ops._checks import (
     check_same_size,
     check_tensor,
     check_vectors,
+    reads_values,
 )
 from jepa_fast.ops.mixture_nll import contract, reference
 
@@ -122,7 +123,8 @@ def mixture_sample(
         [n, T, D] float32 (float64 if any input is), without gradients.
 
     Raises:
-        TypeError, ValueError: as `mixture_nll`; `n` below 1.
+        TypeError, ValueError: as `mixture_nll`; `n` below 1; logits that are NaN, which only a CPU
+            tells (on a GPU with JEPA_FAST_DEBUG=1).
     """
     _check_parameters(
         "mixture_sample", logits, loc, log_scale, family, event, scale_floor, scale_map
@@ -130,6 +132,10 @@ def mixture_sample(
     check_integer("mixture_sample", "n", n)
     if n < 1:
         raise ValueError(f"mixture_sample: n must be at least 1, got {n}")
+    if reads_values(logits) and bool(logits.isnan().any()):
+        raise ValueError(
+            "mixture_sample: logits must not be NaN, got some that are: has training diverged?"
+        )
     dtype = reference.compute_dtype(logits, loc, log_scale)
     with torch.no_grad():
         scale = reference.component_scale(log_scale.to(dtype), scale_floor, scale_map)

@@ -16,6 +16,7 @@ from torch import Tensor
 from jepa_fast.ops._checks import (
     check_dim,
     check_finite,
+    check_flag,
     check_same_size,
     check_tensor,
     check_vectors,
@@ -55,7 +56,7 @@ def mixture_responsibilities(
     Source: Bishop 1994, equation 22.
     """
     op = "mixture_responsibilities"
-    z, logits, scale = _standardised(
+    z, logits, scale, dtype = _standardised(
         op, target, logits, loc, log_scale, family, scale_floor, scale_map
     )
     # Up to a constant, which the normalisation takes out.
@@ -65,7 +66,7 @@ def mixture_responsibilities(
         log_density = F.logsigmoid(z) + F.logsigmoid(-z) - scale.log()
     if logits.ndim == 2:
         log_density = log_density.sum(-1)
-    return (logits + log_density).softmax(1)
+    return (logits + log_density).softmax(1).to(dtype)
 
 
 def mixture_cdf(
@@ -98,10 +99,13 @@ def mixture_cdf(
         ValueError: as `mixture_responsibilities`.
     """
     op = "mixture_cdf"
-    z, logits, _ = _standardised(op, target, logits, loc, log_scale, family, scale_floor, scale_map)
+    check_flag(op, "complement", complement)
+    z, logits, _, dtype = _standardised(
+        op, target, logits, loc, log_scale, family, scale_floor, scale_map
+    )
     below = _component_cdf(-z if complement else z, family)
     # The weights sum to 1 but for rounding.
-    return reference.mixture_mean(logits, below).clamp(max=1)
+    return reference.mixture_mean(logits, below).clamp(max=1).to(dtype)
 
 
 @torch.no_grad()
@@ -227,17 +231,21 @@ def _standardised(
     family: str,
     scale_floor: float,
     scale_map: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [T, K, D], the target as every component sees it; logits; scale), of checked arguments."""
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """(z [T, K, D], the target as every component sees it; logits; scale; the result's dtype), of
+    checked arguments.
+
+    In float64: far out, where a square may pass the largest float32, z decides all of the digits.
+    """
     _check(op, logits, loc, log_scale, family, scale_floor, scale_map)
     check_dim(op, "target", target, 2, "[T, D]")
     check_vectors(op, "target", target)
     check_same_size(op, "target", target, 0, "loc", loc, 0)
     check_same_size(op, "target", target, 1, "loc", loc, 2)
     check_finite(op, "target", target)
-    dtype = reference.compute_dtype(target, logits, loc, log_scale)
-    scale = reference.component_scale(log_scale.to(dtype), scale_floor, scale_map)
-    return (target.to(dtype).unsqueeze(1) - loc.to(dtype)) / scale, logits.to(dtype), scale
+    scale = reference.component_scale(log_scale.double(), scale_floor, scale_map)
+    z = (target.double().unsqueeze(1) - loc.double()) / scale
+    return z, logits.double(), scale, reference.compute_dtype(target, logits, loc, log_scale)
 
 
 def _check(

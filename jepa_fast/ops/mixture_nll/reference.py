@@ -89,9 +89,13 @@ def mixture_mean(logits: Tensor, loc: Tensor) -> Tensor:
 
 def mixture_variance(logits: Tensor, loc: Tensor, scale: Tensor, family: str) -> Tensor:
     """[T, D]: the variance of each coordinate."""
-    within = scale.square() * (1.0 if family == "gaussian" else math.pi**2 / 3)
-    between = (loc - mixture_mean(logits, loc).unsqueeze(1)).square()
-    return mixture_mean(logits, within + between)
+    # What a component has no weight for is gone before its square could pass the largest number.
+    root_weight = torch.exp(0.5 * logits.log_softmax(1))
+    if root_weight.ndim == 2:
+        root_weight = root_weight.unsqueeze(-1)
+    within = (root_weight * scale).square() * (1.0 if family == "gaussian" else math.pi**2 / 3)
+    between = (root_weight * (loc - mixture_mean(logits, loc).unsqueeze(1))).square()
+    return (within + between).sum(1)
 
 
 def mixture_sample(
