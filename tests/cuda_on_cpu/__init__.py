@@ -33,6 +33,9 @@ _FLAGS = [
     "-fPIC",
     "-Wno-unknown-pragmas",
     "-Wno-attributes",
+    # A GPU refuses an access that is not aligned to its width, where a CPU may not.
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=undefined",
 ]
 
 
