@@ -67,6 +67,7 @@ def test_the_entropy_of_one_component_needs_no_square(family: str, log_scale: fl
     entropy = head.distribution(torch.ones(1, 2)).entropy
     assert entropy.dtype == torch.float32
     assert entropy.item() == pytest.approx(3 * (log_scale + unit), rel=1e-4)
+    assert head.double().distribution(torch.ones(1, 2).double()).entropy.dtype == torch.float64
 
 
 def test_entropy_of_modes_far_apart_is_that_of_one_and_of_the_choice() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from jepa_fast import ops
 from jepa_fast.nn.heads.interface import Head, LatentDistribution
 from jepa_fast.nn.linear import Linear
+from jepa_fast.nn.precision import widened
 from jepa_fast.ops.mixture_nll import (
     check_mixture_options,
     component_scale,
@@ -155,8 +156,9 @@ class MixtureDistribution(LatentDistribution):
         if self.loc.shape[1] > 1:
             return super().entropy
         of_unit_scale = {"gaussian": 0.5 * math.log(2 * math.pi * math.e), "logistic": 2.0}
-        scale = component_scale(self.log_scale[:, 0].double(), self.scale_floor, self.scale_map)
-        return (scale.log() + of_unit_scale[self.family]).sum(-1).to(self.dtype)
+        log_scale = self.log_scale[:, 0]
+        scale = component_scale(log_scale.double(), self.scale_floor, self.scale_map)
+        return (scale.log() + of_unit_scale[self.family]).sum(-1).to(widened(log_scale).dtype)
 
     def _cdf(self, z: Tensor) -> Tensor:
         return ops.mixture_cdf(
