@@ -88,7 +88,8 @@ class NoiseNetwork(AdaLNMlp):
         return self._noise_in(z, v(z), t)
 
     def _noise_in(self, z: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        signal, noise = self.signal[t].unsqueeze(-1), self.noise[t].unsqueeze(-1)
+        t = t.unsqueeze(-1)  # also since an index without dimensions would be read by the host
+        signal, noise = self.signal[t], self.noise[t]
         return noise * z + signal * v
 
 

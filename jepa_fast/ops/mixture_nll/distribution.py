@@ -273,7 +273,7 @@ def _check_level(op: str, level: object, loc: Tensor) -> Tensor:
             )
         wide = level.double()
     elif isinstance(level, Real):
-        wide = torch.tensor(float(level), dtype=torch.float64, device=loc.device)
+        wide = torch.tensor(float(level), dtype=torch.float64)
     else:
         raise TypeError(f"{op}: level must be a number or a tensor, got {type(level).__name__}")
     if not isinstance(level, Tensor) or reads_values(level):
@@ -292,4 +292,4 @@ def _check_level(op: str, level: object, loc: Tensor) -> Tensor:
             f"{op}: level must broadcast with [T, D] = {list(shape)}, as [L, 1, 1] does, got "
             f"{list(wide.shape)}"
         )
-    return wide.expand(whole)
+    return wide.to(loc.device).expand(whole)
