@@ -154,8 +154,8 @@ class BlockMasks:
         Returns:
             ``[B, U]`` int64 indices, ascending, padded with 0 to the longest union of the batch,
             and ``[B, U]`` bool, True where a slot holds a real patch. In compiled code, which
-            cannot know the longest, U is the most that there could be, ``min(M * Kt, N)``. Elsewhere
-            the host reads it, and waits for the GPU if the masks are there.
+            cannot know the longest, U is the most that there could be, ``min(M * Kt, N)``.
+            Elsewhere the host reads it, and waits for the GPU if the masks are there.
         """
         patches = self.grid[0] * self.grid[1]
         batch = self.targets.shape[0]
