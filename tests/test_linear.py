@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast.nn.linear import Linear, linear
-from jepa_fast.ops import _onednn
-from jepa_fast.ops._onednn import LEAST_MULTIPLICATIONS, LEAST_WIDTH
+from jepa_fast.nn import linear as module
+from jepa_fast.nn.linear import LEAST_MULTIPLICATIONS, LEAST_WIDTH, Linear, goes_to_onednn, linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
@@ -24,8 +23,8 @@ SHAPES = [(300, 128, 128), (513, 384, 1536), (129, 1000, 131)]
 @pytest.fixture(autouse=True)
 def _by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the processor, and for products as small as tests want them."""
-    monkeypatch.setattr(_onednn, "_is_quicker_here", lambda: True)
-    monkeypatch.setattr(_onednn, "LEAST_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(module, "_onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(module, "LEAST_MULTIPLICATIONS", 1)
 
 
 def given(rows: int, width: int, out: int, bias: bool = True) -> list[Tensor]:
@@ -49,7 +48,7 @@ def test_results_and_gradients_are_as_accurate_as_pytorchs(
     shape: tuple[int, int, int], bias: bool
 ) -> None:
     tensors = given(*shape, bias)
-    assert _onednn.takes(*tensors, *([] if bias else [None]))
+    assert goes_to_onednn(*tensors, *([] if bias else [None]))
     ours, plain = run(linear, tensors), run(F.linear, tensors)
     exact = run(F.linear, [t.double() for t in tensors])
     for mine, theirs, want in zip(ours, plain, exact, strict=True):
@@ -70,7 +69,7 @@ def test_leading_dimensions_and_strides() -> None:
     }
     for name, given_x in inputs.items():
         for given_weight in (weight, weight.t().contiguous().t()):
-            assert _onednn.takes(given_x, given_weight, bias)
+            assert goes_to_onednn(given_x, given_weight, bias)
             got = run(linear, [given_x, given_weight, bias])
             for mine, want in zip(got, run(F.linear, [given_x, given_weight, bias]), strict=True):
                 torch.testing.assert_close(mine, want, msg=lambda m, n=name: f"{n}: {m}")
@@ -128,18 +127,18 @@ def test_everything_else_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
         "narrow inputs": (x[:, : LEAST_WIDTH - 1], weight[:, : LEAST_WIDTH - 1], bias),
         "narrow outputs": (x, weight[: LEAST_WIDTH - 1], bias[: LEAST_WIDTH - 1]),
     }
-    assert {name for name, tensors in others.items() if _onednn.takes(*tensors)} == set()
-    monkeypatch.setattr(_onednn, "LEAST_MULTIPLICATIONS", LEAST_MULTIPLICATIONS)
-    assert not _onednn.takes(x, weight, bias)
-    monkeypatch.setattr(_onednn, "LEAST_MULTIPLICATIONS", 1)
-    assert _onednn.takes(x, weight, bias) == torch.backends.mkldnn.is_available()
+    assert {name for name, tensors in others.items() if goes_to_onednn(*tensors)} == set()
+    monkeypatch.setattr(module, "LEAST_MULTIPLICATIONS", LEAST_MULTIPLICATIONS)
+    assert not goes_to_onednn(x, weight, bias)
+    monkeypatch.setattr(module, "LEAST_MULTIPLICATIONS", 1)
+    assert goes_to_onednn(x, weight, bias) == torch.backends.mkldnn.is_available()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not _onednn.takes(x, weight, bias)
+        assert not goes_to_onednn(x, weight, bias)
         assert linear(x, weight, bias).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not _onednn.takes(x, weight, bias)
-    monkeypatch.setattr(_onednn, "_is_quicker_here", lambda: False)
-    assert not _onednn.takes(x, weight, bias)
+        assert not goes_to_onednn(x, weight, bias)
+    monkeypatch.setattr(module, "_onednn_is_quicker", lambda: False)
+    assert not goes_to_onednn(x, weight, bias)
 
 
 def test_errors_are_pytorchs() -> None:
