@@ -12,6 +12,7 @@ import torch
 MILLISECONDS = {"steady": 1.0, "slowed": 1.0, "eager": 1.0, "greedy": 1.0, "dying": 1.0}
 EXTRA_BYTES = 0
 BROKEN = ""
+WRONG = ""
 
 def work(name):
     if name == BROKEN:
@@ -20,6 +21,8 @@ def work(name):
         os._exit(3)
     print("whatever a library prints")
     kept = torch.zeros(2**16 + (EXTRA_BYTES if name == "greedy" else 0), dtype=torch.int8)
+    if name == WRONG:
+        kept[0] = 7
     return MILLISECONDS[name], kept
 """
 SUITE = """
@@ -35,7 +38,10 @@ def set_up(case, device):
         milliseconds, kept = library.work(case.operator)
         CLOCK[0] += milliseconds / 1e3
         return kept
-    return Race(ours, {}, lambda: None, Cost())
+    def check():
+        _, kept = library.work(case.operator)
+        assert not kept.any(), f"{case.operator} gives {kept.max()}, not 0\\nin the first element"
+    return Race(ours, {}, check, Cost())
 
 bench = benchmark([Case(name, "small", quick=True) for name in library.MILLISECONDS])(set_up)
 """

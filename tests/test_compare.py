@@ -307,6 +307,50 @@ def test_what_got_worse_is_named_and_nothing_else(
     ]
 
 
+def test_what_is_faster_and_wrong_fails_and_has_no_numbers(
+    project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And, as everything else that is found, does so in all outputs."""
+    project.write({"library.py": library(MILLISECONDS='{"eager": 0.5}', WRONG='"eager"')})
+    files = {kind: tmp_path / f"found.{kind}" for kind in ("markdown", "junit", "json")}
+    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    assert main(["compare", "main", *options]) == 1
+    output = capsys.readouterr().out.splitlines()
+    wrong = "WRONG RESULT: AssertionError: eager gives 7, not 0"
+    assert output[1:] == [f"WORSE eager/small: {wrong}", "1 of 1 got worse"]
+    (case,) = json.loads(files["json"].read_text())["cases"]
+    assert (case["ok"], case["runs"], case["head_bytes"]) == (False, [], None)
+    assert case["wrong"].splitlines()[1:] == ["in the first element"]
+    (failure,) = ElementTree.parse(files["junit"]).getroot().iter("failure")
+    assert (failure.attrib["message"], failure.text) == (wrong, "in the first element")
+    assert f"| **worse** | eager/small | {wrong}<br>in the first" in files["markdown"].read_text()
+
+
+def test_a_wrong_base_fails_nothing_and_a_wrong_new_case_fails(
+    project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.write({"library.py": library(MILLISECONDS='{"eager": 1.0}', WRONG='"eager"')})
+    git(project.root, "commit", "-qam", "wrong")
+    out = tmp_path / "found.json"
+    project.write({"library.py": library(MILLISECONDS='{"eager": 1.0}')})
+    assert main(["compare", "HEAD", "--json", str(out)]) == 0
+    told = "not compared: the base's result is wrong: AssertionError: eager gives 7, not 0"
+    output = capsys.readouterr().out.splitlines()
+    assert output[1:] == [f"?     eager/small: {told}", "nothing got worse, 1 could not be told"]
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["base_wrong"].startswith("AssertionError")
+    assert (case["wrong"], case["runs"]) == ("", [])
+
+    times = '{"eager": 1.0, "new": 1.0}'
+    project.write({"library.py": library(MILLISECONDS=times, WRONG='"eager"')})
+    assert main(["compare", "HEAD", "--op", "eager"]) == 1
+    assert "WRONG RESULT" in (told := _told(capsys.readouterr().out, "eager"))
+    assert told.endswith("; so is the base's")
+    project.write({"library.py": library(MILLISECONDS=times, WRONG='"new"')})
+    assert main(["compare", "HEAD", "--op", "new"]) == 1
+    assert "WRONG RESULT: AssertionError: new gives 7" in _told(capsys.readouterr().out, "new")
+
+
 def test_no_change_passes(project: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "HEAD", "--op", "steady", "greedy"]) == 0
     output = capsys.readouterr().out.splitlines()

@@ -13,8 +13,8 @@ A benchmark file is a list of cases and a function that sets a race up for one o
         )
 
 `jepa-fast bench` (pytest with `jepa_fast.perf.pytest_plugin`) runs it by the protocol and
-`jepa-fast compare` times `ours` of two versions against each other. This file needs the standard
-library alone.
+`jepa-fast compare` checks `ours` of two versions and times them against each other. This file needs
+the standard library alone.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Race:
         ours: does the work once, on inputs made before; what is timed, and what the gate watches.
         others: by name: what a user would do otherwise. `"eager"` is the plain PyTorch reference,
             `"compile"` the same under `torch.compile`; others go by their library's name.
-        check: raises if a provider is wrong. It runs first, and then there are no numbers.
+        check: raises if a provider is wrong, ours at the least: the gate calls no others before
+            it. It runs first, and if it raises there are no numbers.
         cost: what the work takes at the least.
         backend: which backend of ours runs, for the record.
         why_not: by the name of a provider that is missing here: why.

@@ -26,8 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Builds BASE and the working tree side by side, lets both take turns at the suite's quick "
         "cases, and fails (exit code 1) where the working tree is really slower: where the 99 % "
         "lower bound of the slow-down is above the tolerance, and again in a second run with new "
-        "processes. Fails, too, where a call's peak memory grew, which is deterministic, and where "
-        "the suite's floors.json names this machine and the working tree is below a floor of it."
+        "processes. Fails, too, where the check of a case says that the working tree's result is "
+        "wrong (the case then has no numbers; nor has one that is wrong in BASE, which fails "
+        "nothing), where a call's peak memory grew, which is deterministic, and where the suite's "
+        "floors.json names this machine and the working tree is below a floor of it."
     )
     parser.add_argument("base", metavar="BASE", help="a git ref: origin/main, a tag, a commit")
     parser.add_argument("--op", nargs="+", metavar="OP", help="operators (default: all)")

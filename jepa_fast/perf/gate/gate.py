@@ -43,6 +43,8 @@ class Finding:
         runs: one sample, and a second one where the first says slower.
         base_bytes, head_bytes: peak allocation of a call.
         memory_grew: beyond the limit.
+        wrong: what its check raised in the working tree; it then has no numbers.
+        base_wrong: what its check raised in the base: as little.
         broken: why the working tree cannot run it, which the base can.
         not_compared: why there is nothing to compare.
     """
@@ -53,6 +55,8 @@ class Finding:
     base_bytes: int | None = None
     head_bytes: int | None = None
     memory_grew: bool = False
+    wrong: str = ""
+    base_wrong: str = ""
     broken: str = ""
     not_compared: str = ""
 
@@ -72,7 +76,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        return not (self.slower or self.memory_grew or self.broken)
+        return not (self.slower or self.memory_grew or self.wrong or self.broken)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def compare(
 ) -> Comparison:
     """Measures the suite's quick cases on both versions, and what looks slower once more.
 
-    A signal ends it early, with what was found before.
+    What is wrong by its own check, in either version, is not measured. A signal ends it early, with
+    what was found before.
 
     The second run has processes of its own: where a process happens to have its code and data
     shifts its times for as long as it lives.
@@ -152,7 +157,7 @@ def _find(
         for case in _cases(pair, head, setting, operators):
             findings.append(_first(pair, case, limits))
             tell(findings[-1])
-    if all(finding.not_compared for finding in findings):
+    if all(finding.not_compared and finding.ok for finding in findings):
         reasons = "; ".join(sorted({finding.not_compared for finding in findings}))
         raise BaselineMissing(f"there is nothing to compare with: {reasons}")
     if suspects := [finding for finding in findings if finding.suspect]:
@@ -190,7 +195,7 @@ def _cases(
 
 
 def _first(pair: Pair, case: CaseName, limits: Limits) -> Finding:
-    """A case for the first time: whether both can run it, memory, then times."""
+    """A case for the first time: whether both can run it, and are right, memory, then times."""
     finding = Finding(*case)
     in_base, in_head = pair.open(case)
     if in_base:
@@ -199,17 +204,29 @@ def _first(pair: Pair, case: CaseName, limits: Limits) -> Finding:
             finding.not_compared = f"neither version can run it: {in_head}"
     elif in_head:
         finding.broken = in_head
-    else:
-        try:
-            finding.base_bytes = pair.base.ask("memory")
-            finding.head_bytes = pair.head.ask("memory")
-            most = finding.base_bytes * (1 + limits.memory) + MEMORY_SLACK_BYTES
-            finding.memory_grew = finding.head_bytes > most
-            finding.runs.append(_sample(pair, case, limits))
-        except SideFailed as error:
-            _blame(pair, finding, error)
+    try:
+        if not in_head:
+            finding.wrong = pair.head.ask("check")
+        if not in_base:
+            finding.base_wrong = pair.base.ask("check")
+        if not (in_base or in_head or finding.wrong or finding.base_wrong):
+            _measure(pair, finding, limits)
+    except SideFailed as error:
+        _blame(pair, finding, error)
     pair.close()
     return finding
+
+
+def _measure(pair: Pair, finding: Finding, limits: Limits) -> None:
+    """Memory and times of a case that both can run. Raises SideFailed if one cannot, after all."""
+    case = (finding.operator, finding.case)
+    for side, number in zip((pair.base, pair.head), _numbers(pair, case), strict=True):
+        side.ask("open", case=number)
+    finding.base_bytes = pair.base.ask("memory")
+    finding.head_bytes = pair.head.ask("memory")
+    most = finding.base_bytes * (1 + limits.memory) + MEMORY_SLACK_BYTES
+    finding.memory_grew = finding.head_bytes > most
+    finding.runs.append(_sample(pair, case, limits))
 
 
 def _blame(pair: Pair, finding: Finding, error: SideFailed) -> None:
@@ -235,7 +252,10 @@ def _second(pair: Pair, finding: Finding, limits: Limits) -> None:
 
 
 def _sample(pair: Pair, case: CaseName, limits: Limits) -> Sample:
+    numbers = _numbers(pair, case)
+    return sample(pair.base, pair.head, numbers, limits.slow_down, limits.seconds)
+
+
+def _numbers(pair: Pair, case: CaseName) -> tuple[int, int]:
     of_base, of_head = pair.cases
-    return sample(
-        pair.base, pair.head, (of_base[case], of_head[case]), limits.slow_down, limits.seconds
-    )
+    return of_base[case], of_head[case]

@@ -13,10 +13,17 @@ from jepa_fast.perf.summary import Check
 
 def check(finding: Finding, tolerance: float) -> Check:
     """A finding as a check."""
+    if finding.wrong:
+        first, *rest = finding.wrong.splitlines()
+        also = "; so is the base's" if finding.base_wrong else ""
+        return Check(finding.name, False, f"WRONG RESULT: {first}{also}", tuple(rest))
     if finding.broken:
         return Check(finding.name, False, f"the working tree cannot run it: {finding.broken}")
     if finding.not_compared:
         return Check(finding.name, True, f"not compared: {finding.not_compared}", told=False)
+    if finding.base_wrong:
+        why = f"the base's result is wrong: {finding.base_wrong.splitlines()[0]}"
+        return Check(finding.name, True, f"not compared: {why}", told=False)
     text = [_times(finding, tolerance), _memory(finding)]
     unsure = bool(finding.runs) and finding.runs[-1].verdict is Verdict.UNSURE
     told = not unsure and not _to_be_confirmed(finding)
@@ -106,6 +113,8 @@ def to_json(found: Comparison, machine: dict[str, Any], versions: dict[str, str]
                 "ok": finding.ok,
                 "slower": finding.slower,
                 "memory_grew": finding.memory_grew,
+                "wrong": finding.wrong,
+                "base_wrong": finding.base_wrong,
                 "broken": finding.broken,
                 "not_compared": finding.not_compared,
                 "base_bytes": finding.base_bytes,

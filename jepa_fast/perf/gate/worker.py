@@ -7,6 +7,8 @@ JSON object a line on stdout to each command on stdin, until that closes:
 
     {"do": "list"}                              cases that can be compared, files that fail
     {"do": "open", "case": i}                   sets the case up, anew if it is set up already
+    {"do": "check"}                             what the open case's check raised, or "";
+                                                lets go of the case
     {"do": "pin", "core": i}                    stays on that core
     {"do": "turn", "calls": n}                  seconds of each of n calls, after one that is not
     {"do": "memory"}                            peak allocation of a call, in bytes
@@ -26,7 +28,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from jepa_fast.perf.race import Race
 
 _PERF = Path(__file__).resolve().parents[1]
 
@@ -92,7 +97,7 @@ class Worker:
         self._failed: dict[str, Exception] = {}
         self._cases = quick_entries(load_suite(suite, self._failed))
         self._device = device
-        self._call: Callable[[], object] | None = None
+        self._race: Race | None = None
         self._seconds = _event_seconds(torch) if device == "cuda" else _wall_seconds
 
     def answer(self, command: dict[str, Any]) -> Any:
@@ -101,6 +106,7 @@ class Worker:
             "list": self._list,
             "pin": self._pin,
             "open": self._open,
+            "check": self._check,
             "turn": self._turn,
             "memory": self._memory,
             "close": self._close,
@@ -129,15 +135,24 @@ class Worker:
     def _open(self, case: int) -> dict[str, Any]:
         import torch
 
-        self._call = None
+        self._race = None
         torch.manual_seed(0)
         known, set_up = self._cases[case]
-        self._call = set_up(known, self._device).ours
-        self._call()
+        self._race = set_up(known, self._device)
+        self._race.ours()
         return {}
 
+    def _check(self) -> str:
+        # A check may leave behind what it likes: what is measured is set up anew.
+        race, self._race = self._opened(), None
+        try:
+            race.check()
+        except Exception as error:
+            return _told_in_full(error)
+        return ""
+
     def _turn(self, calls: int) -> list[float]:
-        call = self._opened()
+        call = self._opened().ours
         call()
         gc.disable()
         try:
@@ -148,22 +163,25 @@ class Worker:
     def _memory(self) -> int:
         from jepa_fast.perf.memory import peak_allocation
 
-        return peak_allocation(self._opened(), self._device)
+        return peak_allocation(self._opened().ours, self._device)
 
     def _close(self) -> dict[str, Any]:
-        self._call = None
+        self._race = None
         return {}
 
-    def _opened(self) -> Callable[[], object]:
-        if self._call is None:
+    def _opened(self) -> Race:
+        if self._race is None:
             raise RuntimeError("no case is open")
-        return self._call
+        return self._race
 
 
 def _told(error: Exception) -> str:
     """In a line."""
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}".removesuffix(": ")
+    return _told_in_full(error).splitlines()[0].removesuffix(": ")
+
+
+def _told_in_full(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _wall_seconds(call: Callable[[], object]) -> float:
