@@ -6,13 +6,16 @@ No test here depends on how fast anything is: the versions under test tell the t
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import stat
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -21,7 +24,9 @@ from gate_project import LIBRARY, SUITE, Repository, git, library
 
 from jepa_fast.cli import main
 from jepa_fast.perf.errors import BuildFailed, PerfError
+from jepa_fast.perf.gate import imports as imports_module
 from jepa_fast.perf.gate.decision import LOOKS, Interval, Verdict, decide, slow_down
+from jepa_fast.perf.gate.imports import Imports
 from jepa_fast.perf.gate.sampling import sample
 from jepa_fast.perf.gate.sides import Side
 from jepa_fast.perf.gate.snapshots import Snapshots
@@ -326,6 +331,87 @@ def test_what_is_faster_and_wrong_fails_and_has_no_numbers(
     assert f"| **worse** | eager/small | {wrong}<br>in the first" in files["markdown"].read_text()
 
 
+def test_both_versions_running_the_same_code_is_an_error_and_not_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with a package that is neither at the root nor in src, and installed with `pip -e`."""
+    files = {"python/library.py": LIBRARY, "benchmarks/bench_library.py": SUITE}
+    repository = Repository(tmp_path / "project", files)
+    greedy = library(MILLISECONDS='{"greedy": 1.0}', EXTRA_BYTES="4096")
+    repository.write({"python/library.py": greedy})
+    monkeypatch.chdir(repository.root)
+    monkeypatch.setenv("PYTHONPATH", str(repository.root / "python"), prepend=os.pathsep)
+    assert main(["compare", "main"]) == 6
+    error = capsys.readouterr().err
+    assert f"library is imported from {repository.root / 'python/library.py'}, which is" in error
+    assert "the same code; name the folder that it is imported from: --path python\n" in error
+    assert main(["compare", "main", "--path", "python"]) == 1
+    assert "MORE MEMORY: 65,536 -> 69,632 bytes" in _told(capsys.readouterr().out, "greedy")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "told"),
+    [
+        ("mine", "base/mine.py", ""),
+        ("mine", "base/.venv/mine.py", ""),
+        ("bench_mine", "head/benchmarks/bench_mine.py", ""),
+        ("beside", "head/benchmarks/beside/__init__.py", ""),
+        ("mine", "head/mine.py", "must not put it on sys.path: name its folder with --path"),
+        ("installed", "tree/.venv/lib/python3.12/site-packages/installed.py", ""),
+        ("compiled", "tree/caches/inductor/ab/compiled.py", ""),
+        ("elsewhere", "elsewhere.py", ""),
+        ("mine", "tree/python/mine.py", "from: --path python"),
+        ("mine.inner", "tree/a/b/mine/inner/__init__.py", "from: --path a/b"),
+        ("mine", "tree/src/mine/__init__.py", "base/src has no such module"),
+        ("mine", "link.py", "from: --path python"),
+    ],
+)
+def test_whose_code_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str, told: str
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "tree/caches/inductor"))
+    (tmp_path / "link.py").symlink_to(tmp_path / "tree/python/mine.py")
+    base, head, tree = (tmp_path / each for each in ("base", "head", "tree"))
+    imports = Imports(base, head / "benchmarks", ["src", "."], tree, head)
+    assert imports.why_not_own() == ""
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(tmp_path / file)))
+    found = imports.why_not_own()
+    assert (name in found, told in found) == (bool(told), True)
+    assert imports.why_not_own() == ""  # once is enough
+
+
+def test_benchmarks_among_what_they_measure_bring_the_other_version_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their folder comes first on the path, with all that is in it."""
+    base, head, tree = (tmp_path / each for each in ("base", "head", "tree"))
+    imports = Imports(base, head, ["src", "."], tree, head)
+    for name in ("bench_mine", "mine"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(head / f"{name}.py")))
+    found = imports.why_not_own()
+    assert found.startswith("mine is")
+    assert found.endswith("keep the benchmarks in a folder of their own, without what they measure")
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+def test_a_jepa_fast_in_the_working_tree_measures_both_and_is_measured_only_in_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versioned: bool
+) -> None:
+    base, head, tree = (tmp_path / each for each in ("base", "head", "tree"))
+    harness = tree / "lent/jepa_fast"
+    monkeypatch.setattr(imports_module, "_HARNESS", harness)
+    if versioned:
+        (head / "lent/jepa_fast").mkdir(parents=True)
+    imports = Imports(base, head / "benchmarks", ["src", "."], tree, head)
+    perf = SimpleNamespace(__file__=str(harness / "perf/race.py"))
+    monkeypatch.setitem(sys.modules, "jepa_fast.perf.race", perf)
+    assert imports.why_not_own() == ""
+    monkeypatch.setitem(
+        sys.modules, "jepa_fast.lent", SimpleNamespace(__file__=str(harness / "lent.py"))
+    )
+    assert ("--path lent" in imports.why_not_own()) == versioned
+
+
 def test_a_wrong_base_fails_nothing_and_a_wrong_new_case_fails(
     project: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,8 +470,11 @@ def test_floors_of_this_machine_are_checked_in_the_working_tree(
     project.write({"benchmarks/floors.json": json.dumps(floors)})
     raced: list[Any] = []
 
-    def run_suite(folder: Path, device: str, operators: list[str], *, version: Path) -> Outcome:
+    def run_suite(
+        folder: Path, device: str, operators: list[str], *, version: Path, paths: Sequence[str]
+    ) -> Outcome:
         raced.append((folder.relative_to(version), device, operators))
+        assert paths == ("src", ".")
         assert (version / "benchmarks/floors.json").exists()
         return Outcome(records=[{"operator": "steady", "headline": {"ratio": ratio}}])
 
@@ -423,6 +512,7 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
         (["nowhere"], {}, 2, "there is no commit 'nowhere'"),
         (["main", "--suite", "no_suite"], {}, 2, r"no benchmarks \(bench_\*.py\) in .*no_suite"),
         (["main", "--suite", "/"], {}, 2, "has to be in the repository"),
+        (["main", "--path", "/"], {}, 2, "--path: expected a folder of .*project, relative to it"),
         (["main", "--op", "unknown"], {}, 2, "unknown operator: unknown; there are: dying, eager"),
         (
             ["main", "--suite", "slow"],
@@ -441,7 +531,8 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
             ["main"],
             {"benchmarks/bench_library.py": "import not_there"},
             6,
-            "cannot run its benchmarks: bench_library.py: ModuleNotFoundError",
+            r"cannot run its benchmarks: bench_library.py: ModuleNotFoundError.*from src, \.: name "
+            "another folder of it with --path",
         ),
         (
             ["main", "--suite", "fresh"],

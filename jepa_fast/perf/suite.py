@@ -58,6 +58,7 @@ def run_suite(
     rounds: int | None = None,
     budget: float | None = None,
     version: Path | None = None,
+    paths: Sequence[str] = ("src", "."),
 ) -> Outcome:
     """Runs the benchmark files of a folder under pytest, whose output is printed as it comes.
 
@@ -70,6 +71,7 @@ def run_suite(
         rounds: how often all take turns; the protocol's if None.
         budget: seconds for all.
         version: the root of the checkout whose code runs; whatever is imported here if None.
+        paths: below `version`, where its code is imported from.
 
     Raises:
         PerfError: pytest or pytest-benchmark is missing, the folder has no benchmarks, an operator
@@ -90,7 +92,8 @@ def run_suite(
         command += ["--race-quick"] if quick else []
         command += [] if rounds is None else ["--race-rounds", str(rounds)]
         command += [] if budget is None else ["--race-budget", str(budget)]
-        environment = _environment(None if quick else Path(scratch), version)
+        own = [] if version is None else [version / path for path in paths]
+        environment = _environment(None if quick else Path(scratch), own)
         # `python -m` looks in the current folder first.
         process = subprocess.Popen(command, env=environment, cwd=version)
         code = _wait(process)
@@ -135,16 +138,15 @@ def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _environment(caches: Path | None, version: Path | None = None) -> dict[str, str]:
+def _environment(caches: Path | None, first: Sequence[Path] = ()) -> dict[str, str]:
     """This process's, with its imports, and without what would change pytest's behaviour.
 
     Args:
         caches: where Triton and torch.compile keep what they compile; None: where they always do.
-        version: the root of a checkout that comes before this process's imports.
+        first: folders that come before this process's imports.
     """
     own = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_PYTEST}
-    first = [] if version is None else [str(version / "src"), str(version)]
-    path = os.pathsep.join([*first, *filter(None, sys.path)])
+    path = os.pathsep.join([*map(str, first), *filter(None, sys.path)])
     own |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path}
     if caches is not None:
         own["TRITON_CACHE_DIR"] = str(caches / "triton")

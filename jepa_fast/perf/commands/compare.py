@@ -42,6 +42,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "the working tree (default: benchmarks)",
     )
     parser.add_argument(
+        "--path",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="of the repository, relative to its root, that its packages are imported from in "
+        "either version, such as python; may be given more than once (always: src and the root)",
+    )
+    parser.add_argument(
         "--build",
         metavar="COMMAND",
         help="builds a version, in its root, once (default: nothing; the native library in a "
@@ -141,9 +149,16 @@ def run(options: argparse.Namespace) -> int:
     if not suite.is_relative_to(snapshots.root):
         raise PerfError(f"the suite has to be in the repository {snapshots.root}, got {suite}")
     suite_files(suite)
+    paths = _paths(options.path, snapshots.root)
     base = snapshots.base(options.base)
     head = snapshots.head()
-    setting = Setting(head.root / suite.relative_to(snapshots.root), device, options.threads)
+    setting = Setting(
+        head.root / suite.relative_to(snapshots.root),
+        snapshots.root,
+        device,
+        options.threads,
+        paths,
+    )
     limits = Limits(options.tolerance, options.memory_tolerance, options.seconds)
     print(f"{head.label} against {base.label}", flush=True)
     pinned = _pinned(setting, options.op or ())
@@ -171,6 +186,24 @@ def run(options: argparse.Namespace) -> int:
 def _suite(folder: Path, root: Path) -> Path:
     """A relative folder is looked for here, and then from the repository's root."""
     return (folder if folder.is_dir() else root / folder).resolve()
+
+
+def _paths(given: Sequence[str], root: Path) -> tuple[str, ...]:
+    """Where either version's code is imported from, relative to its root.
+
+    Raises:
+        PerfError: one is no folder of the repository.
+    """
+    from jepa_fast.perf.errors import PerfError
+    from jepa_fast.perf.gate.sides import SOURCES
+
+    found = []
+    for each in given:
+        folder = (root / each).resolve()
+        if not folder.is_dir() or not folder.is_relative_to(root):
+            raise PerfError(f"--path: expected a folder of {root}, relative to it, got {each}")
+        found.append(str(folder.relative_to(root)))
+    return tuple(dict.fromkeys([*found, *SOURCES]))
 
 
 def _pinned(setting: Setting, operators: Sequence[str]) -> dict[str, Any]:
@@ -204,7 +237,9 @@ def _floors(root: Path, setting: Setting, pinned: dict[str, Any]) -> list[Check]
 
     if not pinned:
         return []
-    raced = run_suite(setting.suite, setting.device, list(pinned), version=root)
+    raced = run_suite(
+        setting.suite, setting.device, list(pinned), version=root, paths=setting.paths
+    )
     return [
         Check(f"{check.name}/floor", check.ok, check.message)
         for check in check_floors({"here": pinned}, "here", raced.records)

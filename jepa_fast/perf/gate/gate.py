@@ -132,7 +132,8 @@ def compare(
     Raises:
         PerfError: an operator is not known, or there is no quick case.
         BaselineMissing: the base can run none of the cases.
-        BuildFailed: a version does not start, or the working tree cannot run its benchmarks.
+        BuildFailed: a version does not start, or runs code that is not its own, or the working tree
+            cannot run its benchmarks.
     """
     findings: list[Finding] = []
     try:
@@ -179,7 +180,11 @@ def _cases(
 ) -> list[CaseName]:
     """What is to be compared: the cases of the working tree's suite."""
     if broken := "; ".join(f"{name}: {why}" for name, why in pair.failed[1].items()):
-        raise BuildFailed(f"{head.label} cannot run its benchmarks: {broken}")
+        hint = ""
+        if ModuleNotFoundError.__name__ in broken:
+            folders = ", ".join(setting.paths)
+            hint = f" (code is imported from {folders}: name another folder of it with --path)"
+        raise BuildFailed(f"{head.label} cannot run its benchmarks: {broken}{hint}")
     known = list(pair.cases[1])
     if not known:
         # Versions run from copies; the user knows the suite by its place in the repository.

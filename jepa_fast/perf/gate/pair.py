@@ -22,6 +22,7 @@ class Pair:
 
     Raises:
         SideFailed: a process cannot even start.
+        NotItsOwn: one runs code of another version.
     """
 
     def __init__(self, base: Snapshot, head: Snapshot, setting: Setting) -> None:
@@ -93,8 +94,9 @@ class Pair:
 
     def _start(self) -> None:
         try:
-            for version in self._versions:
-                self._sides.append(Side(version.root, version.label, self._setting))
+            others = reversed(self._versions)
+            for version, other in zip(self._versions, others, strict=True):
+                self._sides.append(Side(version.root, version.label, self._setting, other.root))
             for side in self._sides:  # before any answer: they start at the same time
                 side.send("list")
             self._listed = [side.receive() for side in self._sides]

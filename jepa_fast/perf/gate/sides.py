@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from jepa_fast.perf.errors import PerfError
+from jepa_fast.perf.errors import BuildFailed, PerfError
 
+SOURCES = ("src", ".")
+"""Below a version's root, where its code is imported from, whatever else is."""
 _PATIENCE_SECONDS = 600.0
 """For one answer; a case that takes longer hangs."""
 _SAME = {"PYTHONHASHSEED": "0"}
@@ -35,19 +37,27 @@ class SideFailed(PerfError):
         self.side = side
 
 
+class NotItsOwn(BuildFailed):
+    """A version runs code of another: with the same code on both sides none would be slower."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How versions are run.
 
     Args:
         suite: folder of the benchmarks, the same for both.
+        repository: the working tree that they are versions of.
         device: `"cpu"` or `"cuda"`.
         threads: of torch.
+        paths: below a version's root, where its code is imported from.
     """
 
     suite: Path
+    repository: Path
     device: str = "cpu"
     threads: int = 1
+    paths: tuple[str, ...] = SOURCES
 
 
 class Side:
@@ -57,16 +67,25 @@ class Side:
         root: the version's files.
         label: it, for messages.
         setting: how it is run.
+        other: the root of the other version.
     """
 
-    def __init__(self, root: Path, label: str, setting: Setting) -> None:
+    def __init__(self, root: Path, label: str, setting: Setting, other: Path) -> None:
         self.label = label
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         threads = str(setting.threads)
         environment = {**os.environ, **_SAME, "OMP_NUM_THREADS": threads}
         worker = Path(__file__).with_name("worker.py")
+        version = {
+            "root": str(root),
+            "suite": str(setting.suite),
+            "device": setting.device,
+            "paths": setting.paths,
+            "repository": str(setting.repository),
+            "other": str(other),
+        }
         self._process = subprocess.Popen(
-            [sys.executable, str(worker), str(root), str(setting.suite), setting.device],
+            [sys.executable, str(worker), json.dumps(version)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -92,6 +111,7 @@ class Side:
 
         Raises:
             SideFailed: it is an error, or the process ended, or does not answer.
+            NotItsOwn: it runs code of another version, so that nothing would be compared.
         """
         if not select.select([self._answers], [], [], _PATIENCE_SECONDS)[0]:
             self.close()
@@ -102,6 +122,8 @@ class Side:
             ended = f"its process ended with {self._process.returncode}"
             raise SideFailed(self, f"{ended}\n{self._said()}")
         answer = json.loads(line)
+        if isinstance(answer, dict) and "not its own" in answer:
+            raise NotItsOwn(f"{self.label}: {answer['not its own']}")
         if isinstance(answer, dict) and "error" in answer:
             raise SideFailed(self, answer["error"])
         return answer

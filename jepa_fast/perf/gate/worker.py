@@ -1,9 +1,11 @@
 """The process that runs one version. Started as a file, with that version first on the path.
 
-    python worker.py ROOT SUITE DEVICE
+    python worker.py '{"root": ..., "suite": ..., "device": ..., "paths": [...], ...}'
 
-`ROOT` is the version, `SUITE` the folder of benchmarks, which both versions run. It answers one
-JSON object a line on stdout to each command on stdin, until that closes:
+`root` is the version, `suite` the folder of benchmarks, which both versions run, `paths` are those
+below `root` that its code is imported from; `repository` and `other` are the working tree and the
+other version, whose code it must not run. It answers one JSON object a line on stdout to each
+command on stdin, until that closes:
 
     {"do": "list"}                              cases that can be compared, files that fail
     {"do": "open", "case": i}                   sets the case up, anew if it is set up already
@@ -14,7 +16,8 @@ JSON object a line on stdout to each command on stdin, until that closes:
     {"do": "memory"}                            peak allocation of a call, in bytes
     {"do": "close"}                             lets go of the case
 
-`{"error": "..."}` answers what cannot be done.
+`{"error": "..."}` answers what cannot be done, and `{"not its own": "..."}` what shows that the
+version runs the code of another.
 """
 
 from __future__ import annotations
@@ -38,18 +41,17 @@ _PERF = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Answers until stdin closes."""
-    root, suite, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    version = json.loads(sys.argv[1])
     answers = _own_stdout()
-    sys.path[0] = str(root)  # was this file's folder
-    if (root / "src").is_dir():
-        sys.path.insert(0, str(root / "src"))
-    sys.path.append(str(_PERF.parents[1]))  # for a repository that only uses jepa_fast
+    _import_from(Path(version["root"]), version["paths"], Path(version["repository"]))
     worker = None
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            worker = worker or Worker(suite, device)
+            worker = worker or Worker(version)
             answer = worker.answer(command)
+        except _NotItsOwn as error:
+            answer = {"not its own": str(error)}
         except Exception as error:
             # Said to the parent, which decides: a version may be unable to run a case.
             answer = {"error": _told(error)}
@@ -62,6 +64,15 @@ def _own_stdout() -> TextIO:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
+
+
+def _import_from(root: Path, paths: list[str], repository: Path) -> None:
+    """A version's folders come first, and the working tree's, for which they stand, not at all."""
+    own = [str(root / path) for path in paths if (root / path).is_dir()]
+    instead_of = {(repository / path).resolve() for path in paths}
+    others = sys.path[1:]  # the first is this file's folder
+    sys.path[:] = [*own, *(each for each in others if Path(each).resolve() not in instead_of)]
+    sys.path.append(str(_PERF.parents[1]))  # for a repository that only uses jepa_fast
 
 
 def _use_this_harness() -> None:
@@ -79,23 +90,36 @@ def _use_this_harness() -> None:
     package.perf = module  # type: ignore[attr-defined]
 
 
+class _NotItsOwn(Exception):
+    """The version runs code of another."""
+
+
 class Worker:
     """What the process holds.
 
     Args:
-        suite: the folder of benchmarks.
-        device: `"cpu"` or `"cuda"`.
+        version: what the process was started with.
+
+    Raises:
+        _NotItsOwn: the benchmarks import code of another version.
     """
 
-    def __init__(self, suite: Path, device: str) -> None:
+    def __init__(self, version: dict[str, Any]) -> None:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         _use_this_harness()
+        from jepa_fast.perf.gate.imports import Imports
         from jepa_fast.perf.race import load_suite, quick_entries
 
+        root, suite, repository, other = (
+            Path(version[name]) for name in ("root", "suite", "repository", "other")
+        )
+        device = version["device"]
         self._failed: dict[str, Exception] = {}
         self._cases = quick_entries(load_suite(suite, self._failed))
+        self._imports = Imports(root, suite, version["paths"], repository, other)
+        self._check_imports()
         self._device = device
         self._race: Race | None = None
         self._seconds = _event_seconds(torch) if device == "cuda" else _wall_seconds
@@ -145,11 +169,13 @@ class Worker:
     def _check(self) -> str:
         # A check may leave behind what it likes: what is measured is set up anew.
         race, self._race = self._opened(), None
+        wrong = ""
         try:
             race.check()
         except Exception as error:
-            return _told_in_full(error)
-        return ""
+            wrong = _told_in_full(error)
+        self._check_imports()  # once more: some is imported only where it is needed
+        return wrong
 
     def _turn(self, calls: int) -> list[float]:
         call = self._opened().ours
@@ -168,6 +194,10 @@ class Worker:
     def _close(self) -> dict[str, Any]:
         self._race = None
         return {}
+
+    def _check_imports(self) -> None:
+        if why := self._imports.why_not_own():
+            raise _NotItsOwn(why)
 
     def _opened(self) -> Race:
         if self._race is None:
