@@ -1082,9 +1082,17 @@ def test_floors_decide_the_exit_code(
 def test_missing_packages_are_named(folder: Path, monkeypatch: Patch, capsys: Capture) -> None:
     there = suite._is_there
     monkeypatch.setattr(suite, "_is_there", lambda name: name == "pytest" and there(name))
-    assert _bench(folder) == 2
+    assert _bench(folder) == 7
     told = capsys.readouterr().err
     assert 'benchmarks need pytest-benchmark: pip install "jepa-fast[bench]"' in told
+
+
+def test_an_audit_without_triton_ends_as_all_that_lacks_a_package(
+    monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(["audit"]) == 7
+    assert "the audit needs Triton: pip install triton" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")

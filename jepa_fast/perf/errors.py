@@ -38,3 +38,9 @@ class BuildFailed(PerfError):
     """A kernel, or one of the versions to be compared, cannot be built or run (exit code 6)."""
 
     exit_code = 6
+
+
+class PackageMissing(PerfError):
+    """What measures needs a package that is not installed (exit code 7)."""
+
+    exit_code = 7

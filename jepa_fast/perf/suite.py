@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jepa_fast.perf.errors import PerfError
+from jepa_fast.perf.errors import PackageMissing, PerfError
 from jepa_fast.perf.race import suite_files
 from jepa_fast.perf.signals import interruptible
 
@@ -74,8 +74,9 @@ def run_suite(
         paths: below `version`, where its code is imported from.
 
     Raises:
-        PerfError: pytest or pytest-benchmark is missing, the folder has no benchmarks, an operator
-            is not known, or nothing is left to run.
+        PackageMissing: pytest or pytest-benchmark is not installed.
+        PerfError: the folder has no benchmarks, an operator is not known, or nothing is left to
+            run.
     """
     check_packages()
     files = [str(path) for path in suite_files(folder)]
@@ -125,10 +126,10 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def check_packages() -> None:
-    """Raises PerfError, which says what to install, if what runs benchmarks is missing."""
+    """Raises PackageMissing, which says what to install, if what runs benchmarks is missing."""
     missing = [name for name in ("pytest", "pytest_benchmark") if not _is_there(name)]
     if missing:
-        raise PerfError(
+        raise PackageMissing(
             f"benchmarks need {' and '.join(missing).replace('_', '-')}: "
             'pip install "jepa-fast[bench]"'
         )

@@ -54,15 +54,15 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         PerfError: an operator or chip is not known, there is no baseline or one of another
-            version, a kernel does not compile: by kind, each with its exit code.
+            version, a kernel does not compile, Triton is missing: by kind, each with its exit code.
         OSError: a result cannot be written; an earlier file stays whole.
     """
-    from jepa_fast.perf.errors import PerfError
+    from jepa_fast.perf.errors import PackageMissing
 
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        raise PerfError("the audit needs Triton: pip install triton") from error
+        raise PackageMissing("the audit needs Triton: pip install triton") from error
     from jepa_fast.ops._registry import OPERATORS
     from jepa_fast.perf.audit_rules import compare
     from jepa_fast.perf.files import check_target
