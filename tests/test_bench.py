@@ -669,21 +669,39 @@ def test_floors(tmp_path: Path, ratios: Sequence[float], ok: bool, told: str) ->
     assert check_floors(floors, "another", records) == []
 
 
+_NUMBERS = "expected a positive 'geometric_mean' and 'cases', got"
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "told"),
     [
-        "{",
-        "[]",
-        '{"gpu": 1}',
-        '{"gpu": {"op": {"geometric_mean": 1}}}',
-        '{"gpu": {"op": {"geometric_mean": 1, "cases": 0}}}',
-        '{"gpu": {"op": {"geometric_mean": "1", "cases": 2}}}',
+        ("{", "Expecting property name"),
+        ("[]", "the file: expected an object of machines, got []"),
+        ('{"gpu": 1}', '"gpu": expected an object of operators, got 1'),
+        (
+            '{"gpu": {"op": 99}}',
+            "\"gpu\", \"op\": expected an object of 'geometric_mean' and 'cases', got 99",
+        ),
+        (
+            '{"gpu": {"op": {"geometric_mean": 1}}}',
+            f'"gpu", "op": {_NUMBERS} {{"geometric_mean": 1}}',
+        ),
+        ('{"gpu": {"op": {"geometric_mean": 1, "cases": 0}}}', _NUMBERS),
+        ('{"gpu": {"op": {"geometric_mean": NaN, "cases": 2}}}', _NUMBERS),
+        ('{"gpu": {"op": {"geometric_mean": "1", "cases": 2}}}', _NUMBERS),
+        ('{"gpu": {"op": {"geometric_mean": 1, "cases": true}}}', _NUMBERS),
     ],
 )
-def test_floors_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
+def test_floors_of_another_form_are_refused(tmp_path: Path, content: str, told: str) -> None:
+    """And named by the user's own file where a copy of it is read."""
     (tmp_path / "floors.json").write_text(content)
-    with pytest.raises(PerfError, match=r"floors\.json"):
+    form = '; floors have the form {"<machine>": {"<operator>": {"geometric_mean": 1.2, "cases"'
+    with pytest.raises(PerfError, match=re.escape(told)) as refused:
         read_floors(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}/floors.json: ")
+    assert form in str(refused.value)
+    with pytest.raises(PerfError, match=r"^/mine/floors\.json: "):
+        read_floors(tmp_path, Path("/mine"))
 
 
 def test_no_floors() -> None:

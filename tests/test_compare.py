@@ -512,6 +512,12 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
         (["nowhere"], {}, 2, "there is no commit 'nowhere'"),
         (["main", "--suite", "no_suite"], {}, 2, r"no benchmarks \(bench_\*.py\) in .*no_suite"),
         (["main", "--suite", "/"], {}, 2, "has to be in the repository"),
+        (
+            ["main"],
+            {"benchmarks/floors.json": json.dumps({describe("cpu")["name"]: {"steady": 99}})},
+            2,
+            r"jepa-fast: \S*/project/benchmarks/floors\.json: .*\"steady\": expected an object",
+        ),
         (["main", "--path", "/"], {}, 2, "--path: expected a folder of .*project, relative to it"),
         (["main", "--op", "unknown"], {}, 2, "unknown operator: unknown; there are: dying, eager"),
         (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,53 @@ from jepa_fast.perf.results import Record
 from jepa_fast.perf.summary import Check
 
 FILE = "floors.json"
+FORM = '{"<machine>": {"<operator>": {"geometric_mean": 1.2, "cases": 4}}}'
+"""For people; the machine's name is that of its results file."""
 
 
-def read_floors(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+def read_floors(folder: Path, told: Path | None = None) -> dict[str, dict[str, dict[str, float]]]:
     """What is pinned in a suite's `floors.json`: by machine, by operator, mean and cases.
+
+    Args:
+        folder: the suite's.
+        told: the suite's folder in messages, where `folder` is a copy that nobody knows.
 
     Raises:
         BaselineMissing: the suite has none.
         PerfError: it is not of the form
             `{machine: {operator: {"geometric_mean": number, "cases": number}}}`.
     """
-    path = folder / FILE
+    told = told or folder
     try:
-        floors = json.loads(path.read_text())
-        for operators in floors.values():
-            for floor in operators.values():
-                if set(floor) != {"geometric_mean", "cases"} or min(floor.values()) <= 0:
-                    raise ValueError(
-                        "expected a positive 'geometric_mean' and 'cases' for every operator, got "
-                        f"{floor}"
-                    )
+        floors = json.loads((folder / FILE).read_text())
+        _check_form(floors)
     except FileNotFoundError as error:
-        raise BaselineMissing(f"{folder} has no {FILE}, so there is no floor to check") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise PerfError(f"{path}: {error}") from error
+        raise BaselineMissing(f"{told} has no {FILE}, so there is no floor to check") from error
+    except ValueError as error:  # of json's, or of ours
+        raise PerfError(f"{told / FILE}: {error}; floors have the form {FORM}") from error
     return floors
+
+
+def _check_form(floors: Any) -> None:
+    """Raises ValueError, which names what is not as `FORM` has it."""
+    for machine, operators in _items("the file", floors, "machines"):
+        for operator, floor in _items(json.dumps(machine), operators, "operators"):
+            name = f"{json.dumps(machine)}, {json.dumps(operator)}"
+            numbers = dict(_items(name, floor, "'geometric_mean' and 'cases'"))
+            if set(numbers) != {"geometric_mean", "cases"} or not all(
+                type(number) in (int, float) and 0 < number < math.inf
+                for number in numbers.values()
+            ):
+                raise ValueError(
+                    f"{name}: expected a positive 'geometric_mean' and 'cases', got "
+                    f"{json.dumps(floor)}"
+                )
+
+
+def _items(name: str, value: Any, of: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected an object of {of}, got {json.dumps(value)}")
+    return value.items()
 
 
 def check_floors(

@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     )
     limits = Limits(options.tolerance, options.memory_tolerance, options.seconds)
     print(f"{head.label} against {base.label}", flush=True)
-    pinned = _pinned(setting, options.op or ())
+    pinned = _pinned(setting, suite, options.op or ())
     found = compare(
         base,
         head,
@@ -206,11 +206,12 @@ def _paths(given: Sequence[str], root: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*found, *SOURCES]))
 
 
-def _pinned(setting: Setting, operators: Sequence[str]) -> dict[str, Any]:
+def _pinned(setting: Setting, suite: Path, operators: Sequence[str]) -> dict[str, Any]:
     """The floors that the suite has for this machine, by operator.
 
     Args:
         setting: how the versions are run.
+        suite: the suite's folder as the user knows it.
         operators: which; none: all that have a floor.
 
     Raises:
@@ -222,7 +223,7 @@ def _pinned(setting: Setting, operators: Sequence[str]) -> dict[str, Any]:
 
     if not (setting.suite / FILE).is_file():
         return {}
-    floors = read_floors(setting.suite).get(describe(setting.device)["name"], {})
+    floors = read_floors(setting.suite, suite).get(describe(setting.device)["name"], {})
     pinned = {name: each for name, each in floors.items() if not operators or name in operators}
     if pinned:
         check_packages()
