@@ -1187,8 +1187,14 @@ def test_uncommitted_changes_are_refused(
     head = _git(repository, "rev-parse", "HEAD")
     (run,) = json.loads(path.read_text())["runs"]
     assert (run["commit"], run["dirty"]) == (head, False)
-    before = path.read_bytes()
     assert _bench(repository) == 0  # results do not count as changes
+    (repository / "reports").mkdir()
+    for name in ("found.md", "junit.xml", "of today.json", "reports/found.md"):  # nor do reports
+        (repository / name).write_text("")
+    assert _bench(repository) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["dirty"] is False
+    before = path.read_bytes()
     (repository / "bench_two.py").write_text("# new\n")
     assert _bench(repository) == 5
     told = capsys.readouterr().err
@@ -1203,6 +1209,22 @@ def test_uncommitted_changes_are_refused(
         assert _bench(repository, "--commit", "abc") == 0
     (run,) = json.loads(path.read_text())["runs"]
     assert (run["commit"], run["dirty"]) == ("abc", None)
+
+
+def test_what_code_may_read_build_or_run_counts_as_a_change(repository: Path) -> None:
+    package = repository / "package/data"
+    package.mkdir(parents=True)
+    (repository / "package/__init__.py").write_text("")
+    (repository / "notes.md").write_text("")
+    _git(repository, "add", ".")
+    _git(repository, "commit", "-q", "-m", "a package")
+    assert machine.uncommitted(repository, ["."]) == []
+    new = ["kernel.cu", "lib.so", "package/data/sizes of it.json", "setup.cfg", "the one.py"]
+    for name in [*new, "notes.md", "found.json"]:
+        (repository / name).write_text("changed")
+    _git(repository, "mv", "bench_one.py", "bench_two.py")
+    found = machine.uncommitted(repository, ["."])
+    assert sorted(found) == sorted([*new, "notes.md", "bench_two.py"])
 
 
 def test_full_runs_start_without_what_was_compiled_before(

@@ -180,13 +180,15 @@ def test_the_base_is_the_commit_and_the_head_the_working_tree(plain: Repository)
     assert not (head.root / "ignored.txt").exists()
     assert set(head.changed) == {"a.txt", "new.txt"}
     assert base.label == f"main ({base.commit[:8]})"
-    assert "2 changed files" in head.label
+    assert "2 changed files)" in head.label
     assert git(plain.root, "status", "--porcelain").split() == ["M", "a.txt", "??", "new.txt"]
 
 
 def test_a_deleted_file_is_not_in_the_working_tree(plain: Repository) -> None:
     (plain.root / "a.txt").unlink()
-    assert not (_snapshots(plain).head().root / "a.txt").exists()
+    head = _snapshots(plain).head()
+    assert not (head.root / "a.txt").exists()
+    assert head.label.endswith(" and 1 changed file)")
 
 
 def test_versions_are_built_once(plain: Repository) -> None:

@@ -17,6 +17,9 @@ from jepa_fast.perf.errors import PerfError
 SOURCES = ("jepa_fast", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 """What decides a measurement in a checkout of jepa_fast; results and texts do not."""
 
+_REPORTS = frozenset({".csv", ".html", ".json", ".log", ".md", ".xml"})
+"""How files end that tell of measurements."""
+
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -115,12 +118,36 @@ def commit(folder: Path) -> str | None:
 
 
 def uncommitted(folder: Path, paths: Sequence[str] = SOURCES) -> list[str]:
-    """Files below `paths` that differ from the commit, new ones included; results left out."""
+    """Files below `paths` that differ from the commit, new ones included; results left out.
+
+    Reports that git does not know, such as `compare --json` has just written, are left out, too: at
+    the root of the repository, or in a folder that holds no Python file, nor is in one that does.
+    Elsewhere code may read them, and everything else, tracked or not, may be built or run.
+
+    Args:
+        folder: the root of a git repository.
+        paths: in it.
+    """
     there = [path for path in paths if (folder / path).exists()]
     if commit(folder) is None or not there:
         return []
-    status = git(folder, "status", "--porcelain", "--untracked-files=all", "--", *there)
-    return [line[3:] for line in status.splitlines() if "benchmarks/results/" not in line]
+    options = ("--porcelain", "-z", "--untracked-files=all")
+    entries = iter(git(folder, "status", *options, "--", *there).split("\0"))
+    found = []
+    for entry in filter(None, entries):
+        state, name = entry[:2], entry[3:]
+        if state[0] in "RC":
+            next(entries)  # its old name
+        if "benchmarks/results/" in name or (state == "??" and _is_report(folder, name)):
+            continue
+        found.append(name)
+    return found
+
+
+def _is_report(root: Path, name: str) -> bool:
+    *folders, _ = Path(name).parents  # all but the root
+    beside_code = any(any((root / folder).glob("*.py")) for folder in folders)
+    return Path(name).suffix in _REPORTS and not beside_code
 
 
 def _cpu_name() -> str:

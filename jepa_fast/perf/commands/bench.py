@@ -55,7 +55,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, metavar="N", help="at least 30 (fewer with --quick); default: 30"
     )
     parser.add_argument(
-        "--allow-dirty", action="store_true", help="measure uncommitted changes; results say so"
+        "--allow-dirty",
+        action="store_true",
+        help="measure uncommitted changes; results say so (new reports, as .md, .xml or .json "
+        "that lie beside no code, are none)",
     )
     parser.add_argument(
         "--commit",

@@ -118,7 +118,8 @@ class Snapshots:
             digest.update(name.encode() + b"\0" + _content_digest(self.root / name))
         target = self._folder / f"head-{digest.hexdigest()[:16]}-{self._toolchain}"
         label = f"the working tree ({commit[:8]}"
-        label += f" and {len(changed)} changed files)" if changed else ")"
+        label += f" and {len(changed)} changed file{'s' * (len(changed) > 1)}" if changed else ""
+        label += ")"
         with self._only_one(target):
             if not (target / _DONE).exists():
                 self._remove(target)
