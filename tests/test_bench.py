@@ -907,6 +907,19 @@ def test_cases_that_lack_something_here_are_skipped(
         ]
 
 
+@pytest.mark.parametrize("options", [(), ("--benchmark-disable",)], ids=["timed", "checked"])
+@pytest.mark.usefixtures("fast")
+def test_what_is_not_timed_is_no_reason_for_a_warning(
+    tmp_path: Path, capfd: Capture, options: tuple[str, ...]
+) -> None:
+    folder = _suite(tmp_path / "s", one=('Case("wrong", "x", {"n": 8})', 3))
+    (folder / "bench_other.py").write_text("def bench_other(benchmark): pass\n")
+    code, _ = _pytest(folder, "--race-device=cpu", "--race-budget=600", *options)
+    assert code == 1
+    # Of other tests the warning is as it was.
+    assert capfd.readouterr().out.count("Benchmark fixture was not used at all") == 1
+
+
 @pytest.mark.usefixtures("fast")
 def test_without_timing_the_checks_still_run(tmp_path: Path) -> None:
     folder = _suite(tmp_path / "s", one=(CASES, 2), two=('Case("sub", "x", {"n": 8})', 3))
@@ -1365,6 +1378,15 @@ def test_a_native_library_of_other_sources_is_refused(
     monkeypatch.setattr(_build, "source_digest", lambda: "now")
     assert _bench(folder, "--device", "cpu") == 6
     assert "older than its sources: run `jepa-fast build`" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "much"])
+def test_a_budget_of_nothing_is_refused(folder: Path, capsys: Capture, budget: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _bench(folder, f"--budget={budget}")
+    assert stopped.value.code == 2
+    assert "argument --budget: " in capsys.readouterr().err
 
 
 def test_floors_are_not_checked_in_a_quick_run(folder: Path, capsys: Capture) -> None:

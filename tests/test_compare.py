@@ -653,6 +653,7 @@ def test_outside_a_repository(
     [
         "--tolerance=0",
         "--tolerance=2",
+        "--tolerance=5%",
         "--memory-tolerance=1.5",
         "--threads=-1",
         "--seconds=nan",
@@ -668,3 +669,4 @@ def test_wrong_options_are_refused(option: str, capsys: pytest.CaptureFixture[st
     assert ("expected a share, at most 1, got 2; 2 % is 0.02" in error) is (
         option[2:] == "tolerance=2"
     )
+    assert ("expected a share such as 0.05, which is 5 %, got 5%" in error) is ("%" in option)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jepa_fast.perf.commands.options import positive
 from jepa_fast.perf.machine import DEVICES
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "in the current one)",
     )
     parser.add_argument(
-        "--budget", type=float, metavar="S", help="seconds: cases that no longer fit are left out"
+        "--budget",
+        type=positive(float),
+        metavar="S",
+        help="seconds: cases that no longer fit are left out",
     )
     parser.add_argument(
         "--rounds", type=int, metavar="N", help="at least 30 (fewer with --quick); default: 30"

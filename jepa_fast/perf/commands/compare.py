@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jepa_fast.perf.commands.options import positive, share
 from jepa_fast.perf.machine import DEVICES
 
 if TYPE_CHECKING:
@@ -62,25 +63,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="auto, the default: a GPU if there is one",
     )
     parser.add_argument(
-        "--threads", type=_positive(int), default=1, metavar="N", help="of torch (default: 1)"
+        "--threads", type=positive(int), default=1, metavar="N", help="of torch (default: 1)"
     )
     parser.add_argument(
         "--tolerance",
-        type=_share,
+        type=share,
         default=0.02,
         metavar="SHARE",
         help="slow-down that is allowed (default: 0.02, 2 %%)",
     )
     parser.add_argument(
         "--memory-tolerance",
-        type=_share,
+        type=share,
         default=0.01,
         metavar="SHARE",
         help="growth of peak memory that is allowed (default: 0.01)",
     )
     parser.add_argument(
         "--seconds",
-        type=_positive(float),
+        type=positive(float),
         default=20.0,
         metavar="S",
         help="for timing a case, at the most, in each of two runs (default: 20)",
@@ -91,29 +92,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="for a CI job's summary")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="for CI that shows tests")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
-
-
-def _positive(kind: type[int] | type[float]) -> type[int] | type[float]:
-    """A parser of positive numbers."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-        return value
-
-    parse.__name__ = "number"  # as argparse names it when the text is none
-    return parse  # type: ignore[return-value]
-
-
-def _share(text: str) -> float:
-    """Parses a share; beyond 1 it was meant in per cent."""
-    value = _positive(float)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(
-            f"expected a share, at most 1, got {text}; {value:g} % is {value / 100:g}"
-        )
-    return value
 
 
 def run(options: argparse.Namespace) -> int:
