@@ -1505,6 +1505,40 @@ def test_the_suites_of_an_installation_come_before_a_folder_beside_it(monkeypatc
     assert bench._default_output(ROOT / "tests") == Path("results")
 
 
+@pytest.mark.parametrize("fails", ["mkstemp", "write"])
+def test_a_folder_is_written_to_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: Patch, fails: str
+) -> None:
+    """As permissions do not tell of everything."""
+    files.check_writable(tmp_path / "not/there/yet")
+    assert list(tmp_path.iterdir()) == []
+
+    def over_quota(*_: object, **__: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    temporary = files.tempfile.NamedTemporaryFile
+    if fails == "mkstemp":
+        monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", over_quota)
+    else:
+
+        def opened(**options: Any) -> Any:
+            file = temporary(**options)
+            file.write = over_quota
+            return file
+
+        monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", opened)
+    for check in (files.check_writable, files.check_target):
+        with pytest.raises(OSError, match=f"to {re.escape(str(tmp_path))}: Disk quota exceeded"):
+            check(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_proc_and_devices_are_what_they_are() -> None:
+    with pytest.raises(OSError, match="nothing can be written to /proc: "):
+        files.check_target(Path("/proc/found.json"))
+    files.check_target(Path("/dev/full"))  # which no file is made for
+
+
 def test_results_go_through_links_and_into_what_is_no_file(tmp_path: Path) -> None:
     file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
     file.write_text("old")

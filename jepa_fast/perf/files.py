@@ -37,19 +37,32 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_target(file: Path) -> None:
-    """Raises OSError if `file` is a folder, or no file can be made where it lies."""
+    """Raises OSError if `file` is a folder, or no file can be made where it lies.
+
+    What is there and no file, such as `/dev/stdout` or a pipe, has to be writable itself.
+    """
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder, expected a file")
-    check_writable(file.resolve().parent)
+    if not file.exists() or file.is_file():
+        check_writable(file.resolve().parent)
+    elif not os.access(file, os.W_OK):
+        raise PermissionError(f"nothing can be written to {file}")
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError if no file can be made in `folder`, or in what it would be made in."""
+    """Raises OSError if no file can be made in `folder`, or in what it would be made in.
+
+    One is made there, and deleted: permissions do not tell of quotas, of a full disk, or of /proc.
+    """
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"nothing can be written to {there}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".", suffix=".partial") as file:
+            file.write(b"\0")  # a first block, which a quota may not leave
+            file.flush()
+    except OSError as error:
+        raise OSError(f"nothing can be written to {there}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
