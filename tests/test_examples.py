@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,9 +50,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PATH": path, "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def _steps() -> list[dict[str, Any]]:
+def _job() -> dict[str, Any]:
     workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text())
-    return workflow["jobs"]["performance"]["steps"]
+    return workflow["jobs"]["performance"]
+
+
+def _steps() -> list[dict[str, Any]]:
+    return _job()["steps"]
 
 
 def _hooks() -> dict[str, dict[str, Any]]:
@@ -87,7 +92,10 @@ def test_the_workflow_fails_where_something_got_worse_and_says_so_in_its_summary
 def test_the_workflow_fetches_the_base_and_installs_what_it_uses() -> None:
     steps = {step.get("name", step.get("uses")): step for step in _steps()}
     assert steps["actions/checkout@v4"]["with"]["fetch-depth"] == 0
-    assert "jepa-fast[bench]" in steps["Install"]["run"]
+    # No index has it; until a place is set, nobody else's is installed, as .invalid is no domain.
+    assert '"jepa-fast[bench] @ $JEPA_FAST"' in steps["Install"]["run"]
+    source = _job()["env"]["JEPA_FAST"]
+    assert re.fullmatch(r"git\+https://[\w-]+\.invalid/.*@COMMIT", source)
 
 
 @pytest.mark.parametrize(("changed", "code"), [(LIBRARY, 0), (SLOWER, 1)])
