@@ -25,7 +25,9 @@ from gate_project import LIBRARY, SUITE, Repository, git, library
 from jepa_fast.cli import main
 from jepa_fast.perf.errors import BuildFailed, PerfError
 from jepa_fast.perf.gate import imports as imports_module
+from jepa_fast.perf.gate import report
 from jepa_fast.perf.gate.decision import LOOKS, Interval, Verdict, decide, slow_down
+from jepa_fast.perf.gate.gate import Finding
 from jepa_fast.perf.gate.imports import Imports
 from jepa_fast.perf.gate.sampling import sample
 from jepa_fast.perf.gate.sides import Side
@@ -430,13 +432,15 @@ def test_a_wrong_base_fails_nothing_and_a_wrong_new_case_fails(
     assert (case["wrong"], case["runs"]) == ("", [])
 
     times = '{"eager": 1.0, "new": 1.0}'
-    project.write({"library.py": library(MILLISECONDS=times, WRONG='"eager"')})
-    assert main(["compare", "HEAD", "--op", "eager"]) == 1
-    assert "WRONG RESULT" in (told := _told(capsys.readouterr().out, "eager"))
-    assert told.endswith("; so is the base's")
     project.write({"library.py": library(MILLISECONDS=times, WRONG='"new"')})
     assert main(["compare", "HEAD", "--op", "new"]) == 1
     assert "WRONG RESULT: AssertionError: new gives 7" in _told(capsys.readouterr().out, "new")
+
+
+def test_what_is_wrong_in_both_versions_fails() -> None:
+    both = Finding("op", "small", wrong="AssertionError: off", base_wrong="AssertionError: off")
+    told = "WORSE op/small: WRONG RESULT: AssertionError: off; so is the base's"
+    assert report.line(both, 0.02) == told
 
 
 def test_no_change_passes(project: Repository, capsys: pytest.CaptureFixture[str]) -> None:
