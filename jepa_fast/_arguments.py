@@ -84,6 +84,35 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def captions_by_image(name: str, value: Any) -> list[list[str]]:
+    """``value`` as a list of captions for every image; a string is the one caption of its image.
+
+    Raises:
+        TypeError: neither strings nor sequences of them, or a lone string, which is no batch.
+    """
+    wanted = "a caption or a sequence of captions for each image"
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected {wanted}, got one str; for one image pass [caption]")
+    try:
+        images = list(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name}: expected {wanted}, got {kind}; an image without captions has []"
+        ) from None
+    for i, some in enumerate(images):
+        try:
+            # Not list(some) for all: that of a string is its letters.
+            images[i] = [some] if isinstance(some, str) else list(some)
+        except TypeError:
+            kind = type(some).__name__
+            raise TypeError(
+                f"{name}[{i}]: expected a caption or a sequence of captions, got {kind}; an image "
+                "without captions has []"
+            ) from None
+    return images
+
+
 def check_count(name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is an integer, ValueError unless it is at least 1."""
     if not isinstance(value, Integral):

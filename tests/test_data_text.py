@@ -29,6 +29,15 @@ def test_shapes_masks_and_padding() -> None:
     assert HashedWords(8, 4)([], 3).words.shape == (0, 3, 4, 8)
 
 
+def test_a_plain_string_is_the_one_caption_of_its_image() -> None:
+    given, lists = ["a dog", ["a cat", "two"], []], [["a dog"], ["a cat", "two"], []]
+    words = HashedWords(8, 4)
+    assert torch.equal(words(given).words, words(lists).words)
+    assert sample_captions(given, 1) == [["a dog"], ["a cat"], []]
+    ids = torch.arange(3)
+    assert sample_captions(given, 1, ids=ids) == sample_captions(lists, 1, ids=ids)
+
+
 def test_a_vector_depends_on_seed_and_word_alone() -> None:
     first, second = HashedWords(16, 5), HashedWords(16, 5)
     second.vector("something else before")
@@ -105,3 +114,9 @@ def test_errors_name_the_argument() -> None:
         sample_captions([["a"], ["b"]], 1, ids=torch.tensor([1]))
     with pytest.raises(ValueError, match="max_captions must be at least 1"):
         sample_captions([["a"]], 0)
+    with pytest.raises(TypeError, match=r"captions: .* got one str; for one image pass"):
+        sample_captions("a dog", 1)
+    with pytest.raises(TypeError, match=r"captions: .* for each image, got NoneType; an image"):
+        HashedWords(4, 3)(None)
+    with pytest.raises(TypeError, match=r"captions\[1\]: expected a caption or .* got NoneType"):
+        HashedWords(4, 3)(["a dog", None])

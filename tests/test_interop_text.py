@@ -74,6 +74,11 @@ def test_words_are_those_of_the_caption_alone(encoder: TextEncoder) -> None:
     assert (text.words[~text.word_mask] == 0).all()
 
 
+def test_a_plain_string_is_the_one_caption_of_its_image(encoder: TextEncoder) -> None:
+    text = encoder(["a dog", ["two cats", " "]])
+    assert torch.equal(text.words, encoder([["a dog"], ["two cats"]]).words)
+
+
 def test_only_the_encoder_of_t5_is_loaded(folder: Path, encoder: TextEncoder) -> None:
     assert not any("decoder" in name for name in encoder.state_dict())
 

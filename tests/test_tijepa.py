@@ -479,6 +479,8 @@ def test_without_an_encoder_its_sizes_are_needed() -> None:
 
 def test_bad_inputs() -> None:
     model, (images, words) = build(), batch()
+    with pytest.raises(TypeError, match=r"words: expected a caption or .*, got NoneType; an image"):
+        build(text_encoder=HashedWords(12, 5))(images, MASKS, None)
     with pytest.raises(TypeError, match="build the model with text_encoder="):
         model(images, MASKS, ["a dog", "a cat"])
     for match, arguments, options in (

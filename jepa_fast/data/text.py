@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_fast._arguments import captions_by_image
 from jepa_fast.data import counter
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class TextBatch:
 
 
 def sample_captions(
-    captions: Sequence[Sequence[str]],
+    captions: Sequence[str | Sequence[str]],
     max_captions: int,
     *,
     seed: int = 0,
@@ -51,14 +52,17 @@ def sample_captions(
 ) -> list[list[str]]:
     """At most `max_captions` captions an image, drawn by (seed, step, id) and kept in their order.
 
+    captions: for each image its captions, possibly none, or a plain string: its one caption.
     ids: [B] int64, or None to take the first ones of every image (evaluation).
 
-    Raises ValueError if `ids` and `captions` differ in length.
+    Raises TypeError if `captions` are neither strings nor sequences of them, ValueError if `ids`
+    and `captions` differ in length.
     """
     if max_captions < 1:
         raise ValueError(f"max_captions must be at least 1, got {max_captions}")
+    captions = captions_by_image("captions", captions)
     if ids is None:
-        return [list(some[:max_captions]) for some in captions]
+        return [some[:max_captions] for some in captions]
     if len(ids) != len(captions):
         raise ValueError(
             f"ids must have one entry for each of {len(captions)} images, got {len(ids)}"
@@ -120,7 +124,7 @@ class HashedWords:
 
     def __call__(
         self,
-        captions: Sequence[Sequence[str]],
+        captions: Sequence[str | Sequence[str]],
         max_captions: int | None = None,
         *,
         ids: Tensor | None = None,
@@ -128,12 +132,15 @@ class HashedWords:
     ) -> TextBatch:
         """Embeds the captions of `B` images.
 
-        captions: for each image its captions, possibly none.
+        captions: for each image its captions, possibly none, or a plain string: its one caption.
         max_captions: C; the default is the largest number an image of the batch has.
         ids, step: which captions are drawn where an image has more, see `sample_captions`.
 
         Returns a TextBatch with words [B, C, S, Dt], word_mask [B, C, S], caption_mask [B, C].
+
+        Raises TypeError, ValueError as `sample_captions`.
         """
+        captions = captions_by_image("captions", captions)
         count = max_captions or max((len(some) for some in captions), default=0) or 1
         chosen = sample_captions(captions, count, seed=self.seed, step=step, ids=ids)
         rows = np.zeros((len(chosen), count, self.max_words), dtype=np.int64)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast._arguments import check_choice
+from jepa_fast._arguments import captions_by_image, check_choice
 from jepa_fast.data.text import TextBatch, sample_captions
 
 Normalization = Literal["none", "word", "sequence"]
@@ -68,7 +68,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        captions: Sequence[Sequence[str]],
+        captions: Sequence[str | Sequence[str]],
         max_captions: int | None = None,
         *,
         ids: Tensor | None = None,
@@ -77,7 +77,8 @@ class TextEncoder(nn.Module):
         """Encode the captions of ``B`` images.
 
         Args:
-            captions: for each image its captions, possibly none; blank ones do not count.
+            captions: for each image its captions, possibly none, or a plain string: its one
+                caption. Blank ones do not count.
             max_captions: ``C``; None: the largest number that an image of the batch has.
             ids: ``[B]`` int64 and ``step``: which captions are drawn where an image has more, see
                 :func:`~jepa_fast.data.text.sample_captions`.
@@ -85,8 +86,12 @@ class TextEncoder(nn.Module):
         Returns:
             words ``[B, C, S, Dt]`` in the model's dtype, zero at padding, with word_mask
             ``[B, C, S]`` and caption_mask ``[B, C]``, on the model's device and without gradient.
+
+        Raises:
+            TypeError: captions that are neither strings nor sequences of them.
         """
-        written = [[caption for caption in some if caption.strip()] for some in captions]
+        given = captions_by_image("captions", captions)
+        written = [[caption for caption in some if caption.strip()] for some in given]
         count = max_captions or max((len(some) for some in written), default=0) or 1
         chosen = sample_captions(written, count, seed=self.seed, step=step, ids=ids)
         parameter = next(self.model.parameters())

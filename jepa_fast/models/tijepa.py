@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast._arguments import (
+    captions_by_image,
     check_choice,
     check_count,
     check_number,
@@ -31,8 +32,9 @@ from jepa_fast.ops.latent_loss import KINDS
 from jepa_fast.ranges import phase
 
 Objective = Literal["masked_image", "cross_modal"]
-Words = Tensor | Sequence[str] | Sequence[Sequence[str]]
-"""Word vectors ``[B, S, Dt]`` or ``[B, C, S, Dt]``; with a text encoder also captions."""
+Words = Tensor | Sequence[str | Sequence[str]]
+"""Word vectors ``[B, S, Dt]`` or ``[B, C, S, Dt]``; with a text encoder also captions, for each
+image a sequence of them or a plain string, its one caption."""
 
 _FROZEN_ENCODERS = ("encoder", "text_encoder")
 
@@ -206,7 +208,8 @@ class TIJepa(nn.Module):
                 code does not wait, and predicts as many slots as a union could fill; the loss is
                 the same. The cross-modal objective hides nothing and does not read them.
             words: ``[B, S, Dt]``, or ``[B, C, S, Dt]``, where an image's captions are taken as one
-                text; captions if the model has a text encoder.
+                text; captions if the model has a text encoder: for each image a sequence of them
+                or a plain string, its one caption.
             word_mask: bool, of the shape of ``words`` without ``Dt``; False at padding.
             caption_mask: ``[B, C]`` bool, False at padding.
             word_scale: of the shape of ``word_mask``, what words in float8 are multiplied by; both
@@ -225,8 +228,8 @@ class TIJepa(nn.Module):
             are of both directions.
 
         Raises:
-            TypeError: captions without a text encoder; words or features that are not floating,
-                words in float8 without a scale, masks that are not bool.
+            TypeError: captions without a text encoder, or None; words or features that are not
+                floating, words in float8 without a scale, masks that are not bool.
             ValueError: shapes that do not fit.
         """
         tokens, vectors, word_mask = self.frozen_inputs(
@@ -506,7 +509,7 @@ class TIJepa(nn.Module):
                 "build the model with text_encoder= to pass captions"
             )
         else:
-            captions = [[some] if isinstance(some, str) else list(some) for some in words]
+            captions = captions_by_image("words", words)
             with phase("frozen text encoder"):
                 text = self.text_encoder(captions).to(self._weight().device)
             vectors, word_mask, caption_mask = text.words, text.word_mask, text.caption_mask
