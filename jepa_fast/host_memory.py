@@ -28,10 +28,10 @@ _MOST_BLOCKS = 65536
 def keep_host_memory() -> bool:
     """Have the process keep the memory that it frees, from now on, of all sizes.
 
-    :class:`jepa_fast.train.Trainer` does it on a CPU. Call it before the first step of a training
-    loop of your own; nothing but the speed changes. Memory that was freed serves every later
-    allocation of the process by ``malloc`` (so by PyTorch on the CPU, and by NumPy), but no other
-    process: call :func:`return_host_memory` when the loop is over.
+    :class:`jepa_fast.train.trainer.Trainer` does it on a CPU. Call it before the first step of a
+    training loop of your own; nothing but the speed changes. Memory that was freed serves every
+    later allocation of the process by ``malloc`` (so by PyTorch on the CPU, and by NumPy), but no
+    other process: call :func:`return_host_memory` when the loop is over.
 
     Returns:
         Whether the C library could do it: True with glibc, False elsewhere (macOS, musl), where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,31 @@ def test_public_names_exist_and_are_documented(name: str) -> None:
     assert name in dir(jepa_fast)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "jepa_fast.data.HashedWords",
+        "jepa_fast.eval.score_head",
+        "jepa_fast.host_memory.keep_host_memory",
+        "jepa_fast.models.vicreg.VICREG_WEIGHTS",
+        "jepa_fast.nn.heads.Head",
+        "jepa_fast.nn.words.quantize_words",
+        "jepa_fast.optim.AdamWEma",
+        "jepa_fast.train.build.load_model",
+    ],
+)
+def test_paths_of_the_documentation_need_no_import_but_that_of_the_package(path: str) -> None:
+    """Asked of `__getattr__`: what other tests have imported is there in any case."""
+    *modules, name = path.split(".")[1:]
+    found: Any = jepa_fast
+    for module in modules:
+        found = found.__getattr__(module)
+    assert hasattr(found, name)
+
+
 def test_unknown_names_raise() -> None:
     with pytest.raises(AttributeError, match="no attribute 'IJEPA'"):
         _ = jepa_fast.IJEPA
+    with pytest.raises(AttributeError, match=r"'jepa_fast.nn' has no attribute 'word'"):
+        _ = jepa_fast.nn.word
+    assert {"heads", "words"} <= set(dir(jepa_fast.nn))
