@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -46,9 +47,36 @@ def test_a_crash_while_writing_leaves_the_last_good_one(tmp_path: Path, monkeypa
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"step-000000002\.pt .*No space.*last\.pt still"):
         folder.save({"model": torch.zeros(100)}, 2)
+    assert names(tmp_path) == ["last.pt", "step-000000001.pt"]
     assert load_checkpoint(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "match"),
+    [(OSError(27, "File too large"), "OSError: .*File too large"), (None, "unexpected pos 64")],
+)
+def test_what_torch_says_of_a_full_disk_leaves_no_half_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: OSError | None, match: str
+) -> None:
+    def full_disk(state: object, file: BinaryIO) -> None:
+        file.write(bytes(100))
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"
+        ) from cause
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    folder = CheckpointFolder(tmp_path, keep=1)
+    with pytest.raises(CheckpointError, match=f"{match}.*; there is none before it"):
+        folder.save({}, 1)
+    assert names(tmp_path) == []
+
+
+def test_other_errors_of_writing_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="pickle"):
+        CheckpointFolder(tmp_path, keep=1).save({"model": lambda: None}, 1)
+    assert names(tmp_path) == []
 
 
 def test_clear_removes_checkpoints_and_leaves_other_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,34 @@ class CheckpointFolder:
         return find_last(self.path)
 
     def save(self, state: dict[str, Any], step: int) -> Path:
-        """Write `state` atomically, point `last.pt` at it, drop the oldest beyond `keep`."""
+        """Write `state` atomically, point `last.pt` at it, drop the oldest beyond `keep`.
+
+        Raises:
+            CheckpointError: it could not be written, on a full disk for instance. Nothing is left
+                of it, and `last.pt` is as it was.
+        """
         path = self.path / f"step-{step:09d}.pt"
         unfinished = path.with_suffix(".tmp")
-        with unfinished.open("wb") as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        try:
+            with unfinished.open("wb") as file:
+                torch.save({"format": FORMAT, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except Exception as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            if (cause := _why_unwritten(error)) is None:
+                raise
+            last = self.last
+            kept = (
+                f"{last} still is the one before; make room on that disk and go on with --resume"
+                if last
+                else "there is none before it; make room on that disk, or set output=FOLDER"
+            )
+            raise CheckpointError(
+                f"{path} could not be written ({type(cause).__name__}: {cause}); {kept}"
+            ) from error
         self._point_last_to(path)
         for old in self._oldest_first()[: -1 - self.keep]:
             old.unlink()
@@ -105,6 +126,18 @@ class CheckpointFolder:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _why_unwritten(error: BaseException) -> BaseException | None:
+    """What the system, or else torch's zip writer, said; None for what was not about writing."""
+    # After an error of the system the writer raises one of its own, about where it is in the file.
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError):
+            return each
+        each = each.__cause__ or each.__context__
+    by_writer = any(name in str(error) for name in ("inline_container", "PytorchStreamWriter"))
+    return error if by_writer else None
 
 
 def load_checkpoint(

@@ -44,7 +44,7 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
 
     Raises:
         ConfigError, CheckpointError: it cannot start.
-        NonFiniteError, Interrupted: it stopped on the way, see `Trainer.fit`.
+        NonFiniteError, CheckpointError, Interrupted: it stopped on the way, see `Trainer.fit`.
     """
     folder = Path(config.output)
     with join_world(config.device) as world:

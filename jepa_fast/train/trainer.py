@@ -140,6 +140,7 @@ class Trainer:
         Raises:
             ConfigError: no sample of the data can be read.
             NonFiniteError: the loss or a weight is no longer finite.
+            CheckpointError: a checkpoint could not be written.
             Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved.
         """
         broadcast_state(self.model, self.world)
@@ -228,6 +229,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: instead of writing it.
+            CheckpointError: it could not be written; the one before still is there.
         """
         self._check_finite()
         mine = {
