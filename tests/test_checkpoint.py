@@ -91,7 +91,9 @@ def test_clear_removes_checkpoints_and_leaves_other_files(tmp_path: Path) -> Non
     assert names(tmp_path) == mine
 
 
-def test_a_folder_without_the_link_has_its_highest_step_as_the_last(tmp_path: Path) -> None:
+def test_a_folder_without_the_link_has_its_highest_step_as_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     for step in (5, 10):
         folder.save({}, step)
@@ -99,8 +101,11 @@ def test_a_folder_without_the_link_has_its_highest_step_as_the_last(tmp_path: Pa
     (tmp_path / "last.pt").unlink()
     assert folder.last == tmp_path / "step-000000010.pt"
     assert load_checkpoint(tmp_path)["step"] == 10
+    assert not caplog.messages
     (tmp_path / "last.pt").symlink_to("gone.pt")
     assert load_checkpoint(tmp_path)["step"] == 10
+    link, taken = tmp_path / "last.pt", tmp_path / "step-000000010.pt"
+    assert caplog.messages == [f"{link} leads to gone.pt, which is gone: taking {taken}"]
 
 
 def test_a_frozen_encoder_comes_from_a_folder_without_the_link(tmp_path: Path) -> None:
@@ -136,6 +141,35 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     torch.save({"encoder": {}}, tmp_path / "public.pt")
     with pytest.raises(CheckpointError, match=r"another kind of file.*jepa_fast\.interop"):
         load_checkpoint(tmp_path / "public.pt")
+
+
+def test_damage_that_torch_does_not_see_is_refused(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path, keep=0).save({"model": torch.full((1000,), 7.0)}, 1)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((9,), 7.0).numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["model"][1] != 7
+    with pytest.raises(CheckpointError, match=r"cannot be read \(the checksum of .*data/0 .*older"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, only_config=True)["step"] == 1
+    with pytest.raises(CheckpointError, match="the checksum of"):  # as a frozen encoder
+        build_model(tiny(tmp_path, "model.method=tijepa", f"model.encoder_weights={tmp_path}"))
+
+
+def test_a_process_that_wants_no_checksums_gets_them_all_the_same(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        CheckpointFolder(tmp_path, keep=0).save({}, 1)
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_files_without_checksums_are_read_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    torch.save({"format": 1, "step": 3}, path, _use_new_zipfile_serialization=False)
+    assert load_checkpoint(path)["step"] == 3
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.vit import create_encoder
 from jepa_fast.ranges import phase
-from jepa_fast.train.checkpoint import find_last, load_checkpoint, load_weights
+from jepa_fast.train.checkpoint import check_whole, find_last, load_checkpoint, load_weights
 from jepa_fast.train.config import Config, DataBase, parse_config
 from jepa_fast.train.distributed import World
 from jepa_fast.train.errors import ConfigError
@@ -101,9 +101,12 @@ def _load_frozen(encoder: nn.Module, weights: str | None) -> None:
             f"expected a checkpoint, or the output folder of a run, got {weights}, which does not "
             "exist; `jepa-fast pretrain` with an I-JEPA recipe makes one, null takes random weights"
         )
-    content = read_checkpoint((find_last(path) or path / "last.pt") if path.is_dir() else path)
+    if path.is_dir():
+        path = find_last(path) or path / "last.pt"
+    content = read_checkpoint(path)
     if "format" in content:  # written by `jepa-fast pretrain`: one state dict for the whole model
         prefix = "target_encoder."
+        check_whole(path)
         state = content["model"].items()
         content = {
             "target_encoder": {k.removeprefix(prefix): v for k, v in state if k.startswith(prefix)}
