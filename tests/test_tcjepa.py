@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vit_oracle import block_oracle, layer_norm, linear, predictor_oracle, vit_oracle
 
 from jepa_fast import IJepa, TCJepa
+from jepa_fast.data import TextBatch
 from jepa_fast.masks import BlockMasks
 from jepa_fast.nn import per_caption
 from jepa_fast.nn.text_conditioner import CONDITIONERS
@@ -380,6 +381,9 @@ def test_errors() -> None:
             method(masks=MASKS, **given)
     given = batch()
     given["word_mask"] = WORD_MASK[:, :1]
+    text = TextBatch(given["words"], given["word_mask"], given["caption_mask"])
+    with pytest.raises(TypeError, match=r"got TextBatch; pass its \.words, \.word_mask and \.capt"):
+        model(given["images"], MASKS, text)
     with pytest.raises(ValueError, match=r"word_mask: expected \[3, 2, 3\], got \[3, 1, 3\]"):
         model(masks=MASKS, **given)
     model.encoder.interpolate_positions = model.target_encoder.interpolate_positions = True

@@ -481,6 +481,13 @@ def test_bad_inputs() -> None:
     model, (images, words) = build(), batch()
     with pytest.raises(TypeError, match=r"words: expected a caption or .*, got NoneType; an image"):
         build(text_encoder=HashedWords(12, 5))(images, MASKS, None)
+    text = HashedWords(12, 5)([["a dog"]] * 2)
+    with pytest.raises(TypeError, match=r"words: expected .* got TextBatch; pass its \.words"):
+        model(images, MASKS, text)
+    for given, kind in ((text.words, "Tensor"), ((text.words, text.word_mask), "tuple")):
+        wrong = build(text_encoder=lambda captions, given=given: given)
+        with pytest.raises(TypeError, match=rf"text_encoder: expected a TextBatch .*, got {kind}"):
+            wrong(images, MASKS, ["a dog", "a cat"])
     with pytest.raises(TypeError, match="build the model with text_encoder="):
         model(images, MASKS, ["a dog", "a cat"])
     for match, arguments, options in (

@@ -10,6 +10,7 @@ import torch
 from test_tcjepa import MASKS, WORD_MASK, batch, build
 from torch import Tensor
 
+from jepa_fast.data import TextBatch
 from jepa_fast.nn.text_conditioner import Captions
 from jepa_fast.nn.words import dequantize_words, quantize_words
 
@@ -101,6 +102,8 @@ def test_errors() -> None:
             quantize_words(few)
     with pytest.raises(TypeError, match="words: expected a tensor, got list"):
         quantize_words([1.0])
+    with pytest.raises(TypeError, match=r"got TextBatch; pass its \.words"):
+        quantize_words(TextBatch(*torch.zeros(3, 1)))
     with pytest.raises(TypeError, match="words: expected a tensor, got list"):
         dequantize_words([1.0], scale)
     for wrong in (0.5, None):

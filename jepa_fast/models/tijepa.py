@@ -27,7 +27,7 @@ from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.crosser import CROSSER_SIZES, Crosser
 from jepa_fast.nn.predictor import VisionTransformerPredictor
 from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
-from jepa_fast.nn.words import check_word_mask, word_vectors
+from jepa_fast.nn.words import check_word_mask, is_text_batch, word_vectors
 from jepa_fast.ops.latent_loss import KINDS
 from jepa_fast.ranges import phase
 
@@ -228,8 +228,9 @@ class TIJepa(nn.Module):
             are of both directions.
 
         Raises:
-            TypeError: captions without a text encoder, or None; words or features that are not
-                floating, words in float8 without a scale, masks that are not bool.
+            TypeError: captions without a text encoder, or None; a text encoder that gives no
+                TextBatch; words or features that are not floating, words in float8 without a scale,
+                masks that are not bool.
             ValueError: shapes that do not fit.
         """
         tokens, vectors, word_mask = self.frozen_inputs(
@@ -503,6 +504,11 @@ class TIJepa(nn.Module):
         """``[B, S, Dt]`` in the dtype of the trained weights, and ``[B, S]`` bool or None."""
         if isinstance(words, Tensor):
             vectors = words
+        elif is_text_batch(words):
+            raise TypeError(
+                f"words: expected a tensor or captions, got {type(words).__name__}; pass its "
+                ".words, .word_mask and .caption_mask"
+            )
         elif self.text_encoder is None:
             raise TypeError(
                 f"words: expected a tensor [B, S, {self.text_dim}], got {type(words).__name__}; "
@@ -511,7 +517,14 @@ class TIJepa(nn.Module):
         else:
             captions = captions_by_image("words", words)
             with phase("frozen text encoder"):
-                text = self.text_encoder(captions).to(self._weight().device)
+                text = self.text_encoder(captions)
+                if not is_text_batch(text):
+                    raise TypeError(
+                        "text_encoder: expected a TextBatch (jepa_fast.data.TextBatch), got "
+                        f"{type(text).__name__}; have it return TextBatch(words, word_mask, "
+                        "caption_mask)"
+                    )
+                text = text.to(self._weight().device)
             vectors, word_mask, caption_mask = text.words, text.word_mask, text.caption_mask
         if vectors.ndim not in (3, 4) or vectors.shape[-1] != self.text_dim:
             raise ValueError(

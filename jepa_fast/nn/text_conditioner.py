@@ -24,7 +24,7 @@ from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
-from jepa_fast.nn.words import check_word_mask, word_vectors
+from jepa_fast.nn.words import check_word_mask, is_text_batch, word_vectors
 from jepa_fast.ops.text_cross_attention.api import SIMILARITIES
 
 POOLS = ("max", "mean", "attention")
@@ -73,9 +73,12 @@ class Captions:
             ValueError: a shape does not fit.
         """
         if not isinstance(words, Tensor):
+            fix = "a text encoder makes it, see jepa_fast.interop"
+            if is_text_batch(words):
+                fix = "pass its .words, .word_mask and .caption_mask"
             raise TypeError(
                 f"words: expected a tensor [{images}, C, S, {text_dim}], got "
-                f"{type(words).__name__}; a text encoder makes it, see jepa_fast.interop"
+                f"{type(words).__name__}; {fix}"
             )
         fits = words.ndim == 4 and words.shape[0] == images and words.shape[3] == text_dim
         if not fits or 0 in words.shape[1:3]:

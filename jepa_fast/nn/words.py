@@ -57,8 +57,14 @@ def quantize_words(words: Tensor) -> tuple[Tensor, Tensor]:
 def _check_tensor(words: object) -> None:
     if not isinstance(words, Tensor):
         raise TypeError(
-            f"words: expected a tensor, got {type(words).__name__}; a text encoder makes it"
+            f"words: expected a tensor, got {type(words).__name__}; "
+            f"{'pass its .words' if is_text_batch(words) else 'a text encoder makes it'}"
         )
+
+
+def is_text_batch(value: object) -> bool:
+    """Whether it has what a :class:`jepa_fast.data.TextBatch` has, be it another class or not."""
+    return all(hasattr(value, name) for name in ("words", "word_mask", "caption_mask"))
 
 
 def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
