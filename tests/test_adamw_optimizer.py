@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
 )
 
-from jepa_fast.optim import AdamWEma, parameter_groups, teacher_parameters
+from jepa_fast.optim import (
+    AdamWEma,
+    copy_teacher_buffers,
+    parameter_groups,
+    teacher_parameters,
+)
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 pytestmark = pytest.mark.native
@@ -459,3 +464,22 @@ def test_every_pair_of_the_models_is_followed() -> None:
     pairs = teacher_parameters(model)
     assert [id(p) for p, _ in pairs] == [id(p) for p in model.encoder.parameters()]
     assert [id(t) for _, t in pairs] == [id(t) for t in model.target_encoder.parameters()]
+
+
+def test_wrapped_models_have_the_teachers_of_what_they_wrap() -> None:
+    model = _Student()
+    model.encoder.register_buffer("count", torch.ones(1))
+    model.teacher.register_buffer("count", torch.zeros(1))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    finally:
+        distributed.destroy_process_group()
+    expected = [(id(p), id(t)) for p, t in teacher_parameters(model)]
+    for each in (wrapped, torch.compile(model), torch.compile(wrapped)):
+        assert [(id(p), id(t)) for p, t in teacher_parameters(each)] == expected
+        model.teacher.count.zero_()
+        copy_teacher_buffers(each)
+        assert model.teacher.count == 1
+    with pytest.raises(TypeError, match=r"model: expected one of jepa_fast, .* got Linear"):
+        teacher_parameters(nn.Linear(1, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,43 @@ class HasTeachers(Protocol):
         """Pairs of a teacher and the network whose moving average it is."""
 
 
-def teacher_parameters(model: HasTeachers) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a parameter and the teacher's, which follows it: `targets` of `AdamWEma`."""
+def teacher_parameters(model: HasTeachers | nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a parameter and the teacher's, which follows it: `targets` of `AdamWEma`.
+
+    Args:
+        model: with teachers, also as torch.compile or DistributedDataParallel wraps it.
+
+    Raises:
+        TypeError: it has no teachers.
+    """
     return [
         pair
-        for teacher, network in model.teachers()
+        for teacher, network in _unwrapped(model).teachers()
         for pair in zip(network.parameters(), teacher.parameters(), strict=True)
     ]
 
 
 @torch.no_grad()
-def copy_teacher_buffers(model: HasTeachers) -> None:
-    """Buffers (of normalisation, say) are copied from the networks to their teachers."""
-    for teacher, network in model.teachers():
+def copy_teacher_buffers(model: HasTeachers | nn.Module) -> None:
+    """Buffers (of normalisation, say) are copied from the networks to their teachers.
+
+    Args, Raises: as `teacher_parameters`.
+    """
+    for teacher, network in _unwrapped(model).teachers():
         copy_buffers(teacher, network)
+
+
+def _unwrapped(model: Any) -> HasTeachers:
+    """The model itself: DistributedDataParallel passes none of its methods on."""
+    inner = model
+    while not hasattr(inner, "teachers"):
+        inner = getattr(inner, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(
+                "model: expected one of jepa_fast, or another with teachers(), got "
+                f"{type(model).__name__}"
+            )
+    return inner
 
 
 def copy_buffers(teacher: nn.Module, network: nn.Module) -> None:

@@ -116,7 +116,7 @@ class Trainer:
             lr=self.config.lr.start,
             betas=self.config.betas,
             eps=self.config.eps,
-            targets=teacher_parameters(self.model),  # type: ignore[arg-type]
+            targets=teacher_parameters(self.model),
         )
         self.precision = resolve_precision(self.config.precision, self.world.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -217,7 +217,7 @@ class Trainer:
         with phase("optimizer and EMA of the target"):
             self.optimizer.step(momentum=momentum)
             self.optimizer.zero_grad()
-            copy_teacher_buffers(self.model)  # type: ignore[arg-type]
+            copy_teacher_buffers(self.model)
 
         self._sums.add(metrics)
         is_first_bad = (self._bad_step < 0) & ~metrics["loss"].isfinite()
