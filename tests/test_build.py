@@ -22,7 +22,7 @@ from jepa_fast.train.build import (
     build_source,
     build_text,
     build_transform,
-    check_validation_paths,
+    check_data_paths,
 )
 from jepa_fast.train.checkpoint import load_checkpoint, load_weights
 from jepa_fast.train.distributed import World
@@ -142,8 +142,11 @@ def test_missing_validation_data_are_told_before_the_training(
         pretrain(tiny(tmp_path / "run", f"data={{{data}}}"))
     assert not Path("run").exists()
     remote = tiny(tmp_path / "run", "data={kind: shards, train: a.tar, val: 'pipe:cat x.tar'}")
-    check_validation_paths(remote)
-    check_validation_paths(tiny(tmp_path / "run", "data={kind: folder, train: x, val: folder}"))
+    check_data_paths(remote)
+    check_data_paths(tiny(tmp_path / "run", "data={kind: folder, train: folder, val: folder}"))
+    both = tiny(tmp_path / "run", "data={kind: folder, train: gone, val: nowhere}")
+    with pytest.raises(ConfigError, match=r"^data\.train: .*gone.*data\.val=\.\.\. name another"):
+        pretrain(both)
 
 
 def test_a_folder_of_shards_is_told_how_to_name_them(tmp_path: Path) -> None:

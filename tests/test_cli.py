@@ -138,7 +138,8 @@ def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("pretrain nowhere", WRONG, "recipe: expected a .yaml file or one of"),
+        ("pretrain nowhere", WRONG, "recipe: expected a .yaml file or a packaged recipe, got"),
+        ("pretrain cifar10_ijpea", WRONG, "got 'cifar10_ijpea'; nearest: cifar10_ijepa; packaged"),
         ("pretrain RECIPE train.lr.peek=1", WRONG, "train.lr.peek: unknown key; nearest: train.lr"),
         ("pretrain RECIPE masks.min_context=64", WRONG, "masks: min_context: expected at most"),
         ("pretrain RECIPE model.predictor_heads=5", WRONG, "model: "),
@@ -173,7 +174,8 @@ def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
         ("pretrain RECIPE model.method=tijepa model.encoder_weights=x.pt", WRONG, "which does not"),
         ("pretrain RECIPE model.method=tcjepa text.encoder=./t5", WRONG, "text.encoder: source:"),
         ("eval nowhere.pt", FAILED, "no checkpoint at nowhere.pt"),
-        ("pretrain RECIPE output=tiny.yaml", FAILED, "File exists: 'tiny.yaml'"),
+        ("pretrain RECIPE output=tiny.yaml", WRONG, "output: expected a folder that can be writt"),
+        ("pretrain RECIPE output=/proc/x/y", WRONG, "that can be written to, got /proc/x/y ("),
         (
             "pretrain RECIPE data={kind: folder, train: broken}",
             WRONG,
@@ -208,6 +210,7 @@ def test_what_goes_wrong_is_said_without_a_traceback(
         (["device=cpu:foo"], "device: expected auto, cpu, cuda or cuda:<number>, got 'cpu:foo'"),
         (["--output", "nowhere/x.json"], "output: expected a file in a folder that exists, got n"),
         (["--output", "runs"], "output: expected a file in a folder that exists, got runs"),
+        (["--output", "/proc/x.json"], "output: expected a file that can be written, got /proc/x."),
     ],
 )
 def test_what_cannot_be_probed_is_said_before_the_probes(

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 MODELS = {"ijepa": "IJepa", "tijepa": "TIJepa", "tcjepa": "TCJepa", "probijepa": "ProbIJepa"}
 WITH_TEXT = ("tijepa", "tcjepa")
+_PATHS = ("train", "train_images", "val", "val_images")  # of data, in the order they are asked for
 
 Split = Literal["train", "val", "probe"]
 """What is trained on, what probes are tested on, and what they learn from: training images."""
@@ -180,16 +181,17 @@ def build_source(config: Config, split: Split) -> Source:
         return source
 
 
-def check_validation_paths(config: Config) -> None:
+def check_data_paths(config: Config) -> None:
     """Notice before a training what would otherwise fail after it: paths that are not there.
 
     Nothing is read. Remote shards are not looked for.
 
     Raises:
-        ConfigError: `data.val` or `data.val_images` is given and does not exist.
+        ConfigError: a path that is given does not exist; of several the first, and so one of
+            training before one of validation.
     """
     data: Any = config.data
-    for name in ("val", "val_images"):
+    for name in _PATHS:
         path = getattr(data, name, None)
         if path is None:
             continue
@@ -200,14 +202,15 @@ def check_validation_paths(config: Config) -> None:
                 elif not Path(path).exists():
                     raise FileNotFoundError(f"expected an existing path, got {path}")
             except FileNotFoundError as error:
-                unused = _elsewhere(error, data)
-                raise FileNotFoundError(f"{unused}; data.val=null trains without it") from error
+                told = str(_elsewhere(error, data))
+                if name.startswith("val"):
+                    told += "; data.val=null trains without it"
+                raise FileNotFoundError(told) from error
 
 
 def _elsewhere(error: FileNotFoundError, data: Any) -> FileNotFoundError:
     """The error of a path of `data`, with where it was looked for."""
-    paths = ("train", "train_images", "val", "val_images")
-    keys = " ".join(f"data.{key}=..." for key in paths if hasattr(data, key))
+    keys = " ".join(f"data.{key}=..." for key in _PATHS if hasattr(data, key))
     return FileNotFoundError(
         f"{error} (a relative path starts at the working directory, {Path.cwd()}); {keys} "
         "name another place"

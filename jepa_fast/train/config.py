@@ -542,8 +542,8 @@ def _find(recipe: str) -> Path:
         return path
     if recipe not in recipe_names():
         raise ConfigError(
-            f"recipe: expected a .yaml file or one of {', '.join(recipe_names())}; got {recipe!r}"
-            f"{_nearest(recipe, recipe_names())}"
+            f"recipe: expected a .yaml file or a packaged recipe, got {recipe!r}"
+            f"{_nearest(recipe, recipe_names())}; packaged: {', '.join(recipe_names())}"
         )
     return RECIPES / f"{recipe}.yaml"
 

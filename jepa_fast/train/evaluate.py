@@ -88,6 +88,9 @@ def evaluate(
     state = load_checkpoint(path)
     if results_path.is_dir() or not results_path.parent.is_dir():
         raise ConfigError(f"output: expected a file in a folder that exists, got {results_path}")
+    _check_writable(results_path, "name another with --output")
+    if report:
+        _check_writable(folder / "report.html", "do without --report, or copy the checkpoint")
     config = parse_config(state["config"], overrides, source=str(checkpoint))
     refuse_foreign_code(config, overridden(dict(trusted or {}), overrides))
     device = torch.device(resolve_device(config.device))
@@ -135,6 +138,23 @@ def evaluate(
         *(learned.images, tested.images, len(learned.classes | tested.classes), written),
     )
     return Evaluation(probes, head)
+
+
+def _check_writable(path: Path, fix: str) -> None:
+    """Find out before the probes. A file that is there stays as it is, and no new one is left.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        new = not path.exists()
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"output: expected a file that can be written, got {path} ({error.strerror}); {fix}"
+        ) from error
+    if new:
+        path.resolve().unlink()
 
 
 class _Labels:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from jepa_fast.train.build import (
     build_loader,
     build_model,
     build_text,
-    check_validation_paths,
+    check_data_paths,
 )
 from jepa_fast.train.checkpoint import find_last, load_checkpoint
 from jepa_fast.train.config import Config, TrainConfig
@@ -58,7 +61,9 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
                 f"output: {folder} holds a run already; --resume continues it, --overwrite "
                 "replaces it, output=FOLDER starts another one"
             )
-        check_validation_paths(config)
+        if world.is_main:
+            _check_output(folder)
+        check_data_paths(config)
         torch.manual_seed(config.seed)
         model = build_model(config).to(world.device)
         # The ranks start from the same weights, and draw different noise.
@@ -96,6 +101,29 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
             return []
         _log.info("%s: %s", folder, summary(rows))
         return failures(rows, config.train)
+
+
+def _check_output(folder: Path) -> None:
+    """Find out early whether a run can write where it should. Nothing of it is left.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise ConfigError(
+            f"output: expected a folder that can be written to, got {folder} ({why}); "
+            "output=FOLDER names another one"
+        ) from error
+    finally:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
 
 
 def _is_of(folder: Path, checkpoint: Path) -> bool:
