@@ -13,6 +13,7 @@ import torch
 from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from jepa_fast.masks import BlockMasks, BlockMaskSampler, MaskCollator
 from jepa_fast.ops._registry import OPERATORS
@@ -41,6 +42,12 @@ def _check(sampler: BlockMaskSampler, masks: BlockMasks) -> None:
             assert len(columns) == max(columns) - min(columns) + 1
             assert block == sorted(block)
             assert sampler.allow_overlap or not set(block) & set(kept)
+
+
+def _assert_same(one: BlockMasks, other: BlockMasks) -> None:
+    assert torch.equal(one.context, other.context)
+    assert torch.equal(one.targets, other.targets)
+    assert torch.equal(one.filled(), other.filled())
 
 
 _pairs = st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)).map(lambda pair: tuple(sorted(pair)))
@@ -336,14 +343,20 @@ def test_bad_calls() -> None:
     sampler = BlockMaskSampler((8, 8))
     with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
         sampler(-1, 2)
-    with pytest.raises(TypeError, match="sample_ids: expected an int or an int64 tensor"):
-        sampler(0, torch.arange(2).float())
+    for wrong, got in (
+        (torch.arange(2).float(), "torch.float32; use the images' indices"),
+        ([0.5, 1.0], "torch.float32 in a list"),
+        (np.array([True]), "torch.bool in a ndarray"),
+        (["a"], r"list \("),
+        (None, r"NoneType \("),
+        ([2**70], r"list \("),
+    ):
+        with pytest.raises(TypeError, match=f"sample_ids: expected .* integers .* got {got}"):
+            sampler(0, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sample_ids: expected at least 0, got -1"):
         sampler(0, -1)
     with pytest.raises(TypeError, match=r"step: expected an int, got float 1.0; use int\(\)"):
         sampler(1.0, 2)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"sample_ids: .* got list"):
-        sampler(0, [1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"sample_ids: expected shape \[B\], got \[1, 2\]"):
         sampler(0, torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="seed: expected an int, got float"):
@@ -375,6 +388,41 @@ def test_arguments_of_other_types(
 ) -> None:
     with pytest.raises(error, match=message):
         BlockMaskSampler(**({"grid": (8, 8)} | options))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [7, 2**40, 0],
+        (7, 2**40, 0),
+        np.array([7, 2**40, 0]),
+        np.array([7, 2**40, 0], dtype=np.uint64),
+        torch.tensor([7, 2**40, 0], dtype=torch.uint64),
+    ],
+)
+def test_sample_ids_in_other_forms(ids: Any) -> None:
+    sampler = BlockMaskSampler((8, 8))
+    _assert_same(sampler(3, ids), sampler(3, torch.tensor([7, 2**40, 0])))
+
+
+def test_sample_ids_in_narrow_dtypes() -> None:
+    sampler = BlockMaskSampler((8, 8))
+    expected = sampler(3, torch.arange(4))
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        _assert_same(sampler(3, torch.arange(4, dtype=dtype)), expected)
+    for empty in ([], np.zeros(0, dtype=np.int32)):
+        assert sampler(3, empty).targets.shape[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_ids_of_a_tensor_break_no_graph(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    sampler = BlockMaskSampler((8, 8), min_context=10, max_context=10)
+    graphs = CompileCounter()
+    ids = torch.tensor([3, 1], dtype=dtype)
+    masks = torch.compile(lambda ids: sampler(3, ids), fullgraph=True, backend=graphs)(ids)
+    assert graphs.frame_count == 1
+    _assert_same(masks, sampler(3, ids))
 
 
 def test_numpys_arrays_and_integers() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from jepa_fast._arguments import flag, height_and_width, integer, interval
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.ops import _random, draw_block_masks
 from jepa_fast.ops.draw_block_masks.reference import most_context
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SIZES = 4096  # equally likely values of the number that drives a block's size
 _SHIFT = 52  # leaves the bits of a draw that choose among them
@@ -100,30 +105,29 @@ class BlockMaskSampler:
         self._context_sizes = _block_sizes(self.grid, "context", context_scale, context_aspect)
         self._check_feasible()
 
-    def __call__(self, step: int, sample_ids: Tensor | int) -> BlockMasks:
+    def __call__(
+        self, step: int, sample_ids: Tensor | np.ndarray | Sequence[int] | int
+    ) -> BlockMasks:
         """Draws the masks of one batch.
 
         Args:
             step: index of the training step, at least 0.
-            sample_ids: ``[B]`` int64, a number that stays with each image (its index in the data
-                set); or a batch size, short for the ids 0 to B - 1.
+            sample_ids: ``[B]`` integers, a number that stays with each image (its index in the data
+                set): a tensor, a NumPy array or a sequence, of whatever integer dtype (the masks
+                are those of the ids in int64); or a batch size, short for the ids 0 to B - 1.
 
         Returns:
-            Masks on the device of ``sample_ids``, by :func:`jepa_fast.ops.draw_block_masks`.
+            Masks on the device of ``sample_ids``, which is the CPU unless they are a tensor, by
+            :func:`jepa_fast.ops.draw_block_masks`.
             ``context_mask`` is ``None`` where all contexts have one length whatever is drawn: with
             ``allow_overlap``, or with ``max_context`` equal to ``min_context``.
 
         Raises:
-            TypeError: ``sample_ids`` is neither an int nor int64, or ``step`` is no integer.
+            TypeError: ``sample_ids`` or ``step`` are no integers.
             ValueError: ``step`` or a batch size is negative, or ``sample_ids`` has another shape
                 than ``[B]``.
         """
-        ids: object = sample_ids
-        if isinstance(sample_ids, Integral):
-            ids = torch.arange(integer("sample_ids", sample_ids, least=0))
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"sample_ids: expected an int or an int64 tensor [B], got {got}")
+        ids = _as_ids(sample_ids)
         if ids.dim() != 1:
             raise ValueError(f"sample_ids: expected shape [B], got {list(ids.shape)}")
         step = integer("step", step, least=0)
@@ -183,6 +187,32 @@ class BlockMaskSampler:
             f"min_context: expected at most {worst}, the patches of {blocks}, got "
             f"{self.min_context}; lower min_context, raise context_scale{fixes}"
         )
+
+
+def _as_ids(value: object) -> Tensor:
+    """``value`` as int64; a count stands for the numbers below it.
+
+    Raises:
+        TypeError: it holds other things than integers; says which.
+    """
+    if isinstance(value, Integral):
+        return torch.arange(integer("sample_ids", value, least=0))
+    ids = value
+    if not isinstance(ids, Tensor):
+        empty = isinstance(value, Sequence) and not value  # which torch takes for floating
+        try:
+            ids = torch.tensor(value, dtype=torch.int64 if empty else None)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"sample_ids: expected an int or integers [B], got {type(value).__name__} ({error})"
+            ) from None
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        of = "" if isinstance(value, Tensor) else f" in a {type(value).__name__}"
+        raise TypeError(
+            f"sample_ids: expected an int or integers [B], got {ids.dtype}{of}; use the images' "
+            "indices in the data set"
+        )
+    return ids.long()
 
 
 def _block_sizes(
