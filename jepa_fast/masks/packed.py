@@ -124,6 +124,10 @@ def pack_masks(
     The losses then sum to that of the whole batch (but for VICReg's terms of TI-JEPA, which are of
     the images together).
 
+    Models take packs where their encoder takes ``sequences``, as ours do and ``TimmEncoder`` and
+    ``TransformersEncoder`` of :mod:`jepa_fast.interop` do not: train those with padded masks, or as
+    encoders of ours, by ``from_timm`` and ``from_transformers``. TI-JEPA, which unpacks, takes any.
+
     Args:
         masks: of one batch, best on the CPU: how many packs there are depends on their values.
         tokens: the budget T; one of them always stays slack. :func:`packing_budget` suggests one.
