@@ -623,6 +623,16 @@ def test_one_graph_over_100_steps(method: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("method", ["tcjepa", "tcjepa append"])
+def test_contexts_are_encoded_once(method: str) -> None:
+    model, text = _model(method)
+    calls: list[Any] = []
+    model.encoder.register_forward_hook(lambda *call: calls.append(call))
+    (pack,) = pack_masks(_sampler()(0, 5), 500)
+    model(_images(), pack, *text)
+    assert len(calls) == 1
+
+
 def test_what_cannot_take_packed_masks_says_so() -> None:
     class PlainEncoder(nn.Module):
         embed_dim, grid, num_heads = 32, GRID, 4

@@ -126,7 +126,8 @@ def pack_masks(
 
     Models take packs where their encoder takes ``sequences``, as ours do and ``TimmEncoder`` and
     ``TransformersEncoder`` of :mod:`jepa_fast.interop` do not: train those with padded masks, or as
-    encoders of ours, by ``from_timm`` and ``from_transformers``. TI-JEPA, which unpacks, takes any.
+    encoders of ours, by ``from_timm`` and ``from_transformers``. Any will do for TI-JEPA and
+    ``TCJepa(conditioning="append")``, which unpack.
 
     Args:
         masks: of one batch, best on the CPU: how many packs there are depends on their values.

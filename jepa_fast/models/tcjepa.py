@@ -316,12 +316,12 @@ class TCJepa(IJepa):
         self, images: Tensor, masks: PackedMasks, captions: Captions
     ) -> tuple[Tensor, Any]:
         """The same of packed tokens; conditioners see them in slots, as sequences of one length."""
-        context = self._packed_context(images, masks)
         sequences = self.predictor.sequences(masks)
         with phase("text conditioner"):
             text = self.conditioner(captions, sequences.filled)
         if text.appended is not None:  # to sequences of one length
             return self._predict_with_text(images, masks.padded(partly=True), captions)
+        context = self._packed_context(images, masks)
 
         def condition(layer: int, tokens: Tensor) -> Tensor:
             with phase("text conditioner"):
