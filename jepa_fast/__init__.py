@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 from jepa_fast.errors import BackendError, CheckpointError
 
 if TYPE_CHECKING:
-    from jepa_fast import (
-        data,
-        eval,
-        host_memory,
-        interop,
-        masks,
-        models,
-        nn,
-        ops,
-        optim,
-        perf,
-        train,
-    )
+    from jepa_fast import data as data
+    from jepa_fast import eval as eval
+    from jepa_fast import host_memory as host_memory
+    from jepa_fast import interop, masks, ops, perf
+    from jepa_fast import models as models
+    from jepa_fast import nn as nn
+    from jepa_fast import optim as optim
+    from jepa_fast import train as train
     from jepa_fast.models.ijepa import IJepa
     from jepa_fast.models.probijepa import ProbIJepa
     from jepa_fast.models.tcjepa import TCJepa
@@ -35,22 +30,19 @@ __all__ = [
     "TCJepa",
     "TIJepa",
     "__version__",
-    "data",
-    "eval",
-    "host_memory",
     "interop",
     "masks",
-    "models",
-    "nn",
     "ops",
-    "optim",
     "perf",
-    "train",
 ]
 
 # Loaded at first use, so that importing the package costs next to nothing over importing torch.
 _MODELS = {"IJepa": "ijepa", "TIJepa": "tijepa", "TCJepa": "tcjepa", "ProbIJepa": "probijepa"}
-_MODULES = {name for name in __all__ if name.islower()} - {"__version__"}
+# Not all in __all__: `from jepa_fast import *` is to leave torch's nn and Python's eval alone.
+_MODULES = (
+    "data", "eval", "host_memory", "interop", "masks", "models", "nn", "ops", "optim", "perf",
+    "train",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -62,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES})

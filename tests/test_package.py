@@ -88,6 +88,11 @@ def test_paths_of_the_documentation_need_no_import_but_that_of_the_package(path:
     assert hasattr(found, name)
 
 
+def test_all_names_leave_those_of_torch_and_python_alone() -> None:
+    assert {"eval", "nn", "optim"}.isdisjoint(jepa_fast.__all__)
+    assert {"eval", "nn", "optim"} <= set(dir(jepa_fast))
+
+
 def test_unknown_names_raise() -> None:
     with pytest.raises(AttributeError, match="no attribute 'IJEPA'"):
         _ = jepa_fast.IJEPA
