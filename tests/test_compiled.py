@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch  # noqa: F401  (before triton)
+import torch
 
 from jepa_fast import ops  # noqa: F401  (registers the operators)
-from jepa_fast.ops import _build
+from jepa_fast.ops import _build, _launch
 from jepa_fast.ops._compile import ARCHITECTURES, CompileCase, all_cases
 from jepa_fast.ops._traffic import all_traffic_cases
 from jepa_fast.perf.audit_report import CompiledKernel, Report
@@ -25,6 +25,7 @@ from jepa_fast.perf.errors import BaselineMissing
 triton = pytest.importorskip("triton", reason="needs triton to compile its kernels")
 import triton.language as tl  # noqa: E402
 
+from jepa_fast.ops.patch_word_consistency import triton as consistency  # noqa: E402
 from jepa_fast.perf.kernel_audit import compile_all  # noqa: E402
 from jepa_fast.perf.operator_audit import (  # noqa: E402
     CUDA,
@@ -198,3 +199,11 @@ def test_every_triton_operator_has_cases() -> None:
     calls = all_traffic_cases()
     assert {call.operator for call in calls} >= with_triton
     assert len({call.name for call in calls}) == len(calls)
+
+
+def test_an_address_has_64_bits_wherever_it_lies() -> None:
+    """On a CPU some lie low, by chance, and a case would be another from process to process."""
+    addresses = {f"a{i}": 4096 for i in range(24)}
+    arguments = {"table": torch.empty(24, dtype=torch.int64), **addresses}
+    case = _launch._case(consistency.addresses_kernel, arguments, {"COUNT": 24}, 1)
+    assert {case.signature[name] for name in addresses} == {"i64"}

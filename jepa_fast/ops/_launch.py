@@ -160,11 +160,15 @@ def _recording() -> Iterator[list[CompileCase]]:
 def _case(
     kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], num_warps: int
 ) -> CompileCase:
-    """As Triton specialises the launch: 16s and what they divide are known, other numbers not."""
+    """As Triton specialises the launch: 16s and what they divide are known, other numbers not.
+
+    A kernel declares the type of what is an address: those of a CPU may fit into 32 bits.
+    """
     constants = {
         **{name: None for name, value in arguments.items() if value is None},
         **constants,
     }
+    declared = {parameter.name: parameter.annotation_type for parameter in kernel.params}
     signature, divisible = {}, []
     for name, value in arguments.items():
         if value is None:
@@ -175,7 +179,7 @@ def _case(
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
+            signature[name] = declared[name] or ("i32" if value < 2**31 else "i64")
             aligned = value % _ALIGNED == 0
         if aligned:
             divisible.append(name)
