@@ -162,13 +162,12 @@ def _case(
 ) -> CompileCase:
     """As Triton specialises the launch: 16s and what they divide are known, other numbers not.
 
-    A kernel declares the type of what is an address: those of a CPU may fit into 32 bits.
+    A kernel declares what is an address as `tl.int64`: those of a CPU may fit into 32 bits.
     """
     constants = {
         **{name: None for name, value in arguments.items() if value is None},
         **constants,
     }
-    declared = {parameter.name: parameter.annotation_type for parameter in kernel.params}
     signature, divisible = {}, []
     for name, value in arguments.items():
         if value is None:
@@ -179,7 +178,8 @@ def _case(
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name] = declared[name] or ("i32" if value < 2**31 else "i64")
+            is_wide = value >= 2**31 or kernel.fn.__annotations__.get(name) == "tl.int64"
+            signature[name] = "i64" if is_wide else "i32"
             aligned = value % _ALIGNED == 0
         if aligned:
             divisible.append(name)
