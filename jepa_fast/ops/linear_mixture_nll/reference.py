@@ -23,23 +23,13 @@ def linear_mixture_nll(
     scale_floor: float,
     scale_map: str,
     reduction: str,
+    computed_in: torch.dtype | None = None,
 ) -> Tensor:
-    """Scalar from hidden [T, H], weight [P, H], bias [P] and target [T, D]."""
-    parameters = F.linear(hidden, weight, bias)
-    options = (num_components, family, event, scale_floor, scale_map, reduction)
-    return _reduced_nll(parameters, target, *options)
+    """Scalar from hidden [T, H], weight [P, H], bias [P] and target [T, D].
 
-
-def _reduced_nll(
-    parameters: Tensor,
-    target: Tensor,
-    num_components: int,
-    family: str,
-    event: str,
-    scale_floor: float,
-    scale_map: str,
-    reduction: str,
-) -> Tensor:
+    The layer is computed in the dtype of its tensors, or in another; gradients are in theirs.
+    """
+    parameters = _outputs(hidden, weight, bias, computed_in or hidden.dtype)
     logits, loc, log_scale = mixture.split_mixture_parameters(
         parameters, num_components, target.shape[1], event
     )
@@ -80,8 +70,8 @@ def linear_mixture_nll_and_gradients(
 
     def again(hidden_: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
         *offset, target = rest
-        outputs = _outputs(hidden_, weight, offset[0] if offset else None, hidden.dtype)
-        return _reduced_nll(outputs, target, *options)
+        bias = offset[0] if offset else None
+        return linear_mixture_nll(hidden_, weight, bias, target, *options, hidden.dtype)
 
     wide = gradient_dtype(hidden.dtype)
     layer = [None if each is None else each.to(wide) for each in (hidden, weight, bias)]
