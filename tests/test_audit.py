@@ -760,6 +760,19 @@ def test_a_baseline_of_another_version_or_kind_is_refused(tmp_path: Path, capsys
         Report({}, None, None).compare(file)
 
 
+def test_a_baseline_of_other_chips_alone_is_refused(
+    instant: Report, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "b.json"
+    file.write_text(instant.to_text())
+    told = _said(["audit", "--target", "sm_80", "sm_100", "--compare", str(file)], 4, capsys)
+    assert "kernels are of sm_90, and none of sm_80, sm_100" in told
+    assert "--target" in told
+    assert main(["audit", "--target", "sm_80", "sm_90", "--compare", str(file)]) == 0
+    traffic = ["audit", "--target", "sm_80", "--traffic-only", "--compare", str(file)]
+    assert main(traffic) == 0
+
+
 def test_parts_exclude_each_other(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["audit", "--no-traffic", "--traffic-only"])

@@ -111,6 +111,16 @@ def check_triton(now: Report, before: Report) -> None:
         )
 
 
+def check_chips(targets: Sequence[str], before: Report) -> None:
+    """Raises BaselineOfAnother if no kernel of the baseline was compiled for one of these chips."""
+    chips = {kernel.chip for kernel in before.kernels or ()}
+    if chips and chips.isdisjoint(targets):
+        raise BaselineOfAnother(
+            f"the baseline's kernels are of {', '.join(sorted(chips))}, and none of "
+            f"{', '.join(targets)}: choose chips with --target, or make a baseline with --write"
+        )
+
+
 def _compare(now: Report, before: Report, worse: _Worse) -> Comparison:
     result = Comparison()
     if now.kernels is not None and before.kernels is None:

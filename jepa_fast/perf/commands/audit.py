@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     # Before the minutes that an audit takes.
     for file in filter(None, (options.markdown, options.junit)):
         check_target(file)
-    before = _baseline(options.compare, options.traffic_only) if options.compare else None
+    before = _baseline(options.compare, options.traffic_only, targets) if options.compare else None
     try:
         with interruptible():
             report = audit_operators(
@@ -99,12 +99,16 @@ def run(options: argparse.Namespace) -> int:
     return WORSE if comparison and comparison.findings else DONE
 
 
-def _baseline(path: Path, traffic_only: bool) -> Report:
-    """The baseline to compare with: of this Triton, or of any where its version does not matter."""
+def _baseline(path: Path, traffic_only: bool, targets: Sequence[str]) -> Report:
+    """The baseline to compare with: of this Triton, or of any where its version does not matter.
+
+    Raises:
+        PerfError: it is missing or cannot be read, or it is of another Triton or of other chips.
+    """
     from dataclasses import replace
 
     from jepa_fast.perf.audit_report import Report
-    from jepa_fast.perf.audit_rules import check_triton
+    from jepa_fast.perf.audit_rules import check_chips, check_triton
     from jepa_fast.perf.kernel_audit import versions
     from jepa_fast.perf.operator_audit import (
         baseline_file,
@@ -119,6 +123,7 @@ def _baseline(path: Path, traffic_only: bool) -> Report:
     if traffic_only:
         return replace(report, kernels=None)
     check_triton(Report(versions(), [], None), report)
+    check_chips(targets, report)
     return report
 
 
