@@ -79,13 +79,27 @@ class OperatorFunction(torch.autograd.Function):
     """What the operators' functions have in common: torch.func.vmap is refused.
 
     `apply` takes all arguments of `forward`, in their order.
+
+    Attributes:
+        plain: the same function as torch had them before `setup_context`: neither torch.func nor
+            torch.compile takes it, and eager calls cost less.
     """
+
+    plain: type[torch.autograd.Function]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         cls.forward.__signature__ = _AllInOrder(  # type: ignore[attr-defined]
             list(inspect.signature(cls.forward).parameters.values())
         )
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = cls.forward(*arguments)
+            cls.setup_context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        cls.plain = type(cls.__name__, (torch.autograd.Function,), methods)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -103,13 +117,14 @@ def applied(function: type[OperatorFunction], *arguments: Any) -> Any:
     """
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_tangents(arguments)
-    if torch.is_grad_enabled() and any(
+    recorded = torch.is_grad_enabled() and any(
         isinstance(each, Tensor) and each.requires_grad for each in arguments
-    ):
+    )
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments) if recorded else function.forward(*arguments)
+    if is_transformed():
         return function.apply(*arguments)
-    if torch.compiler.is_compiling() or not is_transformed():
-        return function.forward(*arguments)
-    return function.apply(*arguments)
+    return function.plain.apply(*arguments) if recorded else function.forward(*arguments)
 
 
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
