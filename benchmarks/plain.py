@@ -293,6 +293,7 @@ def linear_mixture_nll(
     scale_floor: float = 1e-3,
     scale_map: str = "exp",
     reduction: str = "mean",
+    token_mask: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -308,6 +309,7 @@ def linear_mixture_nll(
         target, logits, loc.reshape(shape), log_scale.reshape(shape), family, event, scale_floor,
         scale_map,
     )  # fmt: skip
+    nll = nll if token_mask is None else nll[token_mask]
     return nll.mean() if reduction == "mean" else nll.sum()
 
 

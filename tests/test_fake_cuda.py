@@ -53,12 +53,14 @@ def words() -> tuple[Tensor, Tensor]:
 
 
 @each_model
-@pytest.mark.parametrize("packed", [False, True])
-def test_models_stay_on_the_gpu_and_wait_for_nothing(name: str, packed: bool) -> None:
+@pytest.mark.parametrize("masks_are", ["padded", "packed", "packed, with slots left over"])
+def test_models_stay_on_the_gpu_and_wait_for_nothing(name: str, masks_are: str) -> None:
     model = MODELS[name]()
     masks: BlockMasks | PackedMasks = SAMPLER(0, IMAGES)
-    if packed:
-        (masks,) = pack_masks(masks, 200)
+    if masks_are != "padded":
+        block = masks.targets.shape[2] + 2 if "left over" in masks_are else None
+        (masks,) = pack_masks(masks, 200, block)
+        assert (masks.target_mask is None) == (block is None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         moved(model)
         text = words() if isinstance(model, TCJepa) else ()

@@ -21,8 +21,20 @@ from jepa_fast.ops.mixture_nll import mixture_parameter_count, split_mixture_par
 OPERATORS = ("linear_mixture_nll", "linear_mixture_nll_backward")
 
 
+def _of_some(*arguments: Tensor, **keywords) -> Tensor:
+    *arguments, token_mask = arguments
+    return ops.linear_mixture_nll(*arguments, token_mask=token_mask, **keywords)
+
+
 def _sample(
-    name: str, tokens: int, hidden: int, width: int, components: int, bias: bool = True, **keywords
+    name: str,
+    tokens: int,
+    hidden: int,
+    width: int,
+    components: int,
+    bias: bool = True,
+    masked: bool = False,
+    **keywords,
 ) -> Sample:
     def make(dtype: torch.dtype, generator: torch.Generator, times: int = 1):
         event = keywords.get("event", "joint")
@@ -33,12 +45,13 @@ def _sample(
             normal(outputs, inputs, dtype=dtype, generator=generator),
             normal(outputs, dtype=dtype, generator=generator) if bias else None,
             normal(rows, times * width, dtype=dtype, generator=generator, grad=bias),
+            *([torch.arange(rows) % 3 > 0] if masked else []),
         )
 
     keywords = {"num_components": components, **keywords}
     return Sample(
         name,
-        ops.linear_mixture_nll,
+        _of_some if masked else ops.linear_mixture_nll,
         OPERATORS,
         make,
         keywords,
@@ -51,6 +64,7 @@ SAMPLES = [
     _sample("coordinate logistic, no bias", 2, 3, 5, 2, False, event="coordinate", reduction="sum",
             family="logistic"),
     _sample("batch 0", 0, 4, 3, 2),
+    _sample("some tokens", 4, 3, 2, 2, masked=True),
 ]  # fmt: skip
 
 
@@ -133,7 +147,7 @@ def test_float16_gradients_of_a_token_do_not_overflow(
     event: str, backend: str, device: str
 ) -> None:
     """A target 76 scales away has gradients beyond 65504, which the mean over tokens has not."""
-    tokens, logit, scale = 1024, 0.0, -10.0
+    tokens, logit, scale = 64, 0.0, -10.0
     hidden, weight = torch.ones(tokens, 1).half(), torch.zeros(3, 1).half()
     bias, target = torch.tensor([logit, 0.0, scale]).half(), torch.zeros(tokens, 1)
     target[0] = 0.08
@@ -186,10 +200,57 @@ def test_the_outputs_never_exist_in_full() -> None:
     inputs = _inputs(16384, 4, 85, "coordinate")
     options = (4, "gaussian", "coordinate", 1e-3, "exp", "mean")
     with _Largest() as seen:  # a dispatch mode sees nothing inside an operator
-        native.linear_mixture_nll(*inputs, *options, [True, True, True, False])
+        native.linear_mixture_nll(*inputs, None, *options, [True, True, True, False])
     outputs = 16384 * len(inputs[1]) * 4
     assert seen.bytes <= outputs / 2
     assert seen.bytes >= outputs / 8  # the chunks' room is seen
+
+
+@backends(REGISTERED["linear_mixture_nll"].backends)
+@pytest.mark.parametrize(
+    ("dtype", "reduction"),
+    [
+        (torch.float32, "mean"),
+        (torch.float32, "sum"),
+        (torch.bfloat16, "mean"),
+        (torch.float16, "mean"),
+    ],
+    ids=str,
+)
+def test_a_mask_leaves_tokens_out_whatever_they_hold(
+    dtype: torch.dtype,
+    reduction: str,
+    backend: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss and gradients are those of the others alone; several chunks, one of them left out."""
+    monkeypatch.setattr(chunked, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    hidden, weight, bias, target = _inputs(140, 2, 3, "coordinate")
+    mask = torch.arange(140) % 5 != 1
+    mask[64:128] = False
+    hidden[~mask], target[~mask] = float("nan"), float("inf")
+    tensors = [*(x.to(dtype) for x in (hidden, weight, bias)), target]
+
+    def run(inputs: list[Tensor], backend: str = backend, **options) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        options |= {"event": "coordinate", "reduction": reduction, "backend": backend}
+        loss = ops.linear_mixture_nll(*leaves, 2, **options)
+        return [x.detach().cpu() for x in (loss, *torch.autograd.grad(0.5 * loss, leaves))]
+
+    def some(inputs: list[Tensor]) -> list[Tensor]:
+        return [inputs[0][mask], *inputs[1:3], inputs[3][mask]]
+
+    got = run([x.to(device) for x in tensors], token_mask=mask.to(device))
+    for of_rows in (got[1], got[4]):
+        assert torch.equal(of_rows[~mask], torch.zeros_like(of_rows[~mask]))
+    eager = run(some(tensors), "reference")
+    exact = run([x.double() for x in some(tensors)], "reference")
+    mine = [got[0], *some(got[1:])]
+    for found, theirs, truth in zip(mine, eager, exact, strict=True):
+        assert_as_accurate(found.flatten(), theirs.flatten(), truth.flatten())
+    nothing = run([x.to(device) for x in tensors], token_mask=torch.zeros_like(mask).to(device))
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in nothing)
 
 
 def test_targets_that_are_no_numbers() -> None:
@@ -263,6 +324,8 @@ def test_under_autocast() -> None:
         ({"bias": torch.zeros(14).double()}, TypeError, "bias must have the dtype of hidden"),
         ({"weight": torch.zeros(14, 4).half()}, TypeError, "weight must have the dtype of hidden"),
         ({"reduction": "none"}, ValueError, "reduction must be one of"),
+        ({"token_mask": torch.ones(2)}, TypeError, "token_mask must be bool"),
+        ({"token_mask": torch.ones(3) > 0}, ValueError, r"token_mask must have shape \[2\], got"),
         ({"family": "cauchy"}, ValueError, "family must be one of"),
         ({"scale_floor": -1.0}, ValueError, "scale_floor must be positive"),
         ({"scale_floor": torch.tensor(1e-3)}, TypeError, "scale_floor must be a number, got Tens"),

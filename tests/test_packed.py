@@ -25,6 +25,7 @@ from jepa_fast.masks import (
 )
 from jepa_fast.nn import packed
 from jepa_fast.nn.attention import attend
+from jepa_fast.nn.heads import HEADS
 from jepa_fast.nn.packed import (
     BACKENDS,
     Sequences,
@@ -621,6 +622,68 @@ def test_one_graph_over_100_steps(method: str) -> None:
     assert len(sizes) > 1
     assert split == {False, True}
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_packs_have_one_graph(name: str) -> None:
+    """Also without fullgraph, whatever number of tokens counts."""
+    torch._dynamo.reset()
+    options = {} if name == "mixture" else {"hidden_dim": 16}
+    torch.manual_seed(1)
+    model = ProbIJepa(_encoder(), name, head_options=options, **SMALL)
+    sampler = _sampler()
+    tokens, block, longest = packing_budget(sampler, 5, steps=100)
+    tokens = max(longest + 1, tokens * 2 // 3)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, dynamic=False, backend=counter)
+    counted = set()
+    for step in range(8):
+        for pack in pack_masks(sampler(step, 5), tokens, block, longest):
+            if step == 0:
+                model(_images(), pack)  # sets the flow's ActNorms
+            assert pack.target_mask is not None
+            counted.add(int(pack.target_mask.sum()))
+            compiled(_images(), pack).loss.backward()
+    assert len(counted) > 2
+    assert counter.frame_count == 1
+
+
+class _MeanOfErrors(nn.Module):
+    """A head of one's own, which takes no mask, or does."""
+
+    def __init__(self, condition_dim: int, target_dim: int, takes_token_mask: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(condition_dim, target_dim)
+        self.takes_token_mask = takes_token_mask
+        self.asked: list[tuple[torch.Size, bool]] = []
+
+    def forward(self, condition: Tensor, target: Tensor, *token_mask: Tensor) -> Tensor:
+        self.asked.append((condition.shape, bool(token_mask)))
+        errors = (self.linear(condition) - target).square().mean(1)
+        if not token_mask:
+            return errors.mean()
+        return errors.where(token_mask[0], 0).sum() / token_mask[0].sum()
+
+    def distribution(self, condition: Tensor) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("takes_token_mask", [False, True])
+def test_a_head_of_ones_own_takes_a_mask_if_it_says_so(takes_token_mask: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    options = {"takes_token_mask": takes_token_mask}
+    model = ProbIJepa(_encoder(), _MeanOfErrors, head_options=options, **SMALL)
+    masks = _sampler()(2, 5)
+    (pack,) = pack_masks(masks, 500, masks.targets.shape[2] + 1)
+    want = model(_images(), pack).loss
+    got = torch.compile(model, backend="eager")(_images(), pack).loss
+    torch.testing.assert_close(got, want)
+    (of_eager, with_mask), (of_compiled, masked) = model.head.asked
+    assert of_eager[0] == masks.targets.numel()
+    assert not with_mask
+    assert masked == takes_token_mask
+    assert of_compiled[0] == of_eager[0] + takes_token_mask * 5 * masks.targets.shape[1]
 
 
 @pytest.mark.parametrize("method", ["tcjepa", "tcjepa append"])

@@ -371,6 +371,50 @@ def test_heads_compile_without_a_break(name: str) -> None:
 
 
 @each_head
+def test_a_loss_of_some_tokens(name: str) -> None:
+    """Those of complements sum to the whole; what the others hold is not read."""
+    torch.manual_seed(0)
+    head = create_head(name, 4, 3, OPTIONS[name])
+    mask = torch.tensor([True, False, True, True, False, True])
+    inputs = torch.randn(6, 4), torch.randn(6, 3)
+    head(*inputs)  # sets the flow's ActNorms
+
+    def run(mask: Tensor | None, *inputs: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        torch.manual_seed(1)
+        loss = head(*leaves) if mask is None else head(*leaves, mask)
+        return [loss.detach(), *torch.autograd.grad(loss, [*leaves, *head.parameters()])]
+
+    some, others, whole = (run(each, *inputs) for each in (mask, ~mask, None))
+    for mine, theirs, of_all in zip(some, others, whole, strict=True):
+        torch.testing.assert_close((4 * mine + 2 * theirs) / 6, of_all, rtol=1e-4, atol=1e-6)
+    assert float((some[0] - whole[0]).abs()) > 1e-3
+    for of_rows in some[1:3]:
+        assert torch.equal(of_rows[~mask], torch.zeros_like(of_rows[~mask]))
+    poisoned = [x.clone() for x in inputs]
+    poisoned[0][~mask], poisoned[1][~mask] = torch.nan, torch.inf
+    for got, want in zip(run(mask, *poisoned), some, strict=True):
+        assert torch.equal(got, want)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in run(mask & ~mask, *inputs))
+    with pytest.raises(ValueError, match=r"token_mask must have shape \[6\], got \[5\]"):
+        head(*inputs, mask[1:])
+
+
+def test_only_tokens_that_count_set_the_flow() -> None:
+    torch.manual_seed(0)
+    head, same, other = (create_head("flow", 4, 3, OPTIONS["flow"]) for _ in range(3))
+    for each in (same, other):
+        each.load_state_dict(head.state_dict())
+    mask, condition, target = torch.arange(40) % 3 > 0, torch.randn(40, 4), 3 + torch.randn(40, 3)
+    head(condition, target, mask)
+    same(condition[mask], target[mask])
+    torch.testing.assert_close(head.state_dict(), same.state_dict())
+    for count in (0, 1):  # too few
+        other(condition, target, torch.arange(40) < count)
+        assert not any(norm.is_set for norm in other.norms)
+
+
+@each_head
 def test_no_token_no_loss(name: str) -> None:
     head = create_head(name, 4, 3, OPTIONS[name])
     loss = head(torch.zeros(0, 4), torch.zeros(0, 3))

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jepa_fast.masks import BlockMasks, PackedMasks
@@ -94,7 +95,7 @@ class ProbIJepa(IJepa):
         target = self._targets(images, masks)
         condition = self._condition(images, masks)
         with phase("loss"):
-            loss = self.head(*counted_tokens(masks, condition, target))
+            loss = self._loss(masks, condition, target)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
@@ -129,6 +130,15 @@ class ProbIJepa(IJepa):
         """What `predict_distribution` predicts: LayerNorm-ed teacher tokens, [T, D]."""
         masks = self._masks_of(images, masks)
         return counted_tokens(masks, self._targets(images, masks))[0]
+
+    def _loss(self, masks: BlockMasks | PackedMasks, condition: Tensor, target: Tensor) -> Any:
+        """The head's, of the tokens that count: by a mask where it takes one and their number is
+        not to be known, lest compiled code changed its shapes or the host waited for a GPU."""
+        token_mask = block_major_mask(masks)
+        unknown = condition.is_cuda or torch.compiler.is_compiling()
+        if token_mask is None or not unknown or not getattr(self.head, "takes_token_mask", False):
+            return self.head(*counted_tokens(masks, condition, target))
+        return self.head(condition.flatten(0, 1), target.flatten(0, 1), token_mask.flatten())
 
     def _targets(self, images: Tensor, masks: BlockMasks | PackedMasks) -> Tensor:
         """[M * B, Kt, D], in float32 or wider."""

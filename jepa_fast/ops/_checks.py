@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -206,6 +206,16 @@ def check_finite_target(op: str, target: Tensor, nll: Tensor) -> None:
             f"{op}: target must be finite, got NaN or infinity for {len(bad)} of {len(target)} "
             f"tokens, the first of them token {int(bad[0])}"
         )
+
+
+def check_mask(op: str, argument: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Raises TypeError unless a mask is a dense bool tensor, ValueError for another shape."""
+    check_tensor(op, argument, mask)
+    check_dense(op, argument, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: {argument} must be bool, got {mask.dtype}; use .bool()")
+    if mask.shape != torch.Size(shape):
+        raise ValueError(f"{op}: {argument} must have shape {list(shape)}, got {list(mask.shape)}")
 
 
 def may_be_read(tensor: Tensor) -> bool:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from jepa_fast import ops
 from jepa_fast._arguments import integer
-from jepa_fast.nn.heads.interface import Head, LatentDistribution, check_positive
+from jepa_fast.nn.heads.interface import (
+    LatentDistribution,
+    MaskedHead,
+    check_positive,
+    mean_nll,
+)
 from jepa_fast.nn.heads.mixture import init_mixture_projection
 from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.precision import widened, without_autocast
@@ -52,7 +57,7 @@ class MaskedLinear(nn.Linear):
         )
 
 
-class AutoregressiveHead(Head):
+class AutoregressiveHead(MaskedHead):
     """`p(z | condition) = prod_j p(z_j | z_<j, condition)`, each factor a mixture (RNADE).
 
     A MADE: masked layers let the parameters of a coordinate see only the coordinates before it in
@@ -123,10 +128,12 @@ class AutoregressiveHead(Head):
         nn.init.trunc_normal_(self.direct.weight, std=0.02)
         init_mixture_projection(self.output, num_components, target_dim, "coordinate")
 
-    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
-        self.check(condition, target)
+    def forward(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
+        condition, target = self.counted(condition, target, token_mask)
         nll = -self.distribution(condition).log_prob(target)
-        return nll.sum() / max(nll.numel() * self.target_dim, 1)
+        return mean_nll(nll, self.target_dim, token_mask)
 
     def distribution(self, condition: Tensor) -> AutoregressiveDistribution:
         self.check(condition)

@@ -51,14 +51,21 @@ class ActNorm(nn.Module):
         """(y [T, D], log |det dy/dx|, the same for every row)."""
         if inverse:
             return x * torch.exp(self.log_scale) + self.loc, self.log_scale.sum()
-        if self.training and not self.is_set:
-            self._initialise(x)
+        if self.training:
+            self.initialise(x)
         return (x - self.loc) * torch.exp(-self.log_scale), -self.log_scale.sum()
 
     @torch.no_grad()
-    def _initialise(self, x: Tensor) -> None:
+    def initialise(self, x: Tensor, row_mask: Tensor | None = None) -> None:
+        """Sets scale and shift, unless they are, from the rows of x [T, D] where row_mask [T] is
+        True; None: from all."""
+        if self.is_set:
+            return
         wide = x.double()
         count = wide.new_full(wide.shape[1:], len(x))
+        if row_mask is not None:
+            wide = wide.where(row_mask[:, None], 0)
+            count = row_mask.sum().to(wide.dtype).expand(wide.shape[1:])
         sums = torch.stack([count, wide.sum(0), wide.square().sum(0)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
@@ -71,8 +78,9 @@ class ActNorm(nn.Module):
                     "ActNorm: the first training batch, which sets scales and shifts, must be "
                     "finite, got NaN or infinity; check the targets and the weights"
                 )
-        mean, square = sums[1] / sums[0], sums[2] / sums[0]
+        mean, square = sums[1:] / sums[0].clamp_min(1)
         std = (square - mean.square()).clamp_min(1e-6).sqrt()
+        std = std.where(sums[0] > 1, 1)  # of rows that nobody could count
         self.loc.copy_(mean)
         self.log_scale.copy_(std.log())
         self.initialised.fill_(True)

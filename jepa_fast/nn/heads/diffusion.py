@@ -12,9 +12,10 @@ from torch import Tensor
 from jepa_fast import ops
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.interface import (
-    Head,
     LatentDistribution,
+    MaskedHead,
     check_positive,
+    masked_denoising_loss,
     standard_normal_log_prob,
 )
 from jepa_fast.nn.heads.ode import integrate_with_divergence, recordable
@@ -93,7 +94,7 @@ class NoiseNetwork(AdaLNMlp):
         return noise * z + signal * v
 
 
-class DiffusionHead(Head):
+class DiffusionHead(MaskedHead):
     """Denoising diffusion of each target embedding on its own, given the predictor's token.
 
     With `x_t = signal[t] * target + noise[t] * e`, a `NoiseNetwork` is trained to tell e by mean
@@ -186,15 +187,17 @@ class DiffusionHead(Head):
                 f"got {self.steps}"
             )
 
-    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
-        self.check(condition, target)
+    def forward(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
+        condition, target = self.counted(condition, target, token_mask)
         self.check_options()
         target = widened(target)
         t = torch.randint(self.timesteps, (self.draws, len(target)), device=target.device)
         seed = ops.noise_seed(target.device)
         x = ops.q_sample(target, self.signal[t], self.noise[t], seed)
         e = self.network(x, t, self.network.condition(condition))
-        loss = ops.denoising_loss(e, seed)
+        loss = masked_denoising_loss(e, seed, token_mask)
         self.check_loss(loss, target)
         return loss
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from jepa_fast._arguments import integer
 from jepa_fast.nn.heads.couplings import ActNorm, Coupling, ThroughInverse, run_couplings
 from jepa_fast.nn.heads.interface import (
-    Head,
     LatentDistribution,
+    MaskedHead,
     check_positive,
+    mean_nll,
     standard_normal_log_prob,
 )
 from jepa_fast.nn.precision import widened
@@ -24,7 +25,7 @@ from jepa_fast.ops._checks import check_choice, check_flag, may_be_read
 from jepa_fast.ops._checks import check_positive as check_positive_number
 
 
-class CouplingFlowHead(Head):
+class CouplingFlowHead(MaskedHead):
     """Conditional RealNVP: exact likelihood, exact inverse, exact samples.
 
     From the target to noise: ActNorm, coupling, ActNorm, coupling, and so on. Run it in float32 or
@@ -100,15 +101,20 @@ class CouplingFlowHead(Head):
             self.norms.append(ActNorm(target_dim))
             self.couplings.append(Coupling(condition_dim, mask, hidden_dim, scale_bound))
 
-    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
-        self.check(condition, target)
-        distribution = self.distribution(condition)
+    def forward(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
+        condition, target = self.counted(condition, target, token_mask)
+        distribution = CouplingFlowDistribution(self, condition, token_mask)
         if self.training:  # without gradients, too: so does checkpointing run it first
-            self._initialise(widened(target), distribution.condition)
+            self._initialise(widened(target), distribution.condition, token_mask)
         nll = -distribution.log_prob(target)
         if self.training and not is_transformed():  # which refuse to see it written
-            self.overflows.add_((~nll.detach().isfinite()).sum())
-        return nll.sum() / max(nll.numel() * self.target_dim, 1)
+            overflowed = ~nll.detach().isfinite()
+            if token_mask is not None:
+                overflowed = overflowed & token_mask
+            self.overflows.add_(overflowed.sum())
+        return mean_nll(nll, self.target_dim, token_mask)
 
     def distribution(self, condition: Tensor) -> CouplingFlowDistribution:
         self.check(condition)
@@ -116,7 +122,7 @@ class CouplingFlowHead(Head):
 
     def to_noise(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """(u [T, D], log |det du/dz| [T])."""
-        kept, free, logdet = self._to_noise(z, condition)
+        kept, free, logdet = self._to_noise(z, condition, None)
         return self._layers[-1][1].merge(kept, free), logdet
 
     def from_noise(self, u: Tensor, condition: Tensor) -> Tensor:
@@ -136,11 +142,13 @@ class CouplingFlowHead(Head):
         layers: Any = zip(self.norms, self.couplings, strict=True)
         return list(layers)
 
-    def _to_noise(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _to_noise(
+        self, z: Tensor, condition: Tensor, token_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`to_noise` with u split as for the last coupling."""
         layers = self._layers
         if self.training and torch.is_grad_enabled():
-            self._initialise(z, condition)
+            self._initialise(z, condition, token_mask)
         couplings = [coupling for _, coupling in layers]
         steps = [coupling.step(norm) for norm, coupling in layers]
         kept, free = couplings[0].split(z)
@@ -154,12 +162,16 @@ class CouplingFlowHead(Head):
         return kept, free, logdet + of_norms
 
     @torch.no_grad()
-    def _initialise(self, z: Tensor, condition: Tensor) -> None:
-        """Has each ActNorm that is not set yet set itself from what the layers before it give."""
+    def _initialise(self, z: Tensor, condition: Tensor, token_mask: Tensor | None) -> None:
+        """Has each ActNorm that is not set yet set itself from what the layers before it give of
+        the tokens that count."""
         layers = self._layers
         if all(norm.is_set for norm, _ in layers):
             return
         for norm, coupling in layers:
+            norm.initialise(z, token_mask)
+            if not norm.is_set:  # by too few tokens
+                return
             z, _ = norm(z)
             kept, free = coupling.split(z)
             free, _ = coupling(free, *coupling.step(norm).scale_and_shift(kept, condition))
@@ -167,9 +179,14 @@ class CouplingFlowHead(Head):
 
 
 class CouplingFlowDistribution(LatentDistribution):
-    """What a `CouplingFlowHead` says of condition [T, d]; mean and variance from samples."""
+    """What a `CouplingFlowHead` says of condition [T, d]; mean and variance from samples.
 
-    def __init__(self, head: CouplingFlowHead, condition: Tensor) -> None:
+    `token_mask` [T] says which tokens may set the head's ActNorms, where they are not set yet.
+    """
+
+    def __init__(
+        self, head: CouplingFlowHead, condition: Tensor, token_mask: Tensor | None = None
+    ) -> None:
         condition = widened(condition)
         dtype = condition.dtype
         super().__init__(
@@ -177,9 +194,10 @@ class CouplingFlowDistribution(LatentDistribution):
         )
         self.head = head
         self.condition = condition
+        self.token_mask = token_mask
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        kept, free, logdet = self.head._to_noise(z, self.condition)
+        kept, free, logdet = self.head._to_noise(z, self.condition, self.token_mask)
         log_prob = standard_normal_log_prob(kept) + standard_normal_log_prob(free) + logdet
         # In training a question to the device would be one a step, which then waits for it.
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -8,16 +8,17 @@ from torch import Tensor
 from jepa_fast import ops
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.interface import (
-    Head,
     LatentDistribution,
+    MaskedHead,
     check_positive,
+    masked_denoising_loss,
     standard_normal_log_prob,
 )
 from jepa_fast.nn.heads.ode import integrate, integrate_with_divergence, recordable
 from jepa_fast.nn.precision import widened
 
 
-class FlowMatchingHead(Head):
+class FlowMatchingHead(MaskedHead):
     """Flow matching: a network learns the velocity that carries noise to the target.
 
     On the straight path `x_t = (1 - t) noise + t target` the velocity is `target - noise`; the loss
@@ -69,15 +70,17 @@ class FlowMatchingHead(Head):
         if self.probes is not None:
             check_positive("FlowMatchingHead", probes=self.probes)
 
-    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
-        self.check(condition, target)
+    def forward(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
+        condition, target = self.counted(condition, target, token_mask)
         self.check_options()
         target = widened(target)
         time = torch.rand((self.draws, len(target)), dtype=target.dtype, device=target.device)
         seed = ops.noise_seed(target.device)
         x = ops.q_sample(target, time, 1 - time, seed)
         velocity = self.network(x, time, self.network.condition(condition))
-        loss = ops.denoising_loss(velocity, seed, target)
+        loss = masked_denoising_loss(velocity, seed, token_mask, target)
         self.check_loss(loss, target)
         return loss
 

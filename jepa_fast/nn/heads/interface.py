@@ -10,11 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from jepa_fast import ops
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import (
     check_finite,
     check_finite_target,
     check_integer,
+    check_mask,
     check_vectors,
     may_be_read,
 )
@@ -269,10 +271,19 @@ class Head(nn.Module, ABC):
         moment_samples: how many samples a distribution takes mean, variance, entropy and `cdf` from
             where it has no closed form, at least 2; may be set later.
 
+    Attributes:
+        takes_token_mask: of a class whose `forward` takes a third argument, `token_mask` [T] bool,
+            and leaves out of the loss the tokens where it is False, whatever they hold. With packed
+            masks some tokens do not count: heads that say so keep one shape over all steps where
+            the model is compiled, and let the host go ahead of a GPU; others get the tokens that
+            count. False unless a class sets it.
+
     Raises:
         TypeError: a width or a number of samples that is no integer.
         ValueError: a width below 1, or fewer than 2 samples.
     """
+
+    takes_token_mask = False
 
     def __init__(self, condition_dim: int, target_dim: int, moment_samples: int = 1024) -> None:
         super().__init__()
@@ -321,6 +332,64 @@ class Head(nn.Module, ABC):
         target is not, on a CPU: a GPU is not waited for."""
         if may_be_read(loss):
             check_finite_target(type(self).__name__, target, loss.detach())
+
+
+class MaskedHead(Head):
+    """What the heads here have in common: their losses leave out tokens by a mask."""
+
+    takes_token_mask = True
+
+    @abstractmethod
+    def forward(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
+        """As `Head.forward`; over the tokens where token_mask [T] is True, None: over all."""
+
+    def counted(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both after checks, with 0 in the tokens that do not count, which hold whatever."""
+        self.check(condition, target)
+        if token_mask is None:
+            return condition, target
+        check_mask(type(self).__name__, "token_mask", token_mask, target.shape[:1])
+        absent = ~token_mask[:, None]
+        return condition.masked_fill(absent, 0), target.masked_fill(absent, 0)
+
+
+def mean_nll(nll: Tensor, width: int, token_mask: Tensor | None) -> Tensor:
+    """Nats a coordinate: the mean of nll [T] over the tokens that count, over D; 0 of none."""
+    if token_mask is None:
+        return nll.sum() / max(nll.numel() * width, 1)
+    return nll.where(token_mask, 0).sum() / (token_mask.sum().clamp(min=1) * width)
+
+
+def masked_denoising_loss(
+    prediction: Tensor,
+    seed: Tensor,
+    token_mask: Tensor | None,
+    target: Tensor | None = None,
+) -> Tensor:
+    """`ops.denoising_loss` of the tokens that count.
+
+    Args:
+        prediction: [n, T, D], in float32 or wider.
+        seed: of the noise.
+        token_mask: [T] bool; None: all count.
+        target: [T, D], finite; of a velocity.
+    """
+    if token_mask is None:
+        return ops.denoising_loss(prediction, seed, target)
+    draws, tokens, _ = prediction.shape
+    with torch.no_grad():  # what is to be predicted: there it has no error
+        ones = prediction.new_ones(draws, tokens)
+        if target is None:
+            aim = ops.q_sample(torch.zeros_like(prediction[0]), 0 * ones, ones, seed)
+        else:
+            aim = ops.q_sample(target, ones, -ones, seed)
+    prediction = torch.where(token_mask[:, None], prediction, aim)
+    share = tokens / token_mask.sum().clamp(min=1)
+    return ops.denoising_loss(prediction, seed, target) * share
 
 
 def _check_moment_samples(number: int) -> None:

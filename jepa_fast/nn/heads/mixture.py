@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.heads.interface import Head, LatentDistribution
+from jepa_fast.nn.heads.interface import LatentDistribution, MaskedHead
 from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops.mixture_nll import (
@@ -19,7 +19,7 @@ from jepa_fast.ops.mixture_nll import (
 )
 
 
-class MixtureHead(Head):
+class MixtureHead(MaskedHead):
     """Mixture density network on the predictor's tokens.
 
     Its one layer's outputs are laid out as `jepa_fast.ops.linear_mixture_nll` documents.
@@ -63,7 +63,9 @@ class MixtureHead(Head):
         self.projection = Linear(condition_dim, outputs)
         init_mixture_projection(self.projection, num_components, target_dim, event)
 
-    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
         self.check(condition, target)
         nll = ops.linear_mixture_nll(
             condition,
@@ -75,6 +77,7 @@ class MixtureHead(Head):
             self.event,
             self.scale_floor,
             self.scale_map,
+            token_mask=token_mask,
         )
         return nll / self.target_dim
 

@@ -15,7 +15,13 @@ from jepa_fast.ops._autograd import (
     keep_slopes,
     spread,
 )
-from jepa_fast.ops._checks import check_choice, check_dim, check_same_size, check_vectors
+from jepa_fast.ops._checks import (
+    check_choice,
+    check_dim,
+    check_mask,
+    check_same_size,
+    check_vectors,
+)
 from jepa_fast.ops.linear_mixture_nll import contract
 from jepa_fast.ops.mixture_nll.api import check_mixture_options
 from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count
@@ -24,9 +30,9 @@ from jepa_fast.ops.mixture_nll.reference import mixture_parameter_count
 class _LinearMixtureNll(OperatorFunction):
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        loss, grads = contract.FORWARD.call(hidden, weight, bias, target, *options)
+        loss, grads = contract.FORWARD.call(hidden, weight, bias, target, *rest)
         return loss, *grads
 
     @staticmethod
@@ -46,7 +52,7 @@ class _LinearMixtureNll(OperatorFunction):
             None if each is None else each.to(dtype)
             for each, dtype in zip(spread(scaled, ctx.needs), ctx.dtypes, strict=True)
         ]
-        return *grads, *[None] * 8
+        return *grads, *[None] * 9
 
 
 def linear_mixture_nll(
@@ -60,6 +66,7 @@ def linear_mixture_nll(
     scale_floor: float = 1e-3,
     scale_map: str = "exp",
     reduction: str = "mean",
+    token_mask: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -81,7 +88,9 @@ def linear_mixture_nll(
         target: [T, D].
         num_components: K.
         family, event, scale_floor, scale_map: as in `mixture_nll`.
-        reduction: `"mean"` or `"sum"` over the T tokens. The mean over no token is 0.
+        reduction: `"mean"` or `"sum"` over the tokens that count. The mean over no token is 0.
+        token_mask: [T] bool, False at tokens that do not count: what they hold is not read, and
+            their gradients are 0; None: all count.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
     Returns:
@@ -92,7 +101,7 @@ def linear_mixture_nll(
         TypeError: dtypes of `hidden`, `weight` and `bias` differ outside autocast; an argument is
             not a dense floating tensor; `num_components` is no integer, `scale_floor` no number.
         ValueError: a shape does not fit, an unknown name, a floor that is not positive; on a CPU, a
-            target that is NaN or infinite.
+            target that counts and is NaN or infinite.
         BackendError: the requested backend cannot serve the call.
 
     Source: mixture density networks, Bishop 1994.
@@ -119,6 +128,10 @@ def linear_mixture_nll(
         check_dim(op, "bias", bias, 1, "[P]")
         check_vectors(op, "bias", bias)
         check_same_size(op, "bias", bias, 0, "weight", weight, 0)
+    if token_mask is not None:
+        check_mask(op, "token_mask", token_mask, target.shape[:1])
+        absent = ~token_mask[:, None]
+        hidden, target = hidden.masked_fill(absent, 0), target.masked_fill(absent, 0)
     hidden, weight, bias = linear_inputs(op, "hidden", hidden, weight, bias)
     tensors = (hidden, weight, bias, target)
     records = torch.is_grad_enabled()
@@ -129,6 +142,7 @@ def linear_mixture_nll(
         weight,
         bias,
         target,
+        token_mask,
         num_components,
         family,
         event,

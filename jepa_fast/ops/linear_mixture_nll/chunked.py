@@ -26,6 +26,7 @@ def in_chunks(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    token_mask: Tensor | None,
     num_components: int,
     family: str,
     event: str,
@@ -37,7 +38,8 @@ def in_chunks(
     """As `reference.linear_mixture_nll_and_gradients`, by a backend's two functions."""
     tokens, width = target.shape
     options = (family, event, scale_floor, scale_map)
-    factor = 1 / max(tokens, 1) if reduction == "mean" else 1.0
+    mean = reduction == "mean"
+    factor = 1 / max(tokens, 1) if mean and token_mask is None else 1.0
     grads = empty_gradients(hidden, weight, bias, target, needs)
     present = iter(grads)
     grad_hidden, grad_weight, grad_bias, grad_target = (
@@ -65,6 +67,8 @@ def in_chunks(
         nll[part] = mixture_nll_and_gradients_(
             target[part], *parameters, *options, factor, to_target
         )
+        if token_mask is not None:
+            outputs.masked_fill_(~token_mask[part, None], 0)
         if grad_hidden is not None:
             _product(outputs, wide_weight, grad_hidden[part], is_first=True)
         if grad_weight is not None:
@@ -76,7 +80,12 @@ def in_chunks(
     if tokens == 0:
         for grad in grads:
             grad.zero_()
-    return (nll.sum(dtype=torch.float64) * factor).to(torch.float32), grads
+    if token_mask is None:
+        return (nll.sum(dtype=torch.float64) * factor).to(torch.float32), grads
+    # How many count is known to the device alone: no chunk could be multiplied by it.
+    share = 1 / token_mask.sum().clamp(min=1) if mean else 1.0
+    loss = nll.where(token_mask, 0).sum(dtype=torch.float64) * share
+    return loss.to(torch.float32), [grad.mul_(share) for grad in grads]
 
 
 def _rows(like: Tensor, count: int, width: int) -> Tensor:

@@ -17,6 +17,7 @@ def linear_mixture_nll(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    token_mask: Tensor | None,
     num_components: int,
     family: str,
     event: str,
@@ -25,7 +26,7 @@ def linear_mixture_nll(
     reduction: str,
     computed_in: torch.dtype | None = None,
 ) -> Tensor:
-    """Scalar from hidden [T, H], weight [P, H], bias [P] and target [T, D].
+    """Scalar from hidden [T, H], weight [P, H], bias [P], target [T, D] and token_mask [T].
 
     The layer is computed in the dtype of its tensors, or in another; gradients are in theirs.
     """
@@ -34,7 +35,10 @@ def linear_mixture_nll(
         parameters, num_components, target.shape[1], event
     )
     nll = mixture.mixture_nll(target, logits, loc, log_scale, family, event, scale_floor, scale_map)
-    return nll.sum() if reduction == "sum" else nll.sum() / max(nll.shape[0], 1)
+    if token_mask is None:
+        return nll.sum() if reduction == "sum" else nll.sum() / max(nll.shape[0], 1)
+    total = nll.where(token_mask, 0).sum()
+    return total if reduction == "sum" else total / token_mask.sum().clamp(min=1)
 
 
 def _outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -51,6 +55,7 @@ def linear_mixture_nll_and_gradients(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    token_mask: Tensor | None,
     num_components: int,
     family: str,
     event: str,
@@ -63,7 +68,7 @@ def linear_mixture_nll_and_gradients(
 
     Gradients are in float32, or float64 for float64. Those of the outputs are in `gradient_dtype`.
     """
-    options = (num_components, family, event, scale_floor, scale_map, reduction)
+    options = (token_mask, num_components, family, event, scale_floor, scale_map, reduction)
     loss = linear_mixture_nll(hidden, weight, bias, target, *options)
     if not any(needs):
         return loss, []
