@@ -146,6 +146,29 @@ def test_a_float32_model_reads_words_of_any_dtype(conditioning: str, dtype: torc
 
 
 @each_conditioning
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]
+)
+def test_words_of_any_dtype_under_autocast(
+    conditioning: str, dtype: torch.dtype, model_dtype: torch.dtype
+) -> None:
+    """Autocast casts to its dtype, and leaves float64 as it is, be it words or weights."""
+    model, given = build(conditioning=conditioning).to(model_dtype), batch()
+    given["images"] = given["images"].to(model_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(masks=MASKS, **given).loss
+        if dtype == torch.float8_e4m3fn:
+            given["words"], given["word_scale"] = quantize_words(given["words"])
+        else:
+            given["words"] = given["words"].to(dtype)
+        out = model(masks=MASKS, **given)
+    assert out.loss.dtype == model_dtype
+    torch.testing.assert_close(out.loss, want, rtol=0.1, atol=0.0)
+    out.loss.backward()
+
+
+@each_conditioning
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_model_reads_words_in_float8(conditioning: str, autocast: bool) -> None:
     model, given = build(conditioning=conditioning), batch()

@@ -65,7 +65,8 @@ class Captions:
             scale: ``[B, C, S]``, what float8 words are multiplied by, as from
                 :func:`jepa_fast.nn.words.quantize_words`; None for words in other dtypes.
             dtype: what reads the words, whose dtype they get. Under autocast they keep theirs, but
-                for float8 words, which get autocast's. None: float8 becomes float32.
+                for float8 words, which get autocast's, unless either is float64, which autocast
+                leaves as it is. None: float8 becomes float32.
 
         Raises:
             TypeError: the words are no floating tensor, in float8 without a scale or have a scale
@@ -91,7 +92,9 @@ class Captions:
                 f"with at least one caption and one word, got {list(words.shape)}; {fix}"
             )
         device = words.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+        # Autocast takes words in any dtype but float64, which it leaves alone, as it does weights.
+        doubles = torch.float64 in (dtype, words.dtype)
+        if device != "meta" and torch.is_autocast_enabled(device) and not doubles:
             dtype = None if scale is None else torch.get_autocast_dtype(device)
         words = word_vectors(words, scale, dtype)
         for name, mask, shape in (
