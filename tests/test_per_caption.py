@@ -341,6 +341,22 @@ def test_nan_of_a_caption_is_seen(
     assert not out[1::2].isnan().any()
 
 
+@each_chunk
+def test_nan_of_a_token_that_does_not_count_stays_out_of_the_sparsity(
+    captions_at_once: float, chunk: Any
+) -> None:
+    chunk(captions_at_once)
+    layer = Layer()
+    token = tuple((~TOKEN_MASK).nonzero()[0].tolist())
+    want, sparsity = layer(pool_per_caption)
+    layer.query.data[token] = math.nan
+    pooled, got = layer(pool_per_caption)
+    assert torch.equal(got, sparsity)
+    assert bool(pooled[token].isnan().all())
+    pooled[token] = want[token]
+    assert torch.equal(pooled, want)
+
+
 @pytest.mark.parametrize("limit", [0, 2**40], ids=["chunks", "at once"])
 def test_captions_that_are_not_there_have_no_score(
     limit: int, monkeypatch: pytest.MonkeyPatch

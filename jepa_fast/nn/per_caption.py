@@ -42,6 +42,7 @@ from jepa_fast.ops.text_cross_attention.reference import (
     score_scale,
     similarities,
     valid_words,
+    weighted,
 )
 
 CHUNK_ROWS = {"cpu": 4096, "cuda": 65536}
@@ -373,7 +374,7 @@ class _Call:
         scores = dot_products(q, k)  # [B, h, n, S, P]
         cosine = cosines(scores, q, k)
         sparsity = similarities(cosine, valid, self.similarity, self.tau).sum(3)
-        sparsity = (sparsity * self.weight[:, :, some]).sum() / self.num_heads
+        sparsity = weighted(sparsity, self.weight[:, :, some]) / self.num_heads
 
         # Uniform where there is no word, and the values zero.
         attention = scores.masked_fill(~valid, torch.finfo(scores.dtype).min / 2).softmax(3)
