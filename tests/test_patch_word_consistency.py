@@ -143,11 +143,16 @@ def test_tokens_that_do_not_count_do_not_whatever_they_hold(backend: str, device
     }
     inputs: dict[str, Any] = moved
     token = tuple((~inputs["token_mask"]).nonzero()[0].tolist())
-    want = ops.patch_word_consistency(**inputs, backend=backend)
-    inputs["q_layers"] = [q.detach().clone() for q in inputs["q_layers"]]
-    for q in inputs["q_layers"]:
-        q[token] = torch.nan
-    assert torch.equal(ops.patch_word_consistency(**inputs, backend=backend), want)
+    found = []
+    for filler in (None, torch.nan, torch.inf):
+        queries = [q.detach().clone() for q in inputs["q_layers"]]
+        for q in queries:
+            q[token] = q[token] if filler is None else filler
+        leaves = [x.requires_grad_() for x in (*queries, *inputs["k_layers"])]
+        loss = ops.patch_word_consistency(**{**inputs, "q_layers": queries}, backend=backend)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for got in found[1:]:
+        assert all(torch.equal(one, want) for one, want in zip(got, found[0], strict=True))
 
 
 def test_similarities_are_in_float32_under_autocast() -> None:

@@ -313,6 +313,13 @@ class Image {
     const Rows& from = call.q[slice / call.heads];
     const int64_t column = slice % call.heads * call.width;
     call.read_tokens(to, stride, from, image_, 0, first, count, column, call.width, 1.0f);
+    // Slopes of 0 would not undo what is not finite.
+    for (int64_t i = 0; i < count; ++i) {
+      if (call.counts(image_, first + i)) continue;
+      for (int64_t f = 0; f < call.panels(); ++f) {
+        std::fill_n(to + f * stride + i * kPanel, kPanel, 0.0f);
+      }
+    }
     divide_by_length(to, stride, count, length);
   }
 
