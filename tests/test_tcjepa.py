@@ -389,7 +389,14 @@ def test_errors() -> None:
     model.encoder.interpolate_positions = model.target_encoder.interpolate_positions = True
     with pytest.raises(ValueError, match="images: expected 16 patches"):
         model(masks=MASKS, **{**batch(), "images": torch.zeros(3, 3, 32, 32)})
+    for name in ("sparsity_weight", "consistency_weight"):
+        for value, error in ((-1.0, ValueError), (float("nan"), ValueError), ("a", TypeError)):
+            model = build()
+            setattr(model, name, value)
+            with pytest.raises(error, match=f"^{name}: expected a number of 0 or more.*got "):
+                model(masks=MASKS, **batch())
     given = {**batch(), "words": torch.zeros(3, 2, 3, 7)}
+    model = build()
     with pytest.raises(ValueError, match=r"words: expected \[3, C, S, 10\].*got \[3, 2, 3, 7\]"):
         model(masks=MASKS, **given)
 

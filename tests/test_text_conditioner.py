@@ -390,6 +390,31 @@ def test_option_types(options: dict[str, Any], message: str) -> None:
         WordConditioner(DIM, DEPTH, TEXT_DIM, **options)
 
 
+@pytest.mark.parametrize("per_caption", [False, True])
+@pytest.mark.parametrize(
+    ("made", "later", "message"),
+    [
+        ("max", "median", "pool: expected one of .*got 'median'"),
+        ("max", "none", "pool: expected one of .*got 'none'"),
+        ("max", "attention", "pool: expected 'max' or 'mean', got 'attention'; .*constructor"),
+        ("attention", "mean", "pool: expected 'attention', got 'mean'; .*constructor"),
+    ],
+)
+def test_pools_that_are_set_later(made: str, later: str, message: str, per_caption: bool) -> None:
+    """They became other pools without a word."""
+    conditioner = WordConditioner(DIM, DEPTH, TEXT_DIM, pool=made, per_caption=per_caption)
+    conditioner.pool = later
+    with pytest.raises(ValueError, match=message):
+        conditioner(captions())
+
+
+def test_a_reading_that_is_set_later() -> None:
+    conditioner = WordConditioner(DIM, DEPTH, TEXT_DIM)
+    conditioner.per_caption = "no"
+    with pytest.raises(TypeError, match="per_caption: expected True or False, got 'no'"):
+        conditioner(captions())
+
+
 @pytest.mark.parametrize("name", sorted(CONDITIONERS))
 def test_words_have_a_width(name: str) -> None:
     with pytest.raises(ValueError, match="text_dim: expected at least 1, got 0"):

@@ -118,11 +118,7 @@ class TCJepa(IJepa):
             normalize_target=normalize_target,
             init=init,
         )
-        for name, weight in (
-            ("sparsity_weight", sparsity_weight),
-            ("consistency_weight", consistency_weight),
-        ):
-            check_number(name, weight, zero=True)
+        _check_weights(sparsity_weight, consistency_weight)
         options: dict[str, Any] = {}
         if issubclass(CONDITIONERS[conditioning], WordConditioner):
             options = {
@@ -178,8 +174,10 @@ class TCJepa(IJepa):
             ``consistency``, ``positive_cosine_share`` and ``attention_entropy`` (1: uniform).
 
         Raises:
-            TypeError, ValueError: masks, images or captions that do not fit.
+            TypeError, ValueError: masks, images or captions that do not fit; an option that has
+                been set to one that does not serve.
         """
+        _check_weights(self.sparsity_weight, self.consistency_weight)  # schedules set them
         masks = self._masks_of(images, masks)
         captions = self._captions(images, words, word_mask, caption_mask, word_scale)
         teacher = self.encode(images)
@@ -330,6 +328,11 @@ class TCJepa(IJepa):
         with phase("predictor"):
             hidden = self.predictor.features_packed(context, masks, sequences, condition)
             return self.predictor.predictor_proj(hidden), text
+
+
+def _check_weights(sparsity_weight: float, consistency_weight: float) -> None:
+    check_number("sparsity_weight", sparsity_weight, zero=True)
+    check_number("consistency_weight", consistency_weight, zero=True)
 
 
 def _weight_of_pairs(masks: BlockMasks | PackedMasks, word_mask: Tensor) -> Tensor | float:

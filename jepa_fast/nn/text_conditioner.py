@@ -230,7 +230,19 @@ class WordConditioner(nn.Module):
         Args:
             captions: of the B images.
             token_mask: ``[R, T]`` bool, False at tokens that do not count in the regularisers.
+
+        Raises:
+            TypeError, ValueError: an option that has been set to one that does not serve.
         """
+        flag("per_caption", self.per_caption)
+        check_choice("pool", self.pool, POOLS)
+        is_learned = self.layers[0].pool_query is not None
+        if is_learned != (self.pool == "attention"):
+            expected = "'attention'" if is_learned else "'max' or 'mean'"
+            raise ValueError(
+                f"pool: expected {expected}, got {self.pool!r}; 'attention' has a parameter, so "
+                "give the pool to the constructor"
+            )
         projected = self.keys_values(captions.words).unflatten(-1, (2 * len(self.layers), -1))
         keys_values = projected.unbind(-2)
         return WordConditioning(
