@@ -110,6 +110,10 @@ def captions_by_image(name: str, value: Any) -> list[list[str]]:
                 f"{name}[{i}]: expected a caption or a sequence of captions, got {kind}; an image "
                 "without captions has []"
             ) from None
+        wrong = [each for each in images[i] if not isinstance(each, str)]
+        if wrong:
+            kind = type(some if isinstance(some, bytes) else wrong[0]).__name__
+            raise TypeError(f"{name}[{i}]: expected captions, each a str, got {kind}")
     return images
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +121,54 @@ def test_errors_name_the_argument() -> None:
         HashedWords(4, 3)(None)
     with pytest.raises(TypeError, match=r"captions\[1\]: expected a caption or .* got NoneType"):
         HashedWords(4, 3)(["a dog", None])
+    for captions, got in (
+        ([["a"], [None]], "NoneType"),
+        (["a", b"b"], "bytes"),
+        (["a", [3]], "int"),
+    ):
+        with pytest.raises(TypeError, match=rf"captions\[1\]: .* each a str, got {got}"):
+            HashedWords(4, 3)(captions)
+    for ids, message in (
+        (torch.tensor([1.0]), r"ids must be integers, got torch\.float32"),
+        ([True], r"ids must be integers, got torch\.bool"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            sample_captions([["a"]], 1, ids=ids)
+    with pytest.raises(ValueError, match=r"ids must have one .* 1 images, got shape \[1, 1\]"):
+        sample_captions([["a"]], 1, ids=torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dim", 4.0), ("max_words", "3"), ("seed", 0.5), ("context", "a"), ("position", None)],
+)
+def test_options_of_another_type(name: str, value: object) -> None:
+    options = {"dim": 4, "max_words": 3, name: value}
+    with pytest.raises(TypeError, match=f"^{name}: expected a"):
+        HashedWords(**options)
+
+
+@pytest.mark.parametrize("size", [-0.5, float("nan")])
+def test_a_signal_of_positions_has_a_size(size: float) -> None:
+    with pytest.raises(ValueError, match="position: expected a number of 0 or more"):
+        HashedWords(4, 3, position=size)
+
+
+def test_no_captions_at_most_are_not_all_captions() -> None:
+    with pytest.raises(ValueError, match="max_captions must be at least 1, got 0"):
+        HashedWords(4, 3)([["a", "b"]], 0)
+    with pytest.raises(TypeError, match="max_captions: expected an int, got str"):
+        HashedWords(4, 3)([["a", "b"]], "1")
+
+
+def test_ids_may_be_a_list_or_an_array() -> None:
+    many = [[str(i) for i in range(9)] for _ in range(3)]
+    want = sample_captions(many, 2, ids=torch.tensor([5, 6, 7]))
+    assert sample_captions(many, 2, ids=[5, 6, 7]) == want
+    assert sample_captions(many, 2, ids=np.array([5, 6, 7])) == want
+
+
+def test_a_vector_is_the_callers_own() -> None:
+    words = HashedWords(4, 3)
+    words.vector("dog").zero_()
+    assert bool(words([["dog"]]).words[0, 0, 0].all())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from jepa_fast import TIJepa
 from jepa_fast.interop.text import TextEncoder, load_text_encoder
@@ -113,6 +116,26 @@ def test_captions_are_cut_padded_drawn_and_blank_ones_dropped(folder: Path) -> N
         ]
         draws.add(tuple(alone[v] for v in near))
     assert len(draws) > 3
+
+
+class _Overflows(nn.Module):
+    """An encoder whose padding is infinite, as a T5's may be in float16."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        padding = attention_mask[..., None] == 0
+        return SimpleNamespace(
+            last_hidden_state=found.last_hidden_state.masked_fill(padding, torch.inf)
+        )
+
+
+def test_padding_is_zero_whatever_the_model_makes_of_it(encoder: TextEncoder) -> None:
+    overflowing = TextEncoder(_Overflows(encoder.model), encoder.tokenizer, max_words=8)
+    assert torch.equal(overflowing(CAPTIONS).words, encoder(CAPTIONS).words)
 
 
 def test_normalize(folder: Path) -> None:

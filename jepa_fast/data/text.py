@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_fast._arguments import captions_by_image
+from jepa_fast._arguments import captions_by_image, check_number, integer
 from jepa_fast.data import counter
 
 _log = logging.getLogger(__name__)
@@ -48,25 +48,29 @@ def sample_captions(
     *,
     seed: int = 0,
     step: int = 0,
-    ids: Tensor | None = None,
+    ids: Tensor | Sequence[int] | None = None,
 ) -> list[list[str]]:
     """At most `max_captions` captions an image, drawn by (seed, step, id) and kept in their order.
 
     captions: for each image its captions, possibly none, or a plain string: its one caption.
-    ids: [B] int64, or None to take the first ones of every image (evaluation).
+    ids: [B] integers, or None to take the first ones of every image (evaluation).
 
-    Raises TypeError if `captions` are neither strings nor sequences of them, ValueError if `ids`
-    and `captions` differ in length.
+    Raises TypeError if `captions` are neither strings nor sequences of them or a number is no
+    integer, ValueError if `ids` and `captions` differ in length or `max_captions` is below 1.
     """
+    max_captions = integer("max_captions", max_captions)
     if max_captions < 1:
         raise ValueError(f"max_captions must be at least 1, got {max_captions}")
     captions = captions_by_image("captions", captions)
     if ids is None:
         return [some[:max_captions] for some in captions]
-    if len(ids) != len(captions):
-        raise ValueError(
-            f"ids must have one entry for each of {len(captions)} images, got {len(ids)}"
-        )
+    ids = torch.as_tensor(ids)
+    if ids.shape != (len(captions),):
+        got = len(ids) if ids.ndim == 1 else f"shape {list(ids.shape)}"
+        raise ValueError(f"ids must have one entry for each of {len(captions)} images, got {got}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be integers, got {ids.dtype}; use .long()")
+    seed, step = integer("seed", seed), integer("step", step)
     longest = max((len(some) for some in captions), default=0)
     draws = counter.bits(seed, step, ids[:, None].cpu(), np.arange(longest))
     chosen = []
@@ -88,7 +92,9 @@ class HashedWords:
     max_words: words a caption S; shorter captions are padded, longer ones cut (logged once).
     context: share in [0, 1) of a word's vector that is the (unit-variance) sum of its caption's
         words, so that "three" in "a three in the top left corner" differs from any other three.
-    position: size of a sinusoidal signal of the word's place in its caption.
+    position: size of a sinusoidal signal of the word's place in its caption, 0 or more.
+
+    Raises TypeError for an option of another type, ValueError for one out of range.
     """
 
     def __init__(
@@ -100,8 +106,12 @@ class HashedWords:
         context: float = 0.0,
         position: float = 0.0,
     ) -> None:
+        dim, max_words = integer("dim", dim), integer("max_words", max_words)
+        seed = integer("seed", seed)
         if dim < 1 or max_words < 1:
             raise ValueError(f"dim and max_words must be at least 1, got {dim} and {max_words}")
+        check_number("context", context, zero=True)
+        check_number("position", position, zero=True)
         if not 0 <= context < 1:
             raise ValueError(f"context must be in [0, 1), got {context}")
         self.dim, self.max_words, self.seed = dim, max_words, seed
@@ -120,14 +130,14 @@ class HashedWords:
     def vector(self, word: str) -> Tensor:
         """The vector of one word, [Dt] float32."""
         row = self._row(word)
-        return self._table[row]
+        return self._table[row].clone()
 
     def __call__(
         self,
         captions: Sequence[str | Sequence[str]],
         max_captions: int | None = None,
         *,
-        ids: Tensor | None = None,
+        ids: Tensor | Sequence[int] | None = None,
         step: int = 0,
     ) -> TextBatch:
         """Embeds the captions of `B` images.
@@ -141,7 +151,9 @@ class HashedWords:
         Raises TypeError, ValueError as `sample_captions`.
         """
         captions = captions_by_image("captions", captions)
-        count = max_captions or max((len(some) for some in captions), default=0) or 1
+        count = max_captions
+        if count is None:
+            count = max((len(some) for some in captions), default=0) or 1
         chosen = sample_captions(captions, count, seed=self.seed, step=step, ids=ids)
         rows = np.zeros((len(chosen), count, self.max_words), dtype=np.int64)
         for i, some in enumerate(chosen):

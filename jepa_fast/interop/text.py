@@ -71,7 +71,7 @@ class TextEncoder(nn.Module):
         captions: Sequence[str | Sequence[str]],
         max_captions: int | None = None,
         *,
-        ids: Tensor | None = None,
+        ids: Tensor | Sequence[int] | None = None,
         step: int = 0,
     ) -> TextBatch:
         """Encode the captions of ``B`` images.
@@ -80,19 +80,21 @@ class TextEncoder(nn.Module):
             captions: for each image its captions, possibly none, or a plain string: its one
                 caption. Blank ones do not count.
             max_captions: ``C``; None: the largest number that an image of the batch has.
-            ids: ``[B]`` int64 and ``step``: which captions are drawn where an image has more, see
-                :func:`~jepa_fast.data.text.sample_captions`.
+            ids: ``[B]`` integers and ``step``: which captions are drawn where an image has more,
+                see :func:`~jepa_fast.data.text.sample_captions`.
 
         Returns:
             words ``[B, C, S, Dt]`` in the model's dtype, zero at padding, with word_mask
             ``[B, C, S]`` and caption_mask ``[B, C]``, on the model's device and without gradient.
 
         Raises:
-            TypeError: captions that are neither strings nor sequences of them.
+            TypeError, ValueError: as :func:`~jepa_fast.data.text.sample_captions`.
         """
         given = captions_by_image("captions", captions)
         written = [[caption for caption in some if caption.strip()] for some in given]
-        count = max_captions or max((len(some) for some in written), default=0) or 1
+        count = max_captions
+        if count is None:
+            count = max((len(some) for some in written), default=0) or 1
         chosen = sample_captions(written, count, seed=self.seed, step=step, ids=ids)
         parameter = next(self.model.parameters())
         shape = (len(chosen), count, self.max_words)
@@ -127,7 +129,8 @@ class TextEncoder(nn.Module):
         mask = tokens["attention_mask"].bool()
         if self.normalize != "none":
             vectors = F.normalize(vectors, dim=1 if self.normalize == "sequence" else 2)
-        return vectors * mask[..., None], mask
+        # What overflowed there is no number, which factors of 0 would leave as it is.
+        return vectors.masked_fill(~mask[..., None], 0), mask
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Has no effect on the frozen model: it stays in evaluation mode (no dropout)."""
