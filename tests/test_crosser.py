@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tijepa_oracle import crosser_oracle
@@ -126,3 +128,22 @@ def test_compiles_whole_and_runs_under_autocast() -> None:
 def test_bad_arguments(arguments: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Crosser(12, 10, **{"width": 16, "depth": 1, "num_heads": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"tokens": None}, TypeError, r"tokens: expected \[B, T, 12\], got NoneType"),
+        ({"tokens": torch.ones(5, 12)}, ValueError, r"tokens: expected .*, got \[5, 12\]"),
+        ({"tokens": torch.ones(2, 5, 11)}, ValueError, r"tokens: .* got \[2, 5, 11\]"),
+        ({"tokens": torch.ones(2, 5, 12).int()}, TypeError, r"tokens: .* got torch\.int32"),
+        ({"words": [1, 2]}, TypeError, r"words: expected \[B, S, 16\] of 2 texts.*, got list"),
+        ({"words": torch.ones(2, 3, 10)}, ValueError, r"words: .* got \[2, 3, 10\]"),
+        ({"words": torch.ones(1, 3, 16)}, ValueError, r"words: .* got \[1, 3, 16\]"),
+        ({"words": torch.ones(2, 3, 16).long()}, TypeError, r"words: .* got torch\.int64"),
+    ],
+)
+def test_bad_inputs(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    given = {"tokens": torch.ones(2, 5, 12), "words": torch.ones(2, 3, 16), **arguments}
+    with pytest.raises(error, match=text):
+        crosser("self_cross").float()(**given)

@@ -408,6 +408,13 @@ def test_pools_that_are_set_later(made: str, later: str, message: str, per_capti
         conditioner(captions())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, DIM + 1), (3, DIM)])
+def test_tokens_of_another_shape(shape: tuple[int, ...]) -> None:
+    conditioning = WordConditioner(DIM, DEPTH, TEXT_DIM)(captions())
+    with pytest.raises(ValueError, match=rf"tokens: expected \[R, T, {DIM}\], got \[{shape[0]}"):
+        conditioning(0, torch.ones(shape))
+
+
 def test_a_reading_that_is_set_later() -> None:
     conditioner = WordConditioner(DIM, DEPTH, TEXT_DIM)
     conditioner.per_caption = "no"

@@ -442,6 +442,16 @@ def test_encode_wants_a_text_an_image() -> None:
         model.encode(images, None, WORD_MASK)
 
 
+@pytest.mark.parametrize("objective", ["masked_image", "cross_modal"])
+def test_one_number_is_both_sides_of_the_grid(objective: str) -> None:
+    sizes = {"width": 8, "depth": 1, "num_heads": 2, "predictor_dim": 16, "predictor_depth": 1}
+    model = TIJepa(
+        None, image_dim=8, grid=3, text_dim=12, predictor_heads=2, objective=objective, **sizes
+    )
+    assert model.grid == (3, 3)
+    assert model.encode(None, image_features=torch.randn(2, 9, 8)).shape == (2, 9, 8)
+
+
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 3)])
 def test_energy_without_masks_on_small_grids(grid: tuple[int, int]) -> None:
     sizes = {"width": 8, "depth": 1, "num_heads": 2, "predictor_dim": 12, "predictor_depth": 1}

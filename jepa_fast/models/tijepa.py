@@ -151,7 +151,7 @@ class TIJepa(nn.Module):
         self.text_encoder = text_encoder
         self.objective = objective
         self.image_dim, self.text_dim, self.embed_dim = image_dim, text_dim, width
-        self.grid = height_and_width("grid", grid, least=1)
+        self.grid = grid = height_and_width("grid", grid, least=1)
         self.encode_masked_image = flag("encode_masked_image", encode_masked_image)
         self.loss = loss
         self.normalize_target = flag("normalize_target", normalize_target)

@@ -164,7 +164,7 @@ class Crosser(nn.Module):
         check_counts(image_dim=image_dim, text_dim=text_dim, width=width, depth=depth)
         check_number("mlp_ratio", mlp_ratio)
         make = SelfCrossBlock if block == "self_cross" else CrossBlock
-        self.width = width
+        self.image_dim, self.text_dim, self.width = image_dim, text_dim, width
         self.vision_proj = Linear(image_dim, width)
         self.vision_norm = nn.LayerNorm(width, eps=1e-6)
         self.blocks = nn.ModuleList(
@@ -198,15 +198,14 @@ class Crosser(nn.Module):
             ``[B, T, width]``.
 
         Raises:
-            TypeError: a mask that is not bool.
-            ValueError: another number of texts than of images, or a mask of another shape.
+            TypeError: tokens or words that are no floating tensors, or a mask that is not bool.
+            ValueError: tokens or words of another width, another number of texts than of images, or
+                a mask of another shape.
         """
+        _check_vectors("tokens", tokens, f"[B, T, {self.image_dim}]", self.image_dim)
         if words is not None:
-            if words.ndim != 3 or len(words) != len(tokens):
-                raise ValueError(
-                    f"words: expected [B, S, text_dim] of {len(tokens)} texts, as images, got "
-                    f"{list(words.shape)}"
-                )
+            expected = f"[B, S, {self.text_dim}] of {len(tokens)} texts, as images"
+            _check_vectors("words", words, expected, self.text_dim, len(tokens))
             check_word_mask("word_mask", word_mask, words.shape[:2])
             if words.shape[1] == 0:
                 words = None
@@ -215,3 +214,15 @@ class Crosser(nn.Module):
         for block in self.blocks:
             x = block(x, words, word_mask, token_mask)
         return x
+
+
+def _check_vectors(
+    name: str, x: object, expected: str, width: int, count: int | None = None
+) -> None:
+    """Raises unless it is a floating tensor of three dimensions, the last of them the width."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected floating vectors, got {x.dtype}")
+    if x.ndim != 3 or x.shape[2] != width or count not in (None, len(x)):
+        raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")

@@ -384,6 +384,9 @@ class WordConditioning(Conditioning):
             return tokens
         layer = c.after.index(layer)
         of_layer: Any = c.layers[layer]
+        width = self.keys[layer].shape[-1]
+        if tokens.ndim != 3 or tokens.shape[2] != width:
+            raise ValueError(f"tokens: expected [R, T, {width}], got {list(tokens.shape)}")
         query = of_layer.query(tokens)
         arguments = (query, self.keys[layer], self.values[layer], tokens, self.word_mask)
         options: dict[str, Any] = {
