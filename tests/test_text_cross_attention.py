@@ -742,6 +742,11 @@ def test_autocast_changes_nothing_inside(backend: str, device: str) -> None:
             "q must be dense, got torch.sparse_coo; use",
         ),
         (
+            {"q": torch.nested.nested_tensor([*_inputs()["q"]])},
+            TypeError,
+            r"q must be dense, got a nested one; use \.to_padded_tensor\(\)",
+        ),
+        (
             {"word_mask": _inputs()["word_mask"].to_sparse()},
             TypeError,
             "word_mask must be dense, got torch.sparse_coo",

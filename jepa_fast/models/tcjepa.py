@@ -234,7 +234,7 @@ class TCJepa(IJepa):
             words, word_mask, caption_mask, word_scale: as in :meth:`forward`.
 
         Returns:
-            ``[B, C, N, S]`` float32, zero at words that are not there.
+            ``[B, C, N, S]`` float32 (float64 of a float64 model), zero at words that are not there.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`; the conditioning is not ``"words"``.

@@ -77,6 +77,10 @@ def check_dense(op: str, argument: str, tensor: Tensor) -> None:
     """Raises TypeError if `tensor` is sparse, nested or the like."""
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {argument} must be dense, got {tensor.layout}; use .to_dense()")
+    if tensor.is_nested:  # which may be strided, too
+        raise TypeError(
+            f"{op}: {argument} must be dense, got a nested one; use .to_padded_tensor() and a mask"
+        )
 
 
 def check_integer(op: str, argument: str, value: object) -> None:
