@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from vit_oracle import block_oracle, layer_norm, linear, predictor_oracle, vit_oracle
 
 from jepa_fast import IJepa, TCJepa
@@ -437,3 +438,28 @@ def test_compiles_while_the_weights_of_regularisers_change(dynamic: bool | None)
         model.consistency_weight = weight
         compiled_loss = compiled(masks=MASKS, **given).loss
         torch.testing.assert_close(compiled_loss, model(masks=MASKS, **given).loss)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_caption": True}], ids=str)
+@pytest.mark.parametrize("at_once", [0, 2**30])
+def test_compiles_once_for_all_numbers_of_captions_and_words(
+    options: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions that tie, too, whose gradients go to the lowest."""
+    monkeypatch.setattr(per_caption, "AT_ONCE", at_once)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, given = build(predictor_depth=1, **options), batch()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    parameters = [p for _, p in model.trainable_parameters()]
+    for captions, words in ((2, 3), (3, 4), (4, 5), (5, 7), (8, 9)):
+        given["words"] = torch.randn(3, captions, words, 10)
+        given["words"][:, 1] = given["words"][:, 0]
+        given["word_mask"] = torch.rand(3, captions, words) < 0.7
+        given["word_mask"][:, 1] = given["word_mask"][:, 0]
+        given["caption_mask"] = torch.rand(3, captions) < 0.8
+        losses = [made(masks=MASKS, **given).loss for made in (compiled, model)]
+        got, want = (torch.autograd.grad(loss, parameters) for loss in losses)
+        for one, other in zip([losses[0], *got], [losses[1], *want], strict=True):
+            torch.testing.assert_close(one, other)
+    assert counter.frame_count <= 2

@@ -429,8 +429,12 @@ class WordConditioning(Conditioning):
         present = present | ~present.any(1, keepdim=True)
         present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
         if self.conditioner.pool == "max":
-            # Not amax, whose gradient is shared out where captions tie: the lowest wins.
-            highest, *others = y.masked_fill(~present, -torch.inf).unbind(1)
+            y = y.masked_fill(~present, -torch.inf)
+            if torch.compiler.is_compiling():  # the loop would be compiled anew for every C
+                return y.max(1).values
+            # Not amax, whose gradient is shared out where captions tie: the lowest wins. On a CPU
+            # max takes several times as long.
+            highest, *others = y.unbind(1)
             for other in others:
                 highest = torch.where((other > highest) | other.isnan(), other, highest)
             return highest
