@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jepa_fast.ops._autocast import without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once
 from jepa_fast.ops._checks import (
     check_choice,
-    check_dense,
     check_dim,
     check_integer,
+    check_mask,
     check_positive,
     check_same_size,
-    check_tensor,
     check_vectors,
 )
 from jepa_fast.ops.text_cross_attention import contract, reference
@@ -212,16 +210,8 @@ def check_words(
         ("caption_mask", caption_mask, k.shape[:2]),
         ("token_mask", token_mask, q.shape[:2]),
     ):
-        if mask is None:
-            continue
-        check_tensor(op, argument, mask)
-        check_dense(op, argument, mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: {argument} must be bool, got {mask.dtype}; use .bool()")
-        if mask.shape != shape:
-            raise ValueError(
-                f"{op}: {argument} must have shape {list(shape)}, got {list(mask.shape)}"
-            )
+        if mask is not None:
+            check_mask(op, argument, mask, shape)
 
 
 def check_values(
