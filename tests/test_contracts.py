@@ -12,6 +12,8 @@ import torch
 from samples import Sample
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -292,6 +294,27 @@ def test_many_gradients_at_once_are_right_or_refused(sample: Sample) -> None:
             assert (got is None) == (want is None)
             if got is not None:
                 torch.testing.assert_close(got[i], want)
+
+
+@each_differentiable_sample
+def test_gradients_ask_for_no_values(sample: Sample) -> None:
+    """As estimates of memory want it, which run a training step on fake tensors, and make_fx."""
+    arguments = sample.arguments()
+    wanted = _floating(arguments)
+
+    def gradients(*leaves: Tensor) -> list[Tensor]:
+        output = next(o for o in sample.call(*_with_leaves(arguments, iter(leaves))) if o.grad_fn)
+        return list(torch.autograd.grad(output.sum(), leaves, allow_unused=True))
+
+    expected = gradients(*wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(x.detach()).requires_grad_() for x in wanted]
+        for got, want in zip(gradients(*fake), expected, strict=True):
+            assert (got is None) == (want is None)
+            assert got is None or got.shape == want.shape
+    traced = make_fx(gradients)(*wanted)
+    for got, want in zip(traced(*wanted), expected, strict=True):
+        assert got is None or torch.equal(got, want)
 
 
 @each_differentiable_sample

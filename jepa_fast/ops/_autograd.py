@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from jepa_fast.ops._checks import may_be_read
+
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 _REFERENCE = "use the plain PyTorch of jepa_fast/ops/{}/reference.py"
 
@@ -183,8 +185,8 @@ def is_the_gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> bool:
     a last use, with the factor 1, on a CPU, where asking for its value costs nothing.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        may_be_read(grad)
+        and torch._C._len_torch_dispatch_stack() == 0  # as of make_fx, where reading fails
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and slope.dtype == dtype
         and grad.device.type == "cpu"
