@@ -476,12 +476,17 @@ def _outcome(model: nn.Module, masks: Any, text: tuple[Any, ...]) -> tuple[Tenso
     return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tijepa"])
+@pytest.mark.parametrize(
+    "method", ["ijepa", "probijepa", "tcjepa", "tcjepa mean_words", "tcjepa append", "tijepa"]
+)
 @pytest.mark.parametrize("step", [0, 3])
-def test_packed_equals_padded(method: str, step: int) -> None:
+@pytest.mark.parametrize("more", [0, 7])
+def test_packed_equals_padded(method: str, step: int, more: int) -> None:
+    """Also where blocks leave slots over, more of them than any step of the sampler has."""
     model, text = _model(method)
     masks = _sampler()(step, 5)
-    budget = packing_budget(_sampler(), 5)
+    tokens, block, longest = packing_budget(_sampler(), 5)
+    budget = (tokens, block + more, longest)
     loss, grads = _outcome(model, pack_masks(masks, *budget), text)
     want_loss, want_grads = _outcome(model, masks, text)
     torch.testing.assert_close(loss, want_loss)

@@ -84,6 +84,9 @@ class PackedMasks:
     def padded(self, partly: bool = False) -> BlockMasks:
         """The same masks, one row an image of ``longest`` slots.
 
+        Target slots that a block leaves over repeat its patches here, too: ``target_mask`` says
+        which, and a predictor should attend to none of them.
+
         Args:
             partly: also where images belong to another pack; here they have no context then.
 

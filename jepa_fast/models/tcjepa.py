@@ -285,9 +285,17 @@ class TCJepa(IJepa):
         )
 
     def _predict_with_text(
-        self, images: Tensor, masks: BlockMasks | PackedMasks, captions: Captions
+        self,
+        images: Tensor,
+        masks: BlockMasks | PackedMasks,
+        captions: Captions,
+        slots: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """The prediction, and the conditioning that went into it."""
+        """The prediction, and the conditioning that went into it.
+
+        ``slots``: ``[B, M, Kt]`` bool, of padded masks the target slots that are in a sequence;
+        None: all.
+        """
         if isinstance(masks, PackedMasks):
             return self._predict_packed_with_text(images, masks, captions)
         with phase("context encoder"):
@@ -305,6 +313,7 @@ class TCJepa(IJepa):
                 masks.context,
                 masks.targets,
                 masks.context_mask,
+                slots,
                 after_block=condition,
                 appended=text.appended,
             )
@@ -318,7 +327,10 @@ class TCJepa(IJepa):
         with phase("text conditioner"):
             text = self.conditioner(captions, sequences.filled)
         if text.appended is not None:  # to sequences of one length
-            return self._predict_with_text(images, masks.padded(partly=True), captions)
+            slots = masks.target_mask
+            if slots is not None:  # images of other packs attend to all, as a softmax needs keys
+                slots = slots | ~masks.members()[:, None, None]
+            return self._predict_with_text(images, masks.padded(partly=True), captions, slots)
         context = self._packed_context(images, masks)
 
         def condition(layer: int, tokens: Tensor) -> Tensor:
