@@ -362,6 +362,17 @@ def test_a_seed_draws_anew_every_step_and_again_after_resuming() -> None:
         assert not any(torch.equal(one, two) for two in drawn[:i])
 
 
+def test_every_bit_of_a_seed_counts() -> None:
+    drawn = []
+    for seed in (3, 3 + 2**24, 3 + 2**40, 3 - 2**24, 2**63 + 3):
+        p = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        p.grad = torch.ones_like(p)
+        AdamWEma([p], lr=1e-4, rounding_seed=seed).step()
+        drawn.append(p.detach())
+    for i, one in enumerate(drawn):
+        assert not any(torch.equal(one, two) for two in drawn[:i])
+
+
 @pytest.mark.parametrize("frozen", ["first", "all"])
 def test_steps_draw_anew_without_updates(frozen: str) -> None:
     """A count of a parameter's updates would stand still, and the average with it."""

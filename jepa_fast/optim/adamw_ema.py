@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast import ops
-from jepa_fast.ops import _shards
+from jepa_fast.ops import _random, _shards
 from jepa_fast.ops._checks import check_choice, check_flag, check_floating
 from jepa_fast.ops.ema_update import memory
 
@@ -225,9 +225,8 @@ class AdamWEma(torch.optim.Optimizer):
         """
         if self.rounding_seed is None:
             return None
-        base = (self.rounding_seed << 40) + (number << 32)
-        base = (base + 2**63) % 2**64 - 2**63  # as int64 wraps
-        return group["draws"] + base
+        base = _random.fold(_random.fold(0, self.rounding_seed), number)
+        return group["draws"] + _random.signed(base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; a state of `amsgrad` or `differentiable` is
