@@ -212,6 +212,42 @@ def test_state_dicts_load_into_and_from_adamw(fused: bool | None, tmp_path: Path
     assert (state["step"].dtype, state["step"].ndim) == (torch.float32, 0)
 
 
+def test_a_state_with_betas_that_are_tensors_loads() -> None:
+    """As torch takes them for implementations that are capturable, or go tensor by tensor."""
+    betas = torch.tensor(0.5), torch.tensor(0.75)
+    before, after = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    theirs = torch.optim.AdamW([before], betas=betas, foreach=False, capturable=False)
+    before.grad = torch.ones(3)
+    theirs.step()
+    ours = AdamWEma([after])
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert ours.param_groups[0]["betas"] == (0.5, 0.75)
+    with torch.no_grad():
+        after.copy_(before)
+    before.grad = after.grad = torch.full((3,), 2.0)
+    theirs.step()
+    ours.step()
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("rounding_seed", [None, 1])
+def test_groups_without_parameters(rounding_seed: int | None) -> None:
+    """torch takes them, to be filled later."""
+    p, teacher = (torch.ones(3, dtype=torch.bfloat16) for _ in range(2))
+    p = nn.Parameter(p)
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [p]}, {"params": []}]
+    optimizer = AdamWEma(groups, lr=0.1, targets=[(p, teacher)], rounding_seed=rounding_seed)
+    p.grad = torch.ones_like(p)
+    optimizer.step(momentum=0.0)
+    assert torch.equal(teacher, p.detach())
+    assert p.lt(1).all()
+    p.grad = None
+    optimizer.step(momentum=0.0)
+    fresh = AdamWEma(groups, targets=[(p, teacher)], rounding_seed=rounding_seed)
+    fresh.load_state_dict(optimizer.state_dict())
+    fresh.step(momentum=0.0)
+
+
 def test_amsgrad_is_refused_from_a_state_too() -> None:
     state = _theirs(_Student(), amsgrad=True, lr=0.5).state_dict()
     optimizer = _ours(_Student())
@@ -429,6 +465,13 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"momentum": 2.0}, ValueError, r"momentum must be in \[0, 1\], got 2.0"),
         ({"momentum": "high"}, TypeError, "momentum must be a real number or a tensor, got str"),
         ({"lr": "high"}, TypeError, "lr must be a real number or a tensor, got str"),
+        ({"lr": torch.ones(2)}, ValueError, "a lr tensor must be one floating number, got .*2"),
+        ({"lr": torch.tensor(1)}, ValueError, "a lr tensor must be one floating number, got .*int"),
+        ({"weight_decay": torch.ones(0)}, ValueError, "a weight_decay tensor must be one"),
+        ({"momentum": torch.ones(2)}, ValueError, "a momentum tensor must be one floating number"),
+        ({"momentum": torch.ones(1)}, ValueError, "a momentum tensor must be floating and 0-dim"),
+        ({"eps": torch.tensor(1e-8)}, TypeError, "eps must be a real number, got Tensor"),
+        ({"betas": (torch.tensor(0.9), 0.9)}, TypeError, "betas must be a real number, got Tensor"),
         ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
         ({"betas": (0.9, 0.9, 0.9)}, TypeError, "betas must be a pair of numbers"),
         ({"rounding_seed": 1.5}, TypeError, "rounding_seed must be None or an integer, got 1.5"),
@@ -454,6 +497,8 @@ def test_a_momentum_out_of_range_is_refused_before_anything_moves() -> None:
     (first.sum() + second.sum()).backward()
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 1\.5"):
         optimizer.step(momentum=torch.tensor(1.5))
+    with pytest.raises(ValueError, match="a momentum tensor must be floating and 0-dim"):
+        optimizer.step(momentum=torch.tensor([0.5]))
     assert first.eq(1).all()
     assert not optimizer.state
 

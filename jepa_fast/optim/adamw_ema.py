@@ -84,7 +84,7 @@ class AdamWEma(torch.optim.Optimizer):
         }
         _check_number("momentum", momentum)
         if isinstance(momentum, Tensor):
-            memory.check_number("AdamWEma", "momentum", momentum, 1.0)
+            _check_momentum(momentum)
         elif not 0.0 <= momentum <= 1.0:
             raise ValueError(f"AdamWEma: momentum must be in [0, 1], got {momentum}")
         check_flag("AdamWEma", "maximize", maximize)
@@ -138,7 +138,7 @@ class AdamWEma(torch.optim.Optimizer):
             momentum = self.momentum
         if left and isinstance(momentum, Tensor) and not torch.compiler.is_compiling():
             # Operators ask, too, but once the first groups have moved.
-            memory.check_number("AdamWEma", "momentum", momentum, 1.0)
+            _check_momentum(momentum)
         for number, group in enumerate(self.param_groups):
             self._step_group(number, group, momentum, left)
         if left:
@@ -246,6 +246,8 @@ class AdamWEma(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             group.update(fused=True, foreach=None, decoupled_weight_decay=True)
+            for key in ("betas", "eps"):  # of an AdamW that is not fused they may be tensors
+                group[key] = _as_numbers(group[key])
             _check_group(group)
             for p in group["params"]:
                 mine = self.state.get(p)
@@ -266,7 +268,8 @@ class AdamWEma(torch.optim.Optimizer):
             if draws is None:
                 steps = [float(each["step"]) for each in self.state.values() if "step" in each]
                 draws = torch.tensor(max(steps, default=0.0)).long()
-            group["draws"] = draws.to(group["params"][0].device)
+            # A group may be without parameters, to be filled later.
+            group["draws"] = draws.to(next((p.device for p in group["params"]), draws.device))
 
 
 def _pairs(name: str, pairs: Pairs) -> dict[Tensor, Tensor]:
@@ -307,14 +310,14 @@ def _check_targets(targets: dict[Tensor, Tensor], shadows: dict[Tensor, Tensor])
 def _check_group(group: dict[str, Any]) -> None:
     _check_supported(group)
     for name in ("lr", "eps", "weight_decay"):
-        _check_number(name, group[name])
+        _check_number(name, group[name], tensor=name != "eps")
         if not 0.0 <= group[name]:
             raise ValueError(f"AdamWEma: {name} must be 0 or more, got {group[name]}")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"AdamWEma: betas must be a pair of numbers, got {betas!r}")
     for beta in betas:
-        _check_number("betas", beta)
+        _check_number("betas", beta, tensor=False)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"AdamWEma: betas must be in [0, 1), got {betas}")
     for p in group["params"]:
@@ -330,11 +333,32 @@ def _check_supported(group: Mapping[str, Any]) -> None:
             raise ValueError(f"AdamWEma: {name} is not supported; use torch.optim.AdamW for it")
 
 
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, (Real, Tensor)):
-        raise TypeError(
-            f"AdamWEma: {name} must be a real number or a tensor, got {type(value).__name__}"
+def _check_number(name: str, value: object, tensor: bool = True) -> None:
+    """Raises unless `value` is a number, which a floating tensor of one may be, too."""
+    if not isinstance(value, (Real, Tensor) if tensor else Real):
+        what = "a real number or a tensor" if tensor else "a real number"
+        raise TypeError(f"AdamWEma: {name} must be {what}, got {type(value).__name__}")
+    if isinstance(value, Tensor) and (value.numel() != 1 or not value.is_floating_point()):
+        raise ValueError(
+            f"AdamWEma: a {name} tensor must be one floating number, got {value.dtype} of shape "
+            f"{list(value.shape)}"
         )
+
+
+def _check_momentum(momentum: Tensor) -> None:
+    if momentum.ndim != 0 or not momentum.is_floating_point():  # as ema_update_ wants it
+        raise ValueError(
+            f"AdamWEma: a momentum tensor must be floating and 0-dim, got {momentum.dtype} of "
+            f"shape {list(momentum.shape)}"
+        )
+    memory.check_number("AdamWEma", "momentum", momentum, 1.0)
+
+
+def _as_numbers(value: Any) -> Any:
+    """Tensors, also those of a pair, as numbers."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_as_numbers, value))
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _is_zero_on_the_host(number: float | Tensor) -> bool:
