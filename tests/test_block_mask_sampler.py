@@ -397,6 +397,8 @@ def test_arguments_of_other_types(
         (7, 2**40, 0),
         np.array([7, 2**40, 0]),
         np.array([7, 2**40, 0], dtype=np.uint64),
+        np.array([0, 2**40, 7])[::-1],
+        np.array([7, 2**40, 0], dtype=">i8"),
         torch.tensor([7, 2**40, 0], dtype=torch.uint64),
     ],
 )

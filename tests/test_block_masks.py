@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,3 +102,35 @@ def test_what_does_not_fit_is_refused() -> None:
         BlockMasks(masks.context, masks.targets, masks.context, GRID)
     with pytest.raises(ValueError, match="context_mask: expected the shape of context"):
         BlockMasks(masks.context, masks.targets, masks.context_mask[:, 1:], GRID)
+
+
+def test_what_is_no_tensor_and_no_grid_is_refused_by_name() -> None:
+    context, targets, mask = _masks().context, _masks().targets, _masks().context_mask
+    rows: Any = context.tolist()
+    for error, message, arguments in (
+        (TypeError, r"context: expected a tensor \[B, Kc\], got list", (rows, targets, None, GRID)),
+        (
+            TypeError,
+            r"targets: expected a tensor \[B, M, Kt\], got ndarray",
+            (context, targets.numpy(), None, GRID),
+        ),
+        (
+            TypeError,
+            "context_mask: expected a tensor or None, got ndarray",
+            (context, targets, mask.numpy(), GRID),
+        ),
+        (TypeError, "grid: expected an int, or two", (context, targets, None, None)),
+        (TypeError, "grid: expected an int, or two", (context, targets, None, (3.0, 4.0))),
+        (ValueError, r"grid: expected \(height, width\)", (context, targets, None, (3,))),
+        (ValueError, "grid: .* both at least 1", (context, targets, None, (-3, 4))),
+    ):
+        with pytest.raises(error, match=message):
+            BlockMasks(*arguments)
+    for grid in (4, [4, 4], np.array([4, 4])):
+        assert BlockMasks(context, targets, None, grid).grid == (4, 4)
+    with pytest.raises(TypeError, match=r"contexts: expected a list of tensors .* got Tensor"):
+        BlockMasks.from_lists(context, [context], GRID)
+    with pytest.raises(TypeError, match=r"contexts: expected a list of tensors .* got NoneType"):
+        BlockMasks.from_lists(None, [context], GRID)
+    with pytest.raises(TypeError, match=r"targets\[1\]: expected a tensor .* got list"):
+        BlockMasks.coerce(([context], [context, rows]), GRID)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from jepa_fast._arguments import height_and_width
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMasks:
@@ -18,11 +20,11 @@ class BlockMasks:
             valid part. Padding slots hold index 0.
         targets: ``[B, M, Kt]`` int64, the patches of the ``M`` target blocks; blocks may overlap.
         context_mask: ``[B, Kc]`` bool, True where a slot holds a real patch; ``None``: in all.
-        grid: ``(H, W)``, the patches of an image along each side.
+        grid: ``(H, W)``, the patches of an image along each side; or one number for both.
 
     Raises:
-        TypeError: an index is not int64, or the mask is not bool.
-        ValueError: shapes that do not fit each other.
+        TypeError: an index is no int64 tensor, the mask no bool one, or the grid no integers.
+        ValueError: shapes that do not fit each other, or a grid without patches.
     """
 
     context: Tensor
@@ -35,6 +37,11 @@ class BlockMasks:
             ("context", self.context, "[B, Kc]"),
             ("targets", self.targets, "[B, M, Kt]"),
         ):
+            if not isinstance(index, Tensor):
+                raise TypeError(
+                    f"{name}: expected a tensor {shape}, got {type(index).__name__}; use "
+                    "torch.as_tensor()"
+                )
             if index.dtype != torch.int64:
                 raise TypeError(
                     f"{name}: expected int64 patch indices, got {index.dtype}; use .long()"
@@ -46,8 +53,14 @@ class BlockMasks:
                 f"targets: expected {self.context.shape[0]} images as in context, "
                 f"got {self.targets.shape[0]}; pass the masks of one batch"
             )
+        if not _is_grid(self.grid):
+            object.__setattr__(self, "grid", height_and_width("grid", self.grid, least=1))
         if self.context_mask is None:
             return
+        if not isinstance(self.context_mask, Tensor):
+            raise TypeError(
+                f"context_mask: expected a tensor or None, got {type(self.context_mask).__name__}"
+            )
         if self.context_mask.dtype != torch.bool:
             raise TypeError(
                 f"context_mask: expected bool, got {self.context_mask.dtype}; use .bool()"
@@ -96,8 +109,19 @@ class BlockMasks:
             grid: ``(H, W)`` patches of an image.
 
         Raises:
+            TypeError: no lists of tensors.
             ValueError: not exactly one context, no target block, or blocks of different shapes.
         """
+        for name, blocks in (("contexts", contexts), ("targets", targets)):
+            if not isinstance(blocks, (list, tuple)):
+                raise TypeError(
+                    f"{name}: expected a list of tensors [B, K], got {type(blocks).__name__}"
+                )
+            for i, block in enumerate(blocks):
+                if not isinstance(block, Tensor):
+                    raise TypeError(
+                        f"{name}[{i}]: expected a tensor [B, K], got {type(block).__name__}"
+                    )
         if len(contexts) != 1:
             raise ValueError(
                 f"contexts: expected 1 context block an image, got {len(contexts)}; "
@@ -162,6 +186,11 @@ class BlockMasks:
         member = torch.zeros(batch, patches, dtype=torch.bool, device=self.targets.device)
         most = min(self.targets.shape[1] * self.targets.shape[2], patches)
         return pack_members(member.scatter_(1, self.targets.flatten(1), True), most)
+
+
+def _is_grid(grid: object) -> bool:
+    """Whether it is what samplers give, which compiled code need not look at any further."""
+    return type(grid) is tuple and len(grid) == 2 and all(type(x) is int and x > 0 for x in grid)
 
 
 def _is_of_a_batch(value: object) -> bool:

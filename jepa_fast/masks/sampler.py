@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -200,8 +200,11 @@ def _as_ids(value: object) -> Tensor:
     ids = value
     if not isinstance(ids, Tensor):
         empty = isinstance(value, Sequence) and not value  # which torch takes for floating
+        if type(value).__module__ == "numpy":  # torch takes none reversed, or of other byte order
+            array: Any = value
+            ids = array.astype(array.dtype.newbyteorder("="))
         try:
-            ids = torch.tensor(value, dtype=torch.int64 if empty else None)
+            ids = torch.tensor(ids, dtype=torch.int64 if empty else None)
         except (OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"sample_ids: expected an int or integers [B], got {type(value).__name__} ({error})"
