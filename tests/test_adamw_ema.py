@@ -417,6 +417,8 @@ X, ZERO = torch.zeros(4), torch.zeros(())
     [
         ({"grads": []}, ValueError, "grads must be as long as params, got 0 and 1"),
         ({"steps": []}, ValueError, "steps must be as long as params"),
+        ({"steps": None}, TypeError, "steps must be a list of tensors, got NoneType"),
+        ({"grads": 1.0}, TypeError, "grads must be a list of tensors, got float"),
         ({"targets": [X, X]}, ValueError, "targets must not be more than params, got 2 and 1"),
         ({"shadows": [X]}, ValueError, "shadows must be as long as targets, got 1 and 0"),
         ({"grads": [3]}, TypeError, r"grads\[0\] must be a tensor, got int"),

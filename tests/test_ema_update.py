@@ -593,6 +593,9 @@ X = torch.zeros(4)
     [
         ([X], [], 0.5, None, ValueError, "as long as each other, got 1 and 0"),
         ([X], [torch.ones(4)], 0.5, [X, X], ValueError, "shadows must be as long as targets"),
+        (None, [X], 0.5, None, TypeError, "targets must be a list of tensors, got NoneType"),
+        ([X], 3, 0.5, None, TypeError, "sources must be a list of tensors, got int"),
+        ([X], [X], 0.5, 0.5, TypeError, "shadows must be a list of tensors, got float"),
         ([X], [torch.ones(3)], 0.5, None, ValueError, r"sources\[0\] must have the shape"),
         ([X], [torch.ones(4)], 0.5, [torch.ones(2)], ValueError, r"shadows\[0\] must have the"),
         ([X, 3], [X, X], 0.5, None, TypeError, r"targets\[1\] must be a tensor, got int"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,15 @@ BYTES = operator.attrgetter("nbytes")
 _SHAPE = operator.attrgetter("shape")
 _LAYOUT = operator.attrgetter("layout")
 _PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def as_list(op: str, name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Raises TypeError if they are none; what is in them `check_fit` looks at."""
+    try:
+        return list(tensors)
+    except TypeError:
+        got = type(tensors).__name__
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {got}") from None
 
 
 def check_fit(

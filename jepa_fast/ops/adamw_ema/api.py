@@ -70,15 +70,16 @@ def adamw_ema_(
 
     Source: AdamW, arXiv 1711.05101; the teacher update of I-JEPA, arXiv 2301.08243, section 3.
     """
-    lists = {
-        "params": list(params),
-        "grads": list(grads),
-        "exp_avgs": list(exp_avgs),
-        "exp_avg_sqs": list(exp_avg_sqs),
-        "targets": list(targets),
-        "shadows": list(shadows),
+    given = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "targets": targets,
+        "shadows": shadows,
     }
-    steps = list(steps)
+    lists = {name: _memory.as_list(_OP, name, tensors) for name, tensors in given.items()}
+    steps = _memory.as_list(_OP, "steps", steps)
     _check_lists(lists, steps)
     (p, g, m, v, t, s), shards = _shards.to_local(_OP, lists)
     device = p[0].device if p else torch.device("cpu")

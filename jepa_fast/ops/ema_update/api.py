@@ -56,8 +56,9 @@ def ema_update_(
 
     Source: the teacher update of I-JEPA, arXiv 2301.08243, section 3.
     """
-    targets, sources = list(targets), list(sources)
-    shadows = [] if shadows is None else list(shadows)
+    targets = _memory.as_list("ema_update_", "targets", targets)
+    sources = _memory.as_list("ema_update_", "sources", sources)
+    shadows = [] if shadows is None else _memory.as_list("ema_update_", "shadows", shadows)
     if len(sources) != len(targets):
         raise ValueError(
             f"ema_update_: targets and sources must be as long as each other, "
