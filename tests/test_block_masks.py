@@ -29,6 +29,13 @@ def test_target_union_is_ascending_and_padded() -> None:
     assert valid.tolist() == [[True, True, True], [True, True, False]]
 
 
+@pytest.mark.parametrize("patch", [-1, 12])
+def test_target_union_of_patches_outside_the_grid(patch: int) -> None:
+    masks = dataclasses.replace(_masks(), targets=torch.full((2, 1, 1), patch))
+    with pytest.raises(ValueError, match=rf"masks: targets must be in \[0, 12\), got {patch}"):
+        masks.target_union()
+
+
 def test_target_union_of_no_images() -> None:
     empty = torch.zeros(0, 3, dtype=torch.int64)
     index, valid = BlockMasks(empty, empty[:, None], None, GRID).target_union()

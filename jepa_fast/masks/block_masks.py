@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast._arguments import height_and_width
+from jepa_fast.ops._checks import check_index_range, may_be_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +181,14 @@ class BlockMasks:
             and ``[B, U]`` bool, True where a slot holds a real patch. In compiled code, which
             cannot know the longest, U is the most that there could be, ``min(M * Kt, N)``.
             Elsewhere the host reads it, and waits for the GPU if the masks are there.
+
+        Raises:
+            ValueError: a patch outside the grid, on a CPU (a GPU is asked with
+                ``JEPA_FAST_DEBUG=1``).
         """
         patches = self.grid[0] * self.grid[1]
+        if may_be_read(self.targets):
+            check_index_range("masks", "targets", self.targets, patches)
         batch = self.targets.shape[0]
         member = torch.zeros(batch, patches, dtype=torch.bool, device=self.targets.device)
         most = min(self.targets.shape[1] * self.targets.shape[2], patches)
