@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -405,6 +407,18 @@ def test_arguments_of_other_types(
 def test_sample_ids_in_other_forms(ids: Any) -> None:
     sampler = BlockMaskSampler((8, 8))
     _assert_same(sampler(3, ids), sampler(3, torch.tensor([7, 2**40, 0])))
+
+
+@pytest.mark.parametrize(
+    "option", ["grid", "num_targets", "min_context", "max_context", "allow_overlap", "seed"]
+)
+def test_options_stay_as_they_were(option: str) -> None:
+    """A new seed drew positions alone, and a new limit of contexts lost the mask of padding."""
+    sampler = BlockMaskSampler((8, 8), max_context=12)
+    for each in (sampler, copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        with pytest.raises(AttributeError, match=f"{option}: .* make another BlockMaskSampler"):
+            setattr(each, option, getattr(each, option))
+        _assert_same(each(3, 4), BlockMaskSampler((8, 8), max_context=12)(3, 4))
 
 
 def test_sample_ids_in_narrow_dtypes() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SIZES = 4096  # equally likely values of the number that drives a block's size
 _SHIFT = 52  # leaves the bits of a draw that choose among them
+_OPTIONS = ("grid", "num_targets", "min_context", "max_context", "allow_overlap", "seed")
 
 Size = tuple[int, int]  # patches: height, width
 
@@ -66,6 +67,7 @@ class BlockMaskSampler:
         TypeError: an argument of another type; NumPy's integers are ints here.
         ValueError: an argument out of range, or a combination for which some size that could be
             drawn has no layout. The text names the argument to change.
+        AttributeError: an option that is set later.
 
     Example:
         >>> sampler = BlockMaskSampler((14, 14))
@@ -104,6 +106,15 @@ class BlockMaskSampler:
         self._target_sizes = _block_sizes(self.grid, "target", target_scale, target_aspect)
         self._context_sizes = _block_sizes(self.grid, "context", context_scale, context_aspect)
         self._check_feasible()
+        self._made = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _OPTIONS and "_made" in self.__dict__:
+            raise AttributeError(
+                f"{name}: expected to stay as it was when the sampler was made, since block sizes "
+                "follow from it; make another BlockMaskSampler"
+            )
+        super().__setattr__(name, value)
 
     def __call__(
         self, step: int, sample_ids: Tensor | np.ndarray | Sequence[int] | int
