@@ -248,6 +248,25 @@ def test_groups_without_parameters(rounding_seed: int | None) -> None:
     fresh.step(momentum=0.0)
 
 
+def test_steps_are_on_the_parameters_device_whatever_the_default_is() -> None:
+    """As of `torch.set_default_device("cuda")` with parameters on the CPU."""
+
+    def moved() -> tuple[Tensor, Tensor]:
+        p = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device="cpu"))
+        teacher = torch.zeros_like(p, requires_grad=False)
+        optimizer = AdamWEma([p], lr=0.1, targets=[(p, teacher)], rounding_seed=1)
+        p.grad = torch.ones_like(p)
+        optimizer.step(momentum=0.5)
+        p.grad = None
+        optimizer.step(momentum=0.5)
+        return p.detach(), teacher
+
+    expected = moved()
+    with torch.device("meta"):
+        got = moved()
+    assert all(map(torch.equal, got, expected))
+
+
 def test_amsgrad_is_refused_from_a_state_too() -> None:
     state = _theirs(_Student(), amsgrad=True, lr=0.5).state_dict()
     optimizer = _ours(_Student())

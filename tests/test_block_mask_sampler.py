@@ -15,9 +15,17 @@ import torch
 from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from jepa_fast.masks import BlockMasks, BlockMaskSampler, MaskCollator
+from jepa_fast.masks import (
+    BlockMasks,
+    BlockMaskSampler,
+    MaskCollator,
+    pack_masks,
+    packing_budget,
+)
+from jepa_fast.ops import draw_block_masks
 from jepa_fast.ops._registry import OPERATORS
 
 pytestmark = pytest.mark.native
@@ -419,6 +427,29 @@ def test_options_stay_as_they_were(option: str) -> None:
         with pytest.raises(AttributeError, match=f"{option}: .* make another BlockMaskSampler"):
             setattr(each, option, getattr(each, option))
         _assert_same(each(3, 4), BlockMaskSampler((8, 8), max_context=12)(3, 4))
+
+
+def test_masks_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    """`torch.set_default_device("cuda")`, that is; meta tensors have no values to be right by."""
+    options: dict[str, Any] = {"input_size": 64, "patch_size": 8, "enc_mask_scale": (0.85, 1.0)}
+
+    def drawn() -> list[Tensor]:
+        torch.manual_seed(0)
+        sampler = BlockMaskSampler((8, 8))
+        tokens, block, longest = packing_budget(sampler, 4, steps=4)
+        (pack,) = pack_masks(sampler(3, 4), tokens, block, longest)
+        masks = [sampler(3, [7, 9]), pack.padded()]
+        _, contexts, targets = MaskCollator(**options)([torch.zeros(1, device="cpu")] * 3)
+        ids = torch.arange(4, device="cpu")
+        sizes = (8, 8), 2, (3, 3), (7, 7), 2, 9
+        capped = draw_block_masks(ids, 0, 0, *sizes, backend="reference")
+        return [*contexts, *targets, *capped, *(x for m in masks for x in (m.context, m.targets))]
+
+    expected = drawn()
+    with torch.device("meta"):
+        got = drawn()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_sample_ids_in_narrow_dtypes() -> None:

@@ -117,7 +117,7 @@ class MaskCollator:
     def _block_size(
         self, generator: torch.Generator, scale: tuple[float, float], aspect: tuple[float, float]
     ) -> tuple[int, int]:
-        uniform = torch.rand(1, generator=generator).item()  # one number drives both
+        uniform = torch.rand(1, generator=generator, device="cpu").item()  # one number drives both
         patches = int(self.height * self.width * (scale[0] + uniform * (scale[1] - scale[0])))
         ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
         height = round(math.sqrt(patches * ratio))
@@ -197,10 +197,10 @@ class MaskCollator:
         return sum(row << y * self.width for y in range(size[0]))
 
     def _block_indices(self, corners: list[int], batch: int, size: tuple[int, int]) -> list[Tensor]:
-        rows = torch.arange(size[0])[:, None] * self.width
-        block = (rows + torch.arange(size[1])).flatten()
-        index = torch.tensor(corners, dtype=torch.int64).view(batch, self.npred, 1) + block
-        return list(index.transpose(0, 1).contiguous())
+        rows = torch.arange(size[0], device="cpu")[:, None] * self.width
+        block = (rows + torch.arange(size[1], device="cpu")).flatten()
+        first = torch.tensor(corners, dtype=torch.int64, device="cpu").view(batch, self.npred, 1)
+        return list((first + block).transpose(0, 1).contiguous())
 
     def _context_indices(self, masks: list[int], batch: int) -> list[Tensor]:
         if not masks:
@@ -208,9 +208,9 @@ class MaskCollator:
         size = -(-self.height * self.width // 8)
         data = bytearray(b"".join(mask.to_bytes(size, "little") for mask in masks))
         octets = torch.frombuffer(data, dtype=torch.uint8).view(len(masks), size, 1)
-        bits = (octets >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
+        bits = (octets >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten(1)
         counts = bits.sum(dim=1)
-        shortest = torch.arange(int(counts.min()))
+        shortest = torch.arange(int(counts.min()), device="cpu")
         index = bits.nonzero()[:, 1][(counts.cumsum(0) - counts)[:, None] + shortest]
         return list(index.view(batch, self.nenc, -1).transpose(0, 1).contiguous())
 
@@ -222,5 +222,6 @@ def _raw_draws(expected: int) -> Iterator[int]:
     half, before they reduce it modulo n.
     """
     while True:
-        yield from torch.empty(expected, dtype=torch.int64).random_(-(2**63), None).tolist()
+        draws = torch.empty(expected, dtype=torch.int64, device="cpu").random_(-(2**63), None)
+        yield from draws.tolist()
         expected = 1  # rejections need more, one at a time

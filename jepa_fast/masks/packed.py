@@ -222,10 +222,10 @@ def packing_budget(
 
 def _split(lengths: Tensor, tokens: int) -> list[Tensor]:
     """Which images go into each pack, ``[B]`` bool: in their order, as many as fit."""
-    packs, used = [torch.zeros(len(lengths), dtype=torch.bool)], 0
+    packs, used = [torch.zeros_like(lengths, dtype=torch.bool)], 0
     for image, length in enumerate(lengths.tolist()):
         if used + length > tokens:
-            packs.append(torch.zeros(len(lengths), dtype=torch.bool))
+            packs.append(torch.zeros_like(lengths, dtype=torch.bool))
             used = 0
         packs[-1][image] = True
         used += length

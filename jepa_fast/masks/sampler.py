@@ -180,9 +180,13 @@ class BlockMaskSampler:
 
     def _check_feasible(self) -> None:
         """Every size that can be drawn has a layout: all targets opposite to the context."""
-        context = torch.tensor(self._context_sizes).unique(dim=0)[:, None]
-        target = torch.tensor(self._target_sizes).unique(dim=0) * (not self.allow_overlap)
-        overlap = (context + target - torch.tensor(self.grid)).clamp(min=0).prod(dim=2)
+        context, target, grid = (
+            torch.tensor(sizes, device="cpu")
+            for sizes in (self._context_sizes, self._target_sizes, self.grid)
+        )
+        context = context.unique(dim=0)[:, None]
+        target = target.unique(dim=0) * (not self.allow_overlap)
+        overlap = (context + target - grid).clamp(min=0).prod(dim=2)
         left = context.prod(dim=2) - overlap
         worst = int(left.min())
         if worst >= self.min_context:
@@ -207,7 +211,7 @@ def _as_ids(value: object) -> Tensor:
         TypeError: it holds other things than integers; says which.
     """
     if isinstance(value, Integral):
-        return torch.arange(integer("sample_ids", value, least=0))
+        return torch.arange(integer("sample_ids", value, least=0), device="cpu")
     ids = value
     if not isinstance(ids, Tensor):
         empty = isinstance(value, Sequence) and not value  # which torch takes for floating
@@ -215,7 +219,7 @@ def _as_ids(value: object) -> Tensor:
             array: Any = value
             ids = array.astype(array.dtype.newbyteorder("="))
         try:
-            ids = torch.tensor(ids, dtype=torch.int64 if empty else None)
+            ids = torch.tensor(ids, dtype=torch.int64 if empty else None, device="cpu")
         except (OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"sample_ids: expected an int or integers [B], got {type(value).__name__} ({error})"
@@ -241,7 +245,7 @@ def _block_sizes(
             f"{name}_scale: expected at least one patch, got {scale[0]} of the {patches} patches "
             f"of a {grid[0]}x{grid[1]} grid; raise {name}_scale to {1 / patches:.3g} or more"
         )
-    uniform = (torch.arange(_SIZES, dtype=torch.float64) + 0.5) / _SIZES
+    uniform = (torch.arange(_SIZES, dtype=torch.float64, device="cpu") + 0.5) / _SIZES
     area = (patches * (scale[0] + uniform * (scale[1] - scale[0]))).floor()
     ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
     heights = (area * ratio).sqrt().round().clamp(1, grid[0]).long().tolist()

@@ -318,7 +318,7 @@ class TIJepa(nn.Module):
             low = max(0.15, 1 / (self.grid[0] * self.grid[1]))
             scale = (low, max(0.2, low))
             sampler = BlockMaskSampler(self.grid, target_scale=scale, min_context=1)
-            masks = sampler(0, torch.zeros(count, dtype=torch.int64))
+            masks = sampler(0, torch.zeros(count, dtype=torch.int64, device="cpu"))
         view = self._hide(tokens, images, masks)
         energies = tokens.new_zeros(count, len(vectors), dtype=torch.float32)
         for t, text in enumerate(vectors):

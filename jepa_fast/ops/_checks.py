@@ -112,8 +112,8 @@ def number_tensor(op: str, argument: str, number: object, most: float) -> Tensor
         raise ValueError(f"{op}: {argument} must be in {interval}, got {number}")
     if torch.compiler.is_compiling():
         # torch.tensor(value) would be compiled anew for every value.
-        return torch.ones((), dtype=torch.float64) * value
-    return torch.tensor(value, dtype=torch.float64)
+        return torch.ones((), dtype=torch.float64, device="cpu") * value
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def check_number(op: str, argument: str, value: object, learned: str = "") -> None:

@@ -59,7 +59,7 @@ def seed_tensor(op: str, seed: Any, written: Sequence[Tensor]) -> Tensor | None:
     number: Any = seed
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{op}: rounding_seed must fit into 64 bits with sign, got {seed}")
-    return torch.tensor(number, dtype=torch.int64)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def write(

@@ -23,7 +23,7 @@ def place(
     Raises:
         RuntimeError: a CUDA graph is being captured, which would read a copy's source at replays.
     """
-    table = torch.tensor(rows, dtype=dtype)
+    table = torch.tensor(rows, dtype=dtype, device="cpu")
     if device.type != "cuda":
         return table.to(device)
     if torch.cuda.is_current_stream_capturing():

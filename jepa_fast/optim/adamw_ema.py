@@ -267,7 +267,7 @@ class AdamWEma(torch.optim.Optimizer):
             draws = group.get("draws")
             if draws is None:
                 steps = [float(each["step"]) for each in self.state.values() if "step" in each]
-                draws = torch.tensor(max(steps, default=0.0)).long()
+                draws = torch.tensor(max(steps, default=0.0), device="cpu").long()
             # A group may be without parameters, to be filled later.
             group["draws"] = draws.to(next((p.device for p in group["params"]), draws.device))
 

@@ -130,7 +130,7 @@ def _nearest_to_a_side(keys: Tensor, context: Tensor, grid: Size, count: int) ->
     by_row, by_column = patches, patches % width * height + patches // width
     last = height * width - 1
     from_side = torch.stack([by_row, last - by_row, by_column, last - by_column])
-    side = _random.shifted(_random.draws(_random.folded(keys, torch.tensor(-1)), 0), 62)
+    side = _random.shifted(_random.draws(_random.folded(keys, torch.full_like(keys, -1)), 0), 62)
     order = torch.where(context, from_side[side], height * width)
     kept = order.argsort(dim=1)[:, :count]
     return torch.zeros_like(context).scatter_(1, kept, True)
