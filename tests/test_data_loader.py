@@ -204,6 +204,29 @@ def test_streaming_with_workers_resumes_at_the_right_worker() -> None:
     assert ids(resumed) == expected[3:]
 
 
+class FewerParts(Streams):
+    """The first part, as of an empty shard, has nothing."""
+
+    def records(self, part: int, parts: int, order: tuple[int, ...] | None):
+        yield from super().records(part, parts, order) if part else ()
+
+
+def test_streaming_resumes_at_the_right_worker_where_one_has_nothing_to_read() -> None:
+    def make() -> Loader:
+        return Loader(FewerParts(24), 2, train=True, num_workers=3, shuffle_buffer=3)
+
+    loader = make()
+    expected, state = [], {}
+    for batch in loader:
+        expected.append(batch.ids.tolist())
+        if len(expected) == 4:
+            state = loader.state_dict()
+    assert len(expected) == 12
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert ids(resumed) == expected[4:]
+
+
 def test_loading_leaves_the_global_random_state_alone() -> None:
     state = torch.random.get_rng_state()
     for make in MAKERS.values():

@@ -346,6 +346,9 @@ class _Stream(IterableDataset[tuple[Batch | None, dict[str, str], int, int]]):
                 yield _assemble(samples, self.transform, self.epoch), skipped, worker, consumed
                 samples, skipped, failed = [], {}, 0
         yield _assemble(samples, self.transform, self.epoch), skipped, worker, consumed
+        # Training ends here only where the part is empty: `turn` counts on every worker's turns.
+        while self.train:
+            yield None, {}, worker, consumed
 
     def _records(self, part: int, parts: int) -> Iterator[dict[str, Any] | CorruptSample]:
         """This part's records: shuffled, again and again, if we train; otherwise in order, once."""
