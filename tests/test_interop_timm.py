@@ -20,8 +20,14 @@ def build(**options) -> nn.Module:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reg_tokens": 2, "no_embed_class": True}, {"class_token": False, "global_pool": "avg"}],
-    ids=["class", "registers", "no class"],
+    [
+        {},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"class_token": False, "global_pool": "avg"},
+        {"block_fn": timm_vit.ParallelScalingBlock},
+        {"block_fn": timm_vit.ParallelThingsBlock},
+    ],
+    ids=["class", "registers", "no class", "parallel", "parallel things"],
 )
 def test_whole_images_give_timms_tokens(options) -> None:
     model = build(**options)

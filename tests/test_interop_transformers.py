@@ -170,6 +170,26 @@ def test_subsets_are_refused_where_positions_depend_on_the_whole_grid() -> None:
         encoder(torch.randn(1, 3, 16, 16), KEEP[:1])
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov3_vit"])  # which take images of any size
+def test_images_of_another_size_are_refused(family: str) -> None:
+    encoder = TransformersEncoder(build(family))
+    for arguments in ((), (KEEP[:1],)):
+        with pytest.raises(ValueError, match=r"expected \(16, 16\) pixels .* got \(24, 24\)"):
+            encoder(torch.randn(1, 3, 24, 24), *arguments)
+    model = build(family)
+    model.config.image_size = 24
+    encoder = TransformersEncoder(model)
+    images = torch.randn(1, 3, 24, 24)
+    assert encoder.grid == (6, 6)
+    assert torch.equal(encoder(images), model(images).last_hidden_state[:, -36:])
+
+
+def test_a_model_of_fewer_tokens_than_patches_is_refused() -> None:
+    encoder = TransformersEncoder(build("vit_mae"))
+    with pytest.raises(ValueError, match=r"a token for each of \(4, 4\) patches, got 5 from"):
+        encoder(torch.randn(1, 3, 16, 16))
+
+
 def test_models_that_are_no_vision_transformers_are_refused() -> None:
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"

@@ -43,8 +43,9 @@ class TimmEncoder(nn.Module):
         self.model: Any = model
         self.embed_dim: int = model.embed_dim
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
-        first: Any = model.blocks[0]
-        self.num_heads: int = first.attn.num_heads
+        # Parallel blocks have no `attn`, or several.
+        heads = (getattr(module, "num_heads", None) for module in model.blocks[0].modules())
+        self.num_heads: int = next(number for number in heads if number is not None)
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, keep_mask: Tensor | None = None

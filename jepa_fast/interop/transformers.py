@@ -195,6 +195,7 @@ class TransformersEncoder(nn.Module):
                 unused.requires_grad_(False)
         height, width = _sides(sizes["image_size"], "image_size")
         patch_height, patch_width = _sides(sizes["patch_size"], "patch_size")
+        self.img_size = (height, width)
         self.grid = (height // patch_height, width // patch_width)
         self.embed_dim: int = sizes["hidden_size"]
         self.num_heads: int = sizes["num_attention_heads"]
@@ -205,14 +206,32 @@ class TransformersEncoder(nn.Module):
         """Tokens ``[B, N or K, D]``, see :class:`~jepa_fast.nn.vit.Encoder`.
 
         Raises:
-            ValueError: ``keep`` or ``keep_mask`` where the model cannot honour it.
+            ValueError: images of another size than the model's ``image_size``, ``keep`` or
+                ``keep_mask`` where the model cannot honour it, or a model that gives less than a
+                token a patch (Swin merges patches, ViTMAE drops most of them).
         """
         check_keep(keep, keep_mask)
+        # Where a model takes any size, its patches would be mistaken for class tokens, or these
+        # for patches.
+        size = tuple(images.shape[-2:])
+        if size != self.img_size:
+            raise ValueError(
+                f"images: expected {self.img_size} pixels (height, width), the model's image_size, "
+                f"got {size}; resize the images, or, of a model that takes any size, as DINOv2 and "
+                "DINOv3 do, set model.config.image_size before it is wrapped"
+            )
         if keep is None:
             tokens = self.model(pixel_values=images).last_hidden_state
             if tokens.ndim == 4:
                 tokens = tokens.flatten(2).transpose(1, 2)
-            return tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1] :]
+            prefix = tokens.shape[1] - self.grid[0] * self.grid[1]
+            if prefix < 0:
+                raise ValueError(
+                    f"model: expected a token for each of {self.grid} patches, got "
+                    f"{tokens.shape[1]} from {type(self.model).__name__}; write a small module "
+                    "that follows jepa_fast.nn.vit.Encoder around it"
+                )
+            return tokens[:, prefix:]
         family = self.model.config.model_type
         if family not in SUBSET_FAMILIES:
             raise ValueError(
