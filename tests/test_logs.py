@@ -38,6 +38,26 @@ def test_a_resumed_run_replaces_the_rows_after_its_start(tmp_path: Path) -> None
         assert [line[0] for line in csv.reader(file)] == ["step", "2", "4", "6", "8"]
 
 
+def test_a_run_killed_as_it_resumes_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Logs, row: object, *more: object) -> None:
+        if row == {"step": 4, "loss": 0.25}:
+            raise KeyboardInterrupt
+        write_files(self, row, *more)
+
+    write(tmp_path, 0, 2, 4, 6)
+    before = [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "metrics.csv")]
+    write_files = Logs._write_files
+    monkeypatch.setattr(Logs, "_write_files", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Logs(tmp_path, 4, tensorboard=False)
+    monkeypatch.undo()
+    assert before == [(tmp_path / n).read_bytes() for n in ("metrics.jsonl", "metrics.csv")]
+    write(tmp_path, 4, 7)
+    assert read_rows(tmp_path) == rows(2, 4, 7)
+
+
 def test_a_new_run_starts_new_files(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, 4)
     write(tmp_path, 0, 3)

@@ -127,6 +127,14 @@ def test_a_run_killed_after_going_back_stays_on_its_new_course(
     assert "resumed at step 10 of 20" in caplog.text
 
 
+def test_a_resumed_run_drops_half_a_checkpoint_of_the_killed_one(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path, "train.steps=1"))
+    for name in ("step-000000003.tmp", "step-mine.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    pretrain(tiny(tmp_path, "train.steps=2"), resume="")
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["step-mine.tmp"]
+
+
 def test_a_resumed_run_leaves_out_a_damaged_row(tmp_path: Path) -> None:
     pretrain(tiny(tmp_path))
     log = tmp_path / "metrics.jsonl"

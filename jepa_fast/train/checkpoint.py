@@ -105,6 +105,12 @@ class CheckpointFolder:
         for later in (path for number, path in found.items() if number > step):
             later.unlink()
 
+    def drop_unfinished(self) -> None:
+        """Remove what a process that was killed has left of files it was writing."""
+        for path in self.path.glob("step-*.tmp"):
+            if _OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove every checkpoint, whole or unfinished, and nothing else."""
         for path in self.path.iterdir():

@@ -6,10 +6,13 @@ import csv
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
+
+_JSONL, _CSV = "metrics.jsonl", "metrics.csv"
 
 Row = dict[str, float | None]
 
@@ -20,7 +23,7 @@ def read_rows(folder: str | Path) -> list[Row]:
     A damaged line is left out, with a warning unless it is the last, which a killed run leaves half
     written.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / _JSONL
     if not path.exists():
         return []
     lines = path.read_text(errors="replace").splitlines()
@@ -53,10 +56,13 @@ class Logs:
         self.folder = folder
         rows = [row for row in read_rows(folder) if (row["step"] or 0) <= start] if start else []
         self._columns = list(rows[0]) if rows else []
-        (folder / "metrics.csv").write_text("")
-        (folder / "metrics.jsonl").write_text("")
+        # Beside the old files, which a process that is killed here must not leave half empty.
+        for name in (_JSONL, _CSV):
+            (folder / f"{name}.tmp").write_text("")
         for row in rows:
-            self._write_files(row)
+            self._write_files(row, ".tmp")
+        for name in (_JSONL, _CSV):
+            os.replace(folder / f"{name}.tmp", folder / name)
         self._events = _events(folder, start) if tensorboard else None
 
     def write(self, row: dict[str, float]) -> None:
@@ -73,10 +79,10 @@ class Logs:
         if self._events is not None:
             self._events.close()
 
-    def _write_files(self, row: Row) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
+    def _write_files(self, row: Row, suffix: str = "") -> None:
+        with (self.folder / f"{_JSONL}{suffix}").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        with (self.folder / "metrics.csv").open("a", newline="") as file:
+        with (self.folder / f"{_CSV}{suffix}").open("a", newline="") as file:
             writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
             if file.tell() == 0:
                 writer.writeheader()

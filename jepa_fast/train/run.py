@@ -89,8 +89,10 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
                 return
             if state is None:
                 trainer.checkpoints.clear()
-            elif _is_of(folder, Path(resume or folder)):
-                trainer.checkpoints.rewind(trainer.step)
+            else:
+                trainer.checkpoints.drop_unfinished()
+                if _is_of(folder, Path(resume or folder)):
+                    trainer.checkpoints.rewind(trainer.step)
             (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
 
         trainer.fit(begin)
