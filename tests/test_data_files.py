@@ -105,6 +105,14 @@ def test_shards_of_text_and_class_files(tmp_path: Path) -> None:
     assert batch.captions == [["nine"], ["eight"], []]
 
 
+def test_the_image_of_a_sample_is_the_one_of_the_plainest_name(tmp_path: Path) -> None:
+    members = {"0.mask.png": picture(9), "0.png": picture(5), "0.cls": b"1", "._0.png": picture(7)}
+    write_shard(tmp_path / "a.tar", {**members, "1.mask.png": picture(6), "1.cls": b"0"})
+    source = ShardSource(str(tmp_path / "a.tar"))
+    assert len(source) == 2  # samples, not images
+    assert values(Loader(source, 2, train=False)) == [5, 6]
+
+
 def test_broken_samples_in_shards_are_named(tmp_path: Path) -> None:
     good = sample(1)
     members = {

@@ -1,6 +1,6 @@
 """WebDataset shards: tar files in which the files of one sample share their name.
 
-00017.jpg   the image (jpg, jpeg, png or webp)
+00017.jpg   the image (jpg, jpeg, png, webp or bmp); not 00017.mask.png, where both are there
 00017.json  "label", "captions" or "caption"; or, in its place,
 00017.txt   one caption, and/or
 00017.cls   the label
@@ -93,9 +93,10 @@ class ShardSource:
     def decode(self, record: dict[str, Any]) -> Sample:
         """Raises CorruptSample if the record has no image, no description, or broken ones."""
         key = f"{record['__url__'].rpartition('/')[2]}/{record['__key__']}"
-        image = next((record[name] for name in record if name.rpartition(".")[2] in _IMAGES), None)
-        if image is None:
+        found = [name for name in record if name.rpartition(".")[2] in _IMAGES]
+        if not found:
             raise CorruptSample(key, "no image")
+        image = record[min(found, key=lambda name: name.count("."))]  # no mask.png before a jpg
         label, captions = _describe(record, key)
         return {
             "image": decode_image(image, key),
@@ -196,12 +197,16 @@ class _Archive(tarfile.TarFile):
 
 
 def _count(path: str) -> int:
-    """Images in a local shard. A broken one counts as far as it can be read."""
-    count = 0
+    """Samples with an image in a local shard. A broken one counts as far as it can be read."""
+    base_plus_ext = require("webdataset.tariterators", "reading shards").base_plus_ext
+    count, last = 0, None
     try:
         with _Archive.open(path, "r:*") as shard:
             for member in shard:
-                count += member.name.lower().endswith(IMAGE_SUFFIXES)
+                if member.name.lower().endswith(IMAGE_SUFFIXES):
+                    key, _ = base_plus_ext(member.name)  # None of what has no name but a suffix
+                    count += key is not None and key != last
+                    last = key
     except _BROKEN:
         return count  # reading it reports what is wrong with it
     return count
