@@ -110,6 +110,17 @@ def test_rows_that_span_a_checkpoint_are_those_of_the_straight_run(tmp_path: Pat
     assert killed == straight
 
 
+@pytest.mark.parametrize(("before", "now"), [("null", "1"), ("1", "null")])
+def test_a_run_resumed_within_a_row_may_log_something_else(
+    tmp_path: Path, before: str, now: str
+) -> None:
+    odd = ("train.checkpoint_every=7", "train.log_every=10", "train.steps=10")
+    fit_until_killed(trainer_of(tiny(tmp_path, *odd, f"train.clip_grad={before}")), 8)
+    pretrain(tiny(tmp_path, *odd, f"train.clip_grad={now}"), resume="")
+    (row,) = read_rows(tmp_path)
+    assert ("grad_norm" in row) == (now == "1")
+
+
 def test_a_run_killed_after_going_back_stays_on_its_new_course(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

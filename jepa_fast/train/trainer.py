@@ -219,6 +219,11 @@ class Trainer:
             self.optimizer.zero_grad()
             copy_teacher_buffers(self.model)
 
+        if self._sums.are_of_others(metrics):
+            # Resumed with options that log something else, such as clipping: the row is of the
+            # steps since then.
+            self._sums = _DeviceSums()
+            self._window_start += self._window_seconds
         self._sums.add(metrics)
         is_first_bad = (self._bad_step < 0) & ~metrics["loss"].isfinite()
         self._bad_step = torch.where(is_first_bad, self.step, self._bad_step)
@@ -421,6 +426,10 @@ class _DeviceSums:
         self._names: list[str] = []
         self._sum: Tensor | None = None
         self._count = 0
+
+    def are_of_others(self, metrics: dict[str, Tensor]) -> bool:
+        """Whether there are sums already, and of other metrics."""
+        return self._sum is not None and self._names != list(metrics)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self._names = list(metrics)
