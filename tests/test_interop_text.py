@@ -86,6 +86,31 @@ def test_only_the_encoder_of_t5_is_loaded(folder: Path, encoder: TextEncoder) ->
     assert not any("decoder" in name for name in encoder.state_dict())
 
 
+def test_an_encoder_that_was_saved_alone_is_the_same(encoder: TextEncoder, tmp_path: Path) -> None:
+    for part in (encoder.model, encoder.tokenizer):
+        part.save_pretrained(tmp_path)
+    again = load_text_encoder(tmp_path, max_words=8)
+    assert type(again.model) is type(encoder.model)
+    assert torch.equal(again(CAPTIONS).words, encoder(CAPTIONS).words)
+
+
+def test_a_model_of_images_and_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "projection_dim": 8}
+    text = {**sizes, "vocab_size": 16, "max_position_embeddings": 12, "eos_token_id": 2}
+    vision = {**sizes, "image_size": 32}
+    clip = tmp_path / "clip"
+    shutil.copytree(folder, clip)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(clip)
+    with pytest.raises(TypeError, match=r"got CLIPModel; .*such as transformers\.CLIPTextModel"):
+        load_text_encoder(clip)
+    transformers.CLIPTextModel.from_pretrained(clip).save_pretrained(clip)
+    assert load_text_encoder(clip, max_words=12)(["a dog"]).words.shape == (1, 1, 12, 8)
+    with pytest.raises(ValueError, match=r"max_words: expected at most 12, .*TextModel, got 13"):
+        load_text_encoder(clip, max_words=13)
+
+
 def test_it_is_frozen(encoder: TextEncoder) -> None:
     encoder.train()
     assert not any(module.training for module in encoder.model.modules())

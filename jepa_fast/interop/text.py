@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,9 @@ class TextEncoder(nn.Module):
         dim: width ``Dt`` of a word vector.
 
     Raises:
-        ValueError: ``max_words`` below 1, an unknown ``normalize``, or a tokenizer that cannot pad.
+        TypeError: a model of more than text, as CLIP is.
+        ValueError: ``max_words`` below 1 or beyond the positions that the model has, an unknown
+            ``normalize``, or a tokenizer that cannot pad.
     """
 
     def __init__(
@@ -58,12 +60,26 @@ class TextEncoder(nn.Module):
                 "tokenizer: expected one with a padding token, got none; "
                 "set tokenizer.pad_token to a token of its vocabulary"
             )
+        config: Any = model.config
+        if getattr(config, "hidden_size", None) is None:
+            raise TypeError(
+                f"model: expected a text model, whose configuration has a hidden_size, got "
+                f"{type(model).__name__}; of a model of images and text save and load the text "
+                "part, such as transformers.CLIPTextModel"
+            )
+        # Otherwise found out by the first caption that is so long, perhaps after days.
+        positions = getattr(config, "max_position_embeddings", None) or max_words
+        if 0 < positions < max_words:
+            raise ValueError(
+                f"max_words: expected at most {positions}, the positions of the "
+                f"{type(model).__name__}, got {max_words}"
+            )
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.max_words = max_words
         self.normalize = normalize
         self.seed = seed
-        self.dim = int(cast(Any, model).config.hidden_size)
+        self.dim = int(config.hidden_size)
 
     @torch.no_grad()
     def forward(
@@ -165,7 +181,7 @@ def load_text_encoder(
         ImportError: transformers is not installed.
         FileNotFoundError: no such folder, files missing in it, or a name that is not in the cache
             and cannot be downloaded; says what to do.
-        ValueError: the model needs ``trust_remote_code``.
+        TypeError, ValueError: the model needs ``trust_remote_code``; or as :class:`TextEncoder`.
     """
     on_disk = Path(source).expanduser().is_dir()
     name = str(Path(source).expanduser()) if on_disk else str(source)
@@ -208,7 +224,9 @@ def _from_pretrained(name: str, trust_remote_code: bool, local_only: bool) -> tu
         config = transformers.AutoConfig.from_pretrained(name, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         kind: Any = transformers.AutoModel
-        if config.is_encoder_decoder:
+        # A T5EncoderModel saves itself as no encoder-decoder, and would get a random decoder.
+        names = config.architectures or ()
+        if config.is_encoder_decoder or any(name.endswith("EncoderModel") for name in names):
             kind = transformers.AutoModelForTextEncoding
         model = kind.from_pretrained(name, config=config, **options)
     except ValueError as error:
