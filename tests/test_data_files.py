@@ -364,6 +364,22 @@ def test_image_folders_leave_out_what_is_hidden_or_no_file(tmp_path: Path) -> No
     assert list(load_in_memory(source).skipped) == ["dog/lost.png"]  # a file that should be there
 
 
+def test_links_to_the_folders_of_classes_are_followed(tmp_path: Path) -> None:
+    for name in ("all/cat/1.png", "all/dog/x/2.png", "some/ant/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    for name in ("cat", "dog"):
+        (tmp_path / "some" / name).symlink_to(f"../all/{name}")
+    (tmp_path / "all" / "dog" / "back").symlink_to("../../some")  # round and round
+    (tmp_path / "some" / "self").symlink_to("self")
+    source = ImageFolder(tmp_path / "some")
+    assert source.classes == ["ant", "cat", "dog"]
+    direct = ["ant/3.png", "cat/1.png", "dog/x/2.png"]
+    assert set(direct) <= set(map(str, source.paths))
+    (tmp_path / "all" / "dog" / "back").unlink()
+    assert list(map(str, ImageFolder(tmp_path / "some").paths)) == direct
+
+
 @pytest.mark.parametrize("captions", ["a {name}", "{", "{0} {1}", "{:d}", "{0.x}", "{0[x]}"])
 def test_captions_of_a_folder_take_the_class_name_alone(tmp_path: Path, captions: str) -> None:
     (tmp_path / "cat").mkdir()

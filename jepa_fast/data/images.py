@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,32 @@ def read_image(path: Path, key: str) -> Tensor:
     return decode_image(data, key)
 
 
+def _images_below(folder: Path, within: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files with the name of an image. `Path.rglob` follows no links, as of classes of a subset."""
+    here = os.path.realpath(folder)
+    if here in within:  # a link leads back
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError as error:
+        _log.warning("left out %s: %s", folder, describe(error))
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.name.startswith("."):
+            continue
+        # Of a link to itself DirEntry.is_dir raises.
+        if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
+            yield from _images_below(path, within | {here})
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
+
+
 class ImageFolder:
     """Images below `root`, each sub-folder a class: `root/<class>/**/<name>.jpg`.
 
     Labels number the sub-folders in alphabetical order; images that lie in `root` itself have none.
-    Files and folders whose names begin with a dot are left out.
+    Files and folders whose names begin with a dot are left out; links to folders are followed.
     captions: a text with `{}` for the class name, underscores as spaces; None for no captions.
     classes: the sub-folders that labels number, where `root` may lack some of them, as validation
         images do; None for those that are there.
@@ -87,12 +109,7 @@ class ImageFolder:
                     "has the same caption, which says nothing of it",
                     captions,
                 )
-        found = (
-            path.relative_to(self.root)
-            for path in self.root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
-        )
-        self.paths = sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
+        self.paths = sorted(path.relative_to(self.root) for path in _images_below(self.root))
         if not self.paths:
             raise ValueError(f"root must hold images ({', '.join(IMAGE_SUFFIXES)}): {self.root}")
         present = {path.parts[0] for path in self.paths if len(path.parts) > 1}
