@@ -62,6 +62,20 @@ def test_samples_of_one_key_in_two_shards_have_two_ids(tmp_path: Path) -> None:
     assert batch.ids.unique().numel() == 2
 
 
+def test_samples_of_shards_of_one_name_in_two_folders_have_two_ids(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("0.tar", "1.tar"):
+            write_shard(tmp_path / folder / name, sample(0))
+
+    def numbers(pattern: str) -> list[int]:
+        (batch,) = Loader(ShardSource(f"{tmp_path}/{pattern}"), 4, train=False)
+        return batch.ids.tolist()
+
+    assert len(set(numbers("*/*.tar"))) == 4
+    assert numbers("a/*.tar") == numbers("b/*.tar")  # wherever they lie
+
+
 def test_shards(shards: Path) -> None:
     source = ShardSource(str(shards / "part-*.tar"))
     assert len(source) == 12

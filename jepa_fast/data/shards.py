@@ -46,7 +46,8 @@ class ShardSource:
 
     A sample that is incomplete or has a broken description, and a shard that is damaged or ends too
     early, are reported as corrupt; reading goes on behind a damaged header. The id of a sample is a
-    hash of its shard's file name and its key, since keys may begin anew in every shard.
+    hash of its shard's file name and its key, since keys may begin anew in every shard; where
+    shards in several folders have the same name, folders are part of it.
 
     Raises FileNotFoundError naming each path, after expansion of braces, that matches no shard, or
     that is a folder, ValueError if remote shards come without `length`.
@@ -65,6 +66,7 @@ class ShardSource:
                 )
             length = sum(map(_count, self.shards))
         self.length = length
+        self._names = _names(self.shards)
 
     def __len__(self) -> int:
         return self.length
@@ -92,7 +94,7 @@ class ShardSource:
 
     def decode(self, record: dict[str, Any]) -> Sample:
         """Raises CorruptSample if the record has no image, no description, or broken ones."""
-        key = f"{record['__url__'].rpartition('/')[2]}/{record['__key__']}"
+        key = f"{self._names[record['__url__']]}/{record['__key__']}"
         found = [name for name in record if name.rpartition(".")[2] in _IMAGES]
         if not found:
             raise CorruptSample(key, "no image")
@@ -104,6 +106,16 @@ class ShardSource:
             "captions": captions,
             "id": counter.text_key(key),
         }
+
+
+def _names(shards: Sequence[str]) -> dict[str, str]:
+    """File names of shards, with as many folders before them as it takes to tell all apart."""
+    parts = {shard: shard.split("/") for shard in shards}
+    for length in itertools.count(1):
+        names = {shard: "/".join(its[-length:]) for shard, its in parts.items()}
+        if len({*names.values()}) == len(names):
+            break
+    return names
 
 
 def _describe(record: dict[str, Any], key: str) -> tuple[int, list[str]]:
