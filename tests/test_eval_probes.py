@@ -188,11 +188,20 @@ def test_errors_name_the_argument() -> None:
         knn_accuracy(x[:0], y[:0], x, y)
     with pytest.raises(ValueError, match="features must be at least 2"):
         fit_linear_probe(x[:1], y[:1])
+    odd = x.clone()
+    odd[2, 1] = float("nan")
+    for arguments in ((odd, y, x, y), (x, y, odd, y)):
+        with pytest.raises(ValueError, match="must be finite, those of 1 of 6 are not"):
+            knn_accuracy(*arguments)
+    with pytest.raises(ValueError, match="features must be finite"):
+        fit_linear_probe(odd, y)
     with pytest.raises(ValueError, match="penalties must be positive"):
         fit_linear_probe(x, y, penalties=[])
     with pytest.raises(ValueError, match="batches must hold at least one batch"):
         extract(lambda images: images, [])
     batch = next(iter(loaders()[0]))
+    with pytest.raises(ValueError, match="tokens must be finite, those of 16 of 16 are not"):
+        extract(lambda images: images[:, 0] * torch.inf, [batch], patches_per_image=0)
     empty = extract(lambda images: images[:, 0], [batch], patches_per_image=0)
     with pytest.raises(ValueError, match="train must hold labelled patches"):
         patch_accuracy(empty, empty)

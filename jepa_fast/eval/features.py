@@ -45,7 +45,8 @@ def extract(
 
     patches_per_image: labelled patches kept an image, drawn by the image's id; 0 for none.
 
-    Raises ValueError if there are no batches or if the tokens do not fit the patch labels.
+    Raises ValueError if there are no batches, if the tokens do not fit the patch labels, or if they
+    are not finite.
     """
     pooled, labels, patches, patch_labels = [], [], [], []
     with _evaluating(encode):
@@ -61,12 +62,23 @@ def extract(
                 patch_labels.append(batch.patch_labels[image, patch])
     if not pooled:
         raise ValueError("batches must hold at least one batch, got none")
+    check_finite("tokens", torch.cat(pooled))
     return Features(
         pooled=torch.cat(pooled),
         labels=torch.cat(labels).to(device),
         patches=torch.cat(patches) if patches else None,
         patch_labels=torch.cat(patch_labels).to(device) if patches else None,
     )
+
+
+def check_finite(name: str, features: Tensor) -> None:
+    """Raises ValueError: NaN has neighbours, and a class, as numbers do."""
+    bad = int((~features.isfinite()).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, those of {bad} of {len(features)} are not; look at the "
+            "encoder's precision (float16 ends at 65504) and its input"
+        )
 
 
 def _chosen(batch: Batch, tokens: int, per_image: int) -> tuple[Tensor, Tensor]:

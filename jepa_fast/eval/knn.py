@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jepa_fast.eval.features import check_finite
+
 _ROWS = 1024  # validation images compared with all training images at a time
 
 
@@ -26,12 +28,14 @@ def knn_accuracy(
     temperature: a vote weighs exp(similarity / temperature) (Wu et al., arXiv 1805.01978); None
         gives every vote the same weight. Of equal sums the smallest label wins.
 
-    Raises ValueError if k or temperature is not positive, or if a set is empty.
+    Raises ValueError if k or temperature is not positive, or if a set is empty or not finite.
     """
     if k < 1 or (temperature is not None and temperature <= 0):
         raise ValueError(f"k and temperature must be positive, got {k} and {temperature}")
     if len(train) == 0 or len(val) == 0:
         raise ValueError(f"train and val must hold labelled features, got {len(train)}, {len(val)}")
+    check_finite("train", train)
+    check_finite("val", val)
     classes, train_labels = train_labels.unique(return_inverse=True)  # labels may have large gaps
     train = F.normalize(train.float(), dim=1)
     val = F.normalize(val.float(), dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_fast.data import counter
+from jepa_fast.eval.features import check_finite
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 _HELD_OUT = 5  # every fifth training feature decides on the penalty
@@ -53,12 +54,14 @@ def fit_linear_probe(
     features: [n, D]; labels: [n] int64 from 0.
     seed: of the held-out fifth.
 
-    Raises ValueError if there are fewer than two features, or a penalty is not positive.
+    Raises ValueError if there are fewer than two features, if they are not finite, or a penalty is
+    not positive.
     """
     if len(features) < 2:
         raise ValueError(f"features must be at least 2 labelled ones, got {len(features)}")
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties must be positive, at least one, got {penalties}")
+    check_finite("features", features)
     features = features.float()
     std, mean = torch.std_mean(features, dim=0, correction=0)
     std = torch.where(std > 1e-8, std, 1.0)  # a constant dimension becomes zero
