@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,19 @@ def test_resuming_may_start_from_an_older_checkpoint_and_tells_what_differs(
     assert "train.steps is 22 here, and was 20 before" in caplog.text
     assert "resumed at step 10 of 22" in caplog.text
     assert [row["step"] for row in read_rows(tmp_path)] == [5, 10, 11, 22]
+
+
+def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        pretrain(tiny(tmp_path / name, "train.steps=10"))
+    kept = shutil.copy(tmp_path / "one" / "last.pt", tmp_path / "kept.pt")
+    before = (tmp_path / "two" / "metrics.jsonl").read_text()
+    for elsewhere in (tmp_path / "one", Path(kept)):
+        with pytest.raises(ConfigError, match=r"two holds another run than .*, which would"):
+            pretrain(tiny(tmp_path / "two"), resume=str(elsewhere))
+    assert (tmp_path / "two" / "metrics.jsonl").read_text() == before
+    pretrain(tiny(tmp_path / "one", "train.steps=12"), resume=kept)  # a copy of its own
+    assert [row["step"] for row in read_rows(tmp_path / "one")] == [5, 10, 12]
 
 
 def test_rows_that_span_a_checkpoint_are_those_of_the_straight_run(tmp_path: Path) -> None:

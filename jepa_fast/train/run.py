@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -54,6 +55,12 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         state = None
         if resume is not None:
             state = load_checkpoint(resume or folder)
+            if world.is_main and _holds_another_run(folder, Path(resume or folder), state):
+                raise ConfigError(
+                    f"output: {folder} holds another run than {resume}, which would be mixed with "
+                    "it; output=FOLDER goes on in another folder, --resume alone goes on with the "
+                    "run that is there"
+                )
             for key, before, now in differences(state["config"], config.as_dict()):
                 _log.warning("%s is %s here, and was %s before", key, now, before)
         elif world.is_main and not overwrite and find_last(folder) is not None:
@@ -131,6 +138,13 @@ def _check_output(folder: Path) -> None:
 def _is_of(folder: Path, checkpoint: Path) -> bool:
     """Whether a checkpoint, or the folder of one, is that of a run's folder."""
     return (checkpoint if checkpoint.is_dir() else checkpoint.resolve().parent).samefile(folder)
+
+
+def _holds_another_run(folder: Path, checkpoint: Path, state: dict[str, Any]) -> bool:
+    """Whether a run's folder has checkpoints, and this one, from elsewhere, is no copy of them."""
+    if find_last(folder) is None or _is_of(folder, checkpoint):
+        return False
+    return Path(state["config"]["output"]).resolve() != folder.resolve()
 
 
 def summary(rows: list[Row]) -> str:
