@@ -6,7 +6,10 @@ import itertools
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,6 +286,27 @@ class Signalled(Numbers):
 def test_workers_leave_signals_to_the_main_process() -> None:
     loader = Loader(Signalled(8), 2, train=False, num_workers=1)
     assert flat(ids(loader)) == list(range(8))
+
+
+@pytest.mark.parametrize("error", ["", "raise RuntimeError('as of a full GPU')"])
+def test_a_process_with_workers_left_over_ends(error: str) -> None:
+    script = f"""
+import torch
+from test_data_loader import Loader, Numbers
+batches = iter(Loader(Numbers(8), 2, train=True, num_workers=2))
+next(batches)
+{error}
+"""
+    tests = Path(__file__).parent
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == bool(error), finished.stderr
+    assert ("RuntimeError" in finished.stderr) == bool(error)
 
 
 def test_a_worker_whose_part_is_unreadable_does_not_stop_the_others() -> None:

@@ -7,11 +7,13 @@ one would have seen.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
 import random
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +31,8 @@ from jepa_fast.data.transforms import Transform
 
 _log = logging.getLogger("jepa_fast.data")
 _ORDER, _SUBSTITUTE, _BUFFER = range(3)
+_with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What has workers that still may read."""
 
 
 class Loader:
@@ -181,7 +185,7 @@ class Loader:
 
     def _workers(self, dataset: Dataset[Any], sampler: Any = None) -> Iterator[Any]:
         """What worker processes make of `dataset`, without touching the global random state."""
-        return iter(
+        reading = iter(
             DataLoader(
                 dataset,
                 batch_size=None,
@@ -192,6 +196,9 @@ class Loader:
                 worker_init_fn=_leave_signals_to_the_main_process,
             )
         )
+        if self.num_workers > 0:
+            _with_workers.add(reading)
+        return reading
 
     def _indexed(self, source: BatchSource | IndexedSource) -> Iterator[Batch]:
         n, size = len(source), self.batch_size
@@ -254,6 +261,21 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_once)
+
+
+def _end_workers() -> None:
+    """What torch does for an iterator that is deleted, here one that an error keeps until the end.
+
+    There Python sends a worker one SIGTERM, which passes, and waits for it for ever.
+    """
+    for reading in list(_with_workers):
+        reading._shutdown_workers()
+        for worker in reading._workers:
+            if worker.is_alive():  # it hangs in reading a file
+                worker.kill()
+
+
+atexit.register(_end_workers)  # comes before multiprocessing's, which was registered before it
 
 
 @dataclass
