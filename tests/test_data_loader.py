@@ -336,6 +336,15 @@ def test_in_memory_images_are_those_of_the_source() -> None:
         load_in_memory(Numbers(2, corrupt=(0, 1)))
 
 
+def test_images_of_several_sizes_in_memory_say_which_setting_brings_them_to_one() -> None:
+    class Growing(Numbers):
+        def __getitem__(self, index: int) -> Sample:
+            return {**super().__getitem__(index), "image": torch.zeros(3, 4, 4 + index)}
+
+    with pytest.raises(ValueError, match=r"got 3 sizes .* \(data\.memory_size\)"):
+        load_in_memory(Growing(3))
+
+
 def test_patch_labels_survive_and_forbid_crops() -> None:
     source = DigitScenes(20, **PLAIN)
     batch = next(iter(Loader(source, 4, train=False, transform=Transform(32))))

@@ -80,7 +80,8 @@ def collate(samples: Sequence[Sample], images: Tensor | None = None) -> Batch:
         if len(sizes) != 1:
             raise ValueError(
                 f"images must have one size to be stacked, got {len(sizes)} sizes such as "
-                f"{sorted(sizes)[:3]}; give the loader a transform, or load_in_memory a size"
+                f"{sorted(sizes)[:3]}; give the loader a transform, or load_in_memory a size "
+                "(data.memory_size)"
             )
         images = torch.stack([sample["image"] for sample in samples])
     patches = [sample["patch_labels"] for sample in samples if "patch_labels" in sample]
