@@ -71,7 +71,7 @@ test-oldest:
 # But for the tests of the tools, which start processes by the dozen: what the tools do with torch,
 # tests/test_bench.py and tests/test_audit.py see here. And for what no torch changes.
 TOOLS = $(addprefix --ignore=tests/test_,compare.py examples.py tables.py heads_comparison.py \
-  growth.py tiers.py csrc.py)
+  bench_step.py packaging.py growth.py tiers.py csrc.py)
 
 .PHONY: oldest-tiers
 oldest-tiers:
