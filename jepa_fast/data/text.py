@@ -80,6 +80,13 @@ def sample_captions(
     return chosen
 
 
+def caption_slots(captions: Sequence[Sequence[str]], max_captions: int | None) -> int:
+    """C of a batch: `max_captions`, or as many captions as an image has at the most, at least 1."""
+    if max_captions is not None:
+        return max_captions
+    return max((len(some) for some in captions), default=0) or 1
+
+
 class HashedWords:
     """Word vectors without a text encoder: a word is hashed to a fixed Gaussian vector.
 
@@ -151,9 +158,7 @@ class HashedWords:
         Raises TypeError, ValueError as `sample_captions`.
         """
         captions = captions_by_image("captions", captions)
-        count = max_captions
-        if count is None:
-            count = max((len(some) for some in captions), default=0) or 1
+        count = caption_slots(captions, max_captions)
         chosen = sample_captions(captions, count, seed=self.seed, step=step, ids=ids)
         rows = np.zeros((len(chosen), count, self.max_words), dtype=np.int64)
         for i, some in enumerate(chosen):

@@ -62,9 +62,10 @@ def extract(
                 patch_labels.append(batch.patch_labels[image, patch])
     if not pooled:
         raise ValueError("batches must hold at least one batch, got none")
-    check_finite("tokens", torch.cat(pooled))
+    of_images = torch.cat(pooled)
+    check_finite("tokens", of_images)
     return Features(
-        pooled=torch.cat(pooled),
+        pooled=of_images,
         labels=torch.cat(labels).to(device),
         patches=torch.cat(patches) if patches else None,
         patch_labels=torch.cat(patch_labels).to(device) if patches else None,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast._arguments import captions_by_image, check_choice
-from jepa_fast.data.text import TextBatch, sample_captions
+from jepa_fast.data.text import TextBatch, caption_slots, sample_captions
 
 Normalization = Literal["none", "word", "sequence"]
 
@@ -108,9 +108,7 @@ class TextEncoder(nn.Module):
         """
         given = captions_by_image("captions", captions)
         written = [[caption for caption in some if caption.strip()] for some in given]
-        count = max_captions
-        if count is None:
-            count = max((len(some) for some in written), default=0) or 1
+        count = caption_slots(written, max_captions)
         chosen = sample_captions(written, count, seed=self.seed, step=step, ids=ids)
         parameter = next(self.model.parameters())
         shape = (len(chosen), count, self.max_words)
