@@ -230,7 +230,7 @@ constexpr int64_t kCopy = 32;
 // counted in multiplications.
 template <typename Scratch, typename Run>
 void share_out(int64_t items, int64_t work, Run&& run) {
-  constexpr int64_t kGrain = 4000000;  // some 10 times what a thread costs
+  constexpr int64_t kGrain = 1000000;  // a few times what a thread costs
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = std::min({items, threads, 1 + work / kGrain});
   std::atomic<int64_t> next{0};
