@@ -275,6 +275,19 @@ def test_amsgrad_is_refused_from_a_state_too() -> None:
     assert all(not group["amsgrad"] and group["lr"] == 1e-2 for group in optimizer.param_groups)
 
 
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    student = _Student()
+    sgd = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    sgd.step()
+    optimizer = _ours(_Student())
+    with pytest.raises(ValueError, match=r"expected the state of an AdamW.*momentum_buffer"):
+        optimizer.load_state_dict(sgd.state_dict())
+    assert not optimizer.state
+    assert all(group["lr"] == 1e-2 for group in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("rounding_seed", [None, 1])
 def test_distributed_checkpoints_leave_the_teacher_where_it_is(rounding_seed: int | None) -> None:
     """They have an optimizer without a state take a step with gradients and rates of zero."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from jepa_fast.masks import BlockMasks
+from jepa_fast.masks import BlockMasks, BlockMaskSampler, pack_masks
 
 GRID = (3, 4)
 
@@ -63,6 +64,17 @@ def test_to_moves_every_tensor() -> None:
     assert moved.grid == GRID
     without = dataclasses.replace(_masks(), context_mask=None)
     assert without.to("meta").context_mask is None
+
+
+def test_masks_that_were_saved_come_back(tmp_path: Path) -> None:
+    masks = BlockMaskSampler((6, 6), min_context=2)(0, 3)
+    for each in (_masks(), masks, *pack_masks(masks, tokens=100, block=18, longest=36)):
+        torch.save(each, tmp_path / "masks.pt")
+        back = torch.load(tmp_path / "masks.pt")
+        assert type(back) is type(each)
+        for name, value in vars(each).items():
+            got = getattr(back, name)
+            assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
 
 
 @pytest.mark.tier3

@@ -192,6 +192,9 @@ def test_recipes_come_by_name_and_by_path(tmp_path: Path) -> None:
     mine.write_text(f"extends: {mine}\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: extends itself"):
         load_config(str(mine))
+    mine.write_text(f"extends: ../{tmp_path.name}/mine.yaml\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: extends itself"):
+        load_config(str(mine))
     mine.write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected keys with values"):
         load_config(str(mine))
@@ -201,6 +204,20 @@ def test_recipes_come_by_name_and_by_path(tmp_path: Path) -> None:
     mine.write_text("model: !!python/object/apply:os.system [exit]\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(str(mine))
+
+
+def test_a_path_that_is_extended_starts_at_the_folder_of_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "base.yaml").write_text("extends: demo\nseed: 3\n")
+    (tmp_path / "runs" / "mine.yaml").write_text("extends: ../base.yaml\ntrain: {steps: 7}\n")
+    monkeypatch.chdir(tmp_path)
+    config = load_config("runs/mine.yaml")
+    assert (config.seed, config.train.steps, config.output) == (3, 7, "runs/mine")
+    (tmp_path / "runs" / "mine.yaml").write_text("extends: base.yaml\n")
+    with pytest.raises(ConfigError, match=r"no file .*runs/base\.yaml"):
+        load_config("runs/mine.yaml")
 
 
 def test_another_method_or_kind_leaves_behind_what_only_the_first_one_has(tmp_path: Path) -> None:

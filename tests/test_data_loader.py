@@ -133,6 +133,11 @@ def test_state_is_plain_and_refuses_other_settings(tmp_path) -> None:
     assert state["position"] == 1
     with pytest.raises(ValueError, match="batch_size: saved 5, here 4"):
         Loader(Numbers(20), 4, train=True).load_state_dict(state)
+    with pytest.raises(ValueError, match="streamed: saved False, here True"):
+        Loader(Streams(20), 5, train=True).load_state_dict(state)
+    streamed = Loader(Streams(20), 5, train=True).state_dict()
+    with pytest.raises(ValueError, match="streamed: saved True, here False"):
+        Loader(Numbers(20), 5, train=True).load_state_dict(streamed)
 
 
 def test_breaking_off_an_epoch_and_coming_back() -> None:

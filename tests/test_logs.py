@@ -64,6 +64,25 @@ def test_a_new_run_starts_new_files(tmp_path: Path) -> None:
     assert read_rows(tmp_path) == rows(3)
 
 
+def test_a_new_metric_is_a_new_column(tmp_path: Path) -> None:
+    def lines() -> list[list[str]]:
+        with (tmp_path / "metrics.csv").open() as file:
+            return list(csv.reader(file))
+
+    write(tmp_path, 0, 2)
+    logs = Logs(tmp_path, 2, tensorboard=False)
+    logs.write({"step": 4, "knn": 0.5, "loss": 0.25})
+    logs.write({"step": 6, "loss": 0.2})
+    expected = [["step", "loss", "knn"], ["2", "0.5", ""], ["4", "0.25", "0.5"], ["6", "0.2", ""]]
+    assert lines() == expected
+    Logs(tmp_path, 6, tensorboard=False)
+    assert lines() == expected
+    assert read_rows(tmp_path)[1:] == [
+        {"step": 4, "knn": 0.5, "loss": 0.25},
+        {"step": 6, "loss": 0.2},
+    ]
+
+
 def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:
     logs = Logs(tmp_path, 0, tensorboard=False)
     logs.write({"step": 1, "loss": float("nan")})

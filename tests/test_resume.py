@@ -199,6 +199,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"^train\.batch_size: expected 16, as the run has, got 8"
     ):
         trainer_of(tiny(tmp_path)).restore({**state, "ranks": [others] * 2})
+    streams = {**rank, "loader": {**rank["loader"], "num_workers": 0, "shuffle_buffer": 8}}
+    with pytest.raises(
+        ConfigError, match=r"^data\.in_memory: expected False, as the run has, got True; "
+    ):
+        trainer_of(tiny(tmp_path)).restore({**state, "ranks": [streams]})
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -350,6 +350,9 @@ def test_fresh_attention_is_not_uniform() -> None:
     positive, entropy = conditioning.statistics(2)
     assert 0.4 < float(positive) < 0.6
     assert 0.5 < float(entropy) < 0.95
+    for images in (0, -1):
+        with pytest.raises(ValueError, match=f"images: expected at least 1, got {images}"):
+            conditioning.statistics(images)
 
 
 @pytest.mark.parametrize(

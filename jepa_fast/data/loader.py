@@ -151,12 +151,16 @@ class Loader:
         self.skips.reasons.update(state["skipped"])
 
     def differences(self, state: dict[str, Any]) -> dict[str, tuple[Any, int]]:
-        """Settings in which the loader that `state` was taken of differs: {name: (its, mine)}.
+        """Settings in which the loader that `state` was taken of differs: {name: (its, mine)};
+        `streamed` alone, a bool, where one of the two sources is a stream.
 
         `batch_size` counts the images of all processes; how many these are matters to the order of
         streamed sources alone.
         """
         its, mine = dict(state), self._setting()
+        streams = "shuffle_buffer" in its
+        if streams != ("shuffle_buffer" in mine):
+            return {"streamed": (streams, not streams)}
         for setting in (its, mine):
             setting["batch_size"] = setting.get("batch_size", 0) * setting.get("world_size", 1)
         if not isinstance(self.source, StreamedSource):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast._arguments import check_choice, check_count, check_number, flag
+from jepa_fast._arguments import check_choice, check_count, check_number, flag, integer
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.linear import Linear
@@ -489,7 +489,7 @@ class WordConditioning(Conditioning):
         :func:`jepa_fast.ops.attention_statistics`.
         """
         layers = self._called("statistics")
-        images = min(images, self.word_mask.shape[0])
+        images = min(integer("images", images, least=1), self.word_mask.shape[0])
         found = [
             ops.attention_statistics(
                 self.queries[i][:images],

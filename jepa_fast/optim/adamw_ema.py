@@ -16,6 +16,8 @@ from jepa_fast.ops.ema_update import memory
 
 Pairs = Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
+_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
 
 class AdamWEma(torch.optim.Optimizer):
     """`torch.optim.AdamW`, the EMA of what it updates, and low-precision copies, in one pass.
@@ -229,11 +231,17 @@ class AdamWEma(torch.optim.Optimizer):
         return group["draws"] + _random.signed(base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; a state of `amsgrad` or `differentiable` is
-        refused, with ValueError, before anything is loaded.
+        """As `torch.optim.Optimizer.load_state_dict`; a state of `amsgrad`, of `differentiable` or
+        of another optimizer is refused, with ValueError, before anything is loaded.
         """
         for group in state_dict["param_groups"]:
             _check_supported(group)
+        for state in state_dict["state"].values():
+            if state and not _STATE <= state.keys():
+                raise ValueError(
+                    f"AdamWEma: expected the state of an AdamW, {sorted(_STATE)}, got "
+                    f"{sorted(state)}; leave out the state of another optimizer"
+                )
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -476,8 +476,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         recipe: name of a packaged recipe, or path of a YAML file. Its key `extends` names another
-            recipe, whose values hold where it gives none. Of a recipe with another `model.method`
-            or `data.kind`, only those hold that both know; so, too, where an override names it.
+            recipe, packaged or a path from the folder of this one, whose values hold where it gives
+            none. Of a recipe with another `model.method` or `data.kind`, only those hold that both
+            know; so, too, where an override names it.
 
     Raises:
         ConfigError: no such recipe, no YAML, an unknown key, or a value of the wrong type.
@@ -534,8 +535,9 @@ def _from_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Yaml)
 
 
-def _find(recipe: str) -> Path:
-    path = Path(recipe)
+def _find(recipe: str, folder: Path = Path()) -> Path:
+    """The file; a relative path starts at `folder`."""
+    path = folder / recipe
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"recipe: no file {path}")
@@ -549,6 +551,7 @@ def _find(recipe: str) -> Path:
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.resolve()
     if path in extended_by:
         raise ConfigError(f"{path}: extends itself")
     try:
@@ -560,7 +563,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    base = _read(_find(str(base)), (*extended_by, path))
+    base = _read(_find(str(base), path.parent), (*extended_by, path))
     for section, name in (choice.split(".") for choice in _CHOICES):
         mine = values.get(section)
         if isinstance(mine, dict) and name in mine:

@@ -55,19 +55,16 @@ class Logs:
     def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
         self.folder = folder
         rows = [row for row in read_rows(folder) if (row["step"] or 0) <= start] if start else []
-        self._columns = list(rows[0]) if rows else []
-        # Beside the old files, which a process that is killed here must not leave half empty.
-        for name in (_JSONL, _CSV):
-            (folder / f"{name}.tmp").write_text("")
-        for row in rows:
-            self._write_files(row, ".tmp")
-        for name in (_JSONL, _CSV):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        self._columns = list(dict.fromkeys(key for row in rows for key in row))
+        self._start_files(rows)
         self._events = _events(folder, start) if tensorboard else None
 
     def write(self, row: dict[str, float]) -> None:
-        """Append `row`, which has the key `step`; the first row settles the CSV's columns."""
-        self._columns = self._columns or list(row)
+        """Append `row`, which has the key `step`. A new key gives the CSV a new column."""
+        new = [key for key in row if key not in self._columns]
+        self._columns += new
+        if new:
+            self._start_files(read_rows(self.folder))
         self._write_files({key: _finite(value) for key, value in row.items()})
         if self._events is not None:
             for key, value in row.items():
@@ -79,11 +76,20 @@ class Logs:
         if self._events is not None:
             self._events.close()
 
+    def _start_files(self, rows: list[Row]) -> None:
+        # Beside the old files, which a process that is killed here must not leave half empty.
+        for name in (_JSONL, _CSV):
+            (self.folder / f"{name}.tmp").write_text("")
+        for row in rows:
+            self._write_files(row, ".tmp")
+        for name in (_JSONL, _CSV):
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
     def _write_files(self, row: Row, suffix: str = "") -> None:
         with (self.folder / f"{_JSONL}{suffix}").open("a") as file:
             file.write(json.dumps(row) + "\n")
         with (self.folder / f"{_CSV}{suffix}").open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            writer = csv.DictWriter(file, self._columns)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)

@@ -62,6 +62,7 @@ _KEYS = {
     "batch_size": "train.batch_size",
     "world_size": "processes",
     "samples": "data.train",
+    "streamed": "data.in_memory",
     "num_workers": "data.workers",
     "shuffle_buffer": "data.shuffle_buffer",
 }
@@ -309,6 +310,8 @@ class Trainer:
         """Raises ConfigError where the batches would not be those of the run."""
         problems = []
         for name, (its, here) in self.loader.differences(saved).items():
+            if name == "streamed":  # what is in memory is not
+                its, here = not its, not here
             what = f"{its} images" if name == "samples" else f"{its}"
             problems.append(f"{_KEYS[name]}: expected {what}, as the run has, got {here}")
         if problems:
