@@ -557,6 +557,7 @@ def call():
     rows[(9,)](matrix, copy, 7, 5, BLOCK=8)
     out.view(10, 10).add_(1)
     torch.empty(3)
+    torch.promote_types(out.dtype, x.dtype)
 
 record = record_call(call)
 print(json.dumps([{name: asdict(each) for name, each in record.kernels.items()},

@@ -94,14 +94,16 @@ class _Operations(TorchDispatchMode):
 
 
 def _is_free(operation: Any) -> bool:
-    """Whether it launches nothing on a GPU: allocations, views, and numbers for the host."""
+    """Whether it launches nothing on a GPU: allocations, views, and what the host alone is told."""
     name = operation.name().partition("::")[2].partition(".")[0]
     if "empty" in name or name in ("_local_scalar_dense", "detach", "alias", "set_", "resize_"):
         return True
     returns = operation._schema.returns
-    return bool(returns) and all(
-        each.alias_info is not None and not each.alias_info.is_write for each in returns
-    )
+    if not returns:
+        return False
+    if not any("Tensor" in str(each.type) for each in returns):  # such as promote_types
+        return True
+    return all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
 
 
 @contextmanager
