@@ -227,6 +227,21 @@ def test_a_cache_that_was_deleted_is_made_anew(plain: Repository) -> None:
     assert (_snapshots(plain).base("HEAD").root / "a.txt").read_text() == "1"
 
 
+def test_a_commit_s_hook_leaves_the_commit_as_it_is(
+    plain: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.write({"a.txt": "2"})
+    git(plain.root, "add", "a.txt")
+    with monkeypatch.context() as hook:
+        hook.setenv("GIT_DIR", str(plain.root / ".git"))
+        hook.setenv("GIT_INDEX_FILE", str(plain.root / ".git/index"))
+        base = _snapshots(plain, 'git ls-files > found; test -z "$GIT_INDEX_FILE"').base("main")
+    assert (base.root / "a.txt").read_text() == "1"
+    assert (base.root / "found").read_text().split() == [".gitignore", "a.txt"]
+    assert git(plain.root, "status", "--porcelain").split() == ["M", "a.txt"]
+    assert git(plain.root, "diff", "--cached", "--name-only") == "a.txt"
+
+
 def test_an_unknown_ref_is_refused(plain: Repository) -> None:
     with pytest.raises(PerfError, match=r"no commit 'nowhere' in .*fetch-depth: 0"):
         _snapshots(plain).base("nowhere")

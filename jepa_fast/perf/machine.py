@@ -22,6 +22,9 @@ _REPORTS = frozenset({".csv", ".html", ".json", ".log", ".md", ".xml"})
 
 DEVICES = ("auto", "cpu", "cuda")
 
+_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_PREFIX")
+"""By which git tells its hooks what it is at work on."""
+
 
 def choose_device(wanted: str) -> str:
     """`"cpu"` or `"cuda"`, which `"auto"` is where there is a GPU.
@@ -93,20 +96,32 @@ def slug(text: str) -> str:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What `git -C folder ...` prints.
+    """What `git -C folder ...` prints, of the repository that the folder is in.
 
     Raises:
         PerfError: git is not installed, or refuses; with its own words.
     """
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+            ["git", "-C", str(folder), *arguments],
+            env=outside_hooks(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError as error:
         raise PerfError("git is not installed, and a commit was asked for") from error
     if done.returncode != 0:
         raise PerfError(f"`git {' '.join(arguments)}` in {folder}: {done.stderr.strip()}")
     return done.stdout.rstrip("\n")
+
+
+def outside_hooks() -> dict[str, str]:
+    """This process's environment, without what a git hook's would have another git work on.
+
+    Of a commit it is the index: a worktree that is added would be read into it, and committed.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
 
 
 def commit(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jepa_fast.perf.errors import BuildFailed, PerfError
 from jepa_fast.perf.files import write_text
-from jepa_fast.perf.machine import git, version_of
+from jepa_fast.perf.machine import git, outside_hooks, version_of
 
 _KEPT = 8
 """Snapshots of one repository; older ones are deleted."""
@@ -140,7 +140,7 @@ class Snapshots:
         if command is None and (root / "jepa_fast/ops/_build.py").is_file():
             command = f'"{sys.executable}" -m jepa_fast.cli build'
         if command:
-            environment = {**os.environ, **self._environment}
+            environment = {**outside_hooks(), **self._environment}
             done = subprocess.run(
                 command,
                 shell=True,
