@@ -242,6 +242,18 @@ def test_a_commit_s_hook_leaves_the_commit_as_it_is(
     assert git(plain.root, "diff", "--cached", "--name-only") == "a.txt"
 
 
+def test_a_cache_in_the_working_tree_is_no_part_of_it(plain: Repository) -> None:
+    heads = []
+    for _ in range(2):
+        snapshots = Snapshots(plain.root, plain.root / ".cache")
+        snapshots.base("HEAD")
+        heads.append(snapshots.head())
+    assert heads[0] == heads[1]
+    assert heads[0].changed == ()
+    assert not (heads[0].root / ".cache").exists()
+    assert git(plain.root, "status", "--porcelain") == ""
+
+
 def test_an_unknown_ref_is_refused(plain: Repository) -> None:
     with pytest.raises(PerfError, match=r"no commit 'nowhere' in .*fetch-depth: 0"):
         _snapshots(plain).base("nowhere")

@@ -172,6 +172,8 @@ class Snapshots:
     def _only_one(self, target: Path) -> Iterator[None]:
         """Others who want the same snapshot wait until it is there."""
         target.parent.mkdir(parents=True, exist_ok=True)
+        # No part of the working tree where the cache lies in it: each would hold all before it.
+        write_text(target.with_name(".gitignore"), "*\n")
         with open(target.with_name(f".{target.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
