@@ -193,6 +193,22 @@ def test_a_deleted_file_is_not_in_the_working_tree(plain: Repository) -> None:
     assert head.label.endswith(" and 1 changed file)")
 
 
+def test_a_link_to_a_folder_is_in_the_working_tree(plain: Repository) -> None:
+    plain.write({"library/b.txt": "2"})
+    (plain.root / "linked").symlink_to("library")
+    (plain.root / "lost").symlink_to("nowhere")
+    plain.commit()
+    snapshots = _snapshots(plain)
+    first = snapshots.head()
+    for version in (snapshots.base("HEAD"), first):
+        assert (version.root / "linked").readlink() == Path("library")
+        assert (version.root / "linked/b.txt").read_text() == "2"
+        assert (version.root / "lost").readlink() == Path("nowhere")
+    (plain.root / "linked").unlink()
+    (plain.root / "linked").symlink_to(".")
+    assert snapshots.head().root != first.root
+
+
 def test_versions_are_built_once(plain: Repository) -> None:
     log = plain.root.parent / "log"
     build = f"pwd >> {log}"

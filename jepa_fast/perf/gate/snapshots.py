@@ -110,7 +110,7 @@ class Snapshots:
         listed = git(
             self.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"
         ).split("\0")
-        names = sorted({name for name in listed if (self.root / name).is_file() and name})
+        names = sorted({name for name in listed if name and _is_there(self.root / name)})
         status = git(self.root, "status", "--porcelain", "--untracked-files=all")
         changed = tuple(line[3:] for line in status.splitlines())
         digest = hashlib.sha256()
@@ -126,7 +126,9 @@ class Snapshots:
                 for name in names:
                     copy = target / name
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(self.root / name, copy)
+                    file = self.root / name
+                    # A link to a file may lead out of the repository; one to a folder stays one.
+                    shutil.copy2(file, copy, follow_symlinks=file.is_file())
                 self._make(target, label)
         return Snapshot(target, label, commit, changed)
 
@@ -181,7 +183,14 @@ class Snapshots:
                 os.utime(target / _DONE)  # used now: not among the oldest
 
 
+def _is_there(path: Path) -> bool:
+    """Whether it is a file or a link, which git knows without what is in the folder behind it."""
+    return path.is_file() or path.is_symlink()
+
+
 def _content_digest(path: Path) -> bytes:
+    if not path.is_file():
+        return hashlib.sha256(os.fsencode(path.readlink())).digest()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
