@@ -259,6 +259,11 @@ def test_nothing_of_the_others_may_be_called_ours() -> None:
         _contest(FakeClock({}), ["ours"], Settings())
 
 
+def test_numbers_that_no_results_file_can_hold_are_refused() -> None:
+    with pytest.raises(PerfError, match="numbers must be finite, got error nan of cut"):
+        _contest(FakeClock({}), ["cut"], Settings(), numbers={"cut": {"error": float("nan")}})
+
+
 def test_first_calls_stop_where_the_budget_is_used_up() -> None:
     clock = FakeClock({"ours": 1.0, "a": 1.0, "b": 1.0})
     left = iter([5.0, 1.0, -3.0])

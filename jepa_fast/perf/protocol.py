@@ -176,6 +176,11 @@ class Contest:
         names = [OURS, *race.others, *race.variants]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise PerfError(f"a race has several providers called {', '.join(twice)}")
+        for name, numbers in race.numbers.items():
+            for what, number in numbers.items():
+                if not math.isfinite(number):  # which no results file could hold
+                    told = f"{what} {number} of {name}"
+                    raise PerfError(f"a race's numbers must be finite, got {told}")
         self.race = race
         self.device = device
         self.settings = settings
