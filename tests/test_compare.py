@@ -590,6 +590,12 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
             "another folder of it with --path",
         ),
         (
+            ["main"],
+            {"benchmarks/bench_more.py": SUITE},
+            6,
+            r"main \(.*cases that are there twice: dying/small, eager/small",
+        ),
+        (
             ["main", "--suite", "fresh"],
             {
                 "fresh/bench_fresh.py": SUITE.replace("import library", "import fresh as library"),

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +26,7 @@ import pytest
 
 from jepa_fast.perf.errors import NotHere, PerfError
 from jepa_fast.perf.machine import DEVICES, choose_device
-from jepa_fast.perf.race import Case, Entry, SetUp, check_names
+from jepa_fast.perf.race import Case, Entry, SetUp, check_names, check_unique
 
 if TYPE_CHECKING:
     from jepa_fast.perf.ceilings import Ceilings
@@ -137,7 +136,7 @@ class Races:
         operators: Sequence[str] = config.getoption("race_op", default=[])
         try:
             self._check_operators(operators, [_case_of(item).operator for item in races])
-            _check_unique(races)
+            check_unique((_case_of(item), _device_of(item)) for item in races)
             if not races:
                 return
             device = choose_device(config.getoption("race_device", default="auto"))
@@ -275,10 +274,3 @@ def _case_of(item: pytest.Item) -> Case:
 
 def _device_of(item: pytest.Item) -> str:
     return cast(Any, item).callspec.params["device"]
-
-
-def _check_unique(races: Sequence[pytest.Item]) -> None:
-    """Of two cases of the same name, one's record would replace the other's."""
-    counts = Counter((str(_case_of(item)), _device_of(item)) for item in races)
-    if twice := sorted({name for (name, _), count in counts.items() if count > 1}):
-        raise PerfError(f"cases that are there twice: {', '.join(twice)}")

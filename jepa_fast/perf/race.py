@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -164,7 +165,8 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
         failed: gets, by name, what files raised that cannot be imported; without it they raise.
 
     Raises:
-        PerfError: as `suite_files`.
+        PerfError: as `suite_files`, and for two benchmarks with a case of the same name: of one
+            nothing would be told.
     """
     modules = []
     with _beside(folder):
@@ -175,12 +177,15 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
                 if failed is None:
                     raise
                 failed[path.name] = error
-    return [
-        value.entry
+    entries = {
+        id(value.entry): value.entry  # once, where a file imports another's
         for module in modules
         for value in vars(module).values()
         if isinstance(getattr(value, "entry", None), Entry)
-    ]
+    }
+    found = list(entries.values())
+    check_unique((case, each) for entry in found for case in entry.cases for each in case.devices)
+    return found
 
 
 @contextmanager
@@ -213,6 +218,13 @@ def _load(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def check_unique(runs: Iterable[tuple[Case, str]]) -> None:
+    """Raises PerfError if two cases have the same name on a device: one would replace the other."""
+    counts = Counter((str(case), device) for case, device in runs)
+    if twice := sorted({name for (name, _), count in counts.items() if count > 1}):
+        raise PerfError(f"cases that are there twice: {', '.join(twice)}")
 
 
 def check_names(what: str, wanted: Sequence[str], known: Iterable[str]) -> None:
