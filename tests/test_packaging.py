@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from jepa_fast.info import describe
 from jepa_fast.ops import _build, _native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +163,40 @@ def test_a_library_older_than_its_sources_warns(
     finally:
         monkeypatch.undo()
         _native._load.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["", '{"parts": ["cpu"], "why', "[]"])
+def test_a_record_that_is_cut_short_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / _build.LIBRARY).write_text("a library")
+    (tmp_path / _build.RECORD).write_text(text)
+    monkeypatch.setenv("JEPA_FAST_NATIVE", str(tmp_path))
+    _native._load.cache_clear()
+    try:
+        assert _native.missing() == [
+            "the native library has no cpu kernels; `jepa-fast build` builds it"
+        ]
+        assert "native library: not built; `jepa-fast build` builds it" in describe()
+    finally:
+        monkeypatch.undo()
+        _native._load.cache_clear()
+
+
+def test_a_record_is_there_whole_or_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = _build.Record(parts=["cpu"])
+    earlier.write(tmp_path)
+
+    def full(path: Path, text: str) -> None:
+        path.write_bytes(text[:9].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        _build.Record(parts=["cpu", "cuda"]).write(tmp_path)
+    assert _build.Record.read(tmp_path) == earlier
 
 
 @needs_compiler

@@ -63,13 +63,22 @@ class Record:
     sources: str = ""
 
     def write(self, folder: Path) -> None:
-        (folder / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        # In one step, as the library: other processes read it.
+        partial = folder / f"{RECORD}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(partial, folder / RECORD)
 
     @classmethod
     def read(cls, folder: Path | None = None) -> Record | None:
-        """The record in `folder`, by default the library's, or None where no build has run."""
+        """The record in `folder`, by default the library's, or None where no build has run.
+
+        Nor has one that was stopped while it wrote, as by a full disk.
+        """
         path = (library_folder() if folder is None else folder) / RECORD
-        return cls(**json.loads(path.read_text())) if path.is_file() else None
+        try:
+            return cls(**json.loads(path.read_text())) if path.is_file() else None
+        except (TypeError, ValueError):
+            return None
 
     def is_older_than_sources(self) -> bool:
         """Whether the sources here are others than those that were built; False without any."""
