@@ -147,6 +147,23 @@ def test_wanted_parts_that_cannot_be_built_are_errors(
         _build.wanted()
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("MAX_JOBS", "all", "MAX_JOBS must be a positive number, got 'all'"),
+        ("MAX_JOBS", "0", "MAX_JOBS must be a positive number, got '0'"),
+        ("JEPA_FAST_CXXFLAGS", "-DA='b", "JEPA_FAST_CXXFLAGS: No closing quotation in"),
+    ],
+)
+def test_settings_that_say_nothing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(_build.BuildError, match=told):
+        _build.build(tmp_path, "cpu")
+
+
 def test_a_library_older_than_its_sources_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

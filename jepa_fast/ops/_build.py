@@ -174,8 +174,7 @@ def _compile_and_link(folder: Path, record: Record, *, cuda: bool) -> None:
             [*compilers[path.suffix], "-c", str(path), "-o", output]
             for path, output in zip(files, objects, strict=True)
         ]
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=jobs) as pool:
+        with ThreadPoolExecutor(max_workers=_jobs()) as pool:
             list(pool.map(_run, commands))
         linked = Path(scratch, LIBRARY)
         _run(_link_command(host, compilers.get(".cu"), torch, objects, linked))
@@ -185,6 +184,13 @@ def _compile_and_link(folder: Path, record: Record, *, cuda: bool) -> None:
         os.replace(partial, folder / LIBRARY)
     record.parts = ["cpu", "cuda"] if cuda else ["cpu"]
     record.compilers = [_version(command[0]) for command in compilers.values()]
+
+
+def _jobs() -> int:
+    given = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not given.isdecimal() or int(given) == 0:
+        raise BuildError(f"MAX_JOBS must be a positive number, got {given!r}")
+    return int(given)
 
 
 def _torch_folder() -> Path:
@@ -230,7 +236,11 @@ def _host_flags(torch: Path) -> list[str]:
 
 
 def _more_flags() -> list[str]:
-    return shlex.split(os.environ.get("JEPA_FAST_CXXFLAGS", ""))
+    given = os.environ.get("JEPA_FAST_CXXFLAGS", "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"JEPA_FAST_CXXFLAGS: {error} in {given!r}") from error
 
 
 def _cuda_flags(nvcc: str, host: str, torch: Path) -> list[str]:
