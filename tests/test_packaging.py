@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -77,6 +78,22 @@ def test_pure_wheel_has_what_is_needed_to_add_the_library(tree: Path) -> None:
     assert expected <= names
     assert "jepa_fast/py.typed" in names
     assert not {name for name in names if name.endswith(".so") or name.startswith("tests/")}
+
+
+def test_a_source_archive_has_what_its_tests_and_readme_point_to(tree: Path) -> None:
+    shutil.copytree(ROOT / "examples", tree / "examples")
+    shutil.copy(ROOT / "MANIFEST.in", tree)
+    program = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", program], cwd=tree, check=True, capture_output=True)
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    expected = {
+        str(path.relative_to(tree))
+        for folder in ("benchmarks", "csrc", "examples")
+        for path in (tree / folder).rglob("*")
+    }
+    assert expected - names == set()
 
 
 @needs_compiler
