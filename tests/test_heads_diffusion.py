@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -119,6 +120,30 @@ def test_few_steps_narrow_a_standard_normal_by_what_the_head_documents() -> None
             variance = gain**2 * variance + fresh
         found.append(f"{variance:.2f}")
     assert described == found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_weights_and_no_tables(dtype: torch.dtype) -> None:
+    """Also not the frequencies of time: up to 1000 radians, rounded they are off by whole ones."""
+    head = DiffusionHead(4, 3, hidden_dim=8)
+    half = copy.deepcopy(head).to(dtype)
+    assert half.network.input.weight.dtype == dtype
+    for name in ("signal", "noise", "network.signal", "network.noise", "network.time.frequencies"):
+        assert torch.equal(half.get_buffer(name), head.get_buffer(name))
+        assert copy.deepcopy(half).to("meta").get_buffer(name).is_meta
+        assert copy.deepcopy(head).double().get_buffer(name).dtype == torch.float64
+    time = torch.linspace(0, 1, 100)
+    expected = head.network.time(time)
+    error = half.network.time(time).float() - expected
+    assert error.abs().max() < 0.03 * expected.abs().max()
+
+
+def test_samples_of_ddpm_in_bfloat16_are_as_wide_as_in_float32() -> None:
+    """Its steps are small: two signals of one bfloat16 would leave no room for fresh noise."""
+    head = DiffusionHead(4, 3, hidden_dim=8, depth=1, sampler="ddpm", steps=1000).bfloat16()
+    condition = torch.zeros(100, 4, dtype=torch.bfloat16)
+    samples = head.distribution(condition).sample(50, torch.Generator().manual_seed(0))
+    assert samples.var().item() == pytest.approx(0.985, abs=0.05)  # 0.86 of rounded signals
 
 
 def test_ddim_is_a_function_of_its_starting_noise_and_ddpm_is_not() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.nn.linear import Linear
+from jepa_fast.nn.precision import WideBuffers
 
 _MODULATIONS = 1 << 24
 """Numbers that a sampler computes ahead: 64 MiB of float32."""
@@ -90,7 +91,7 @@ class AdaLNBlock(nn.Module):
         return h + gate * self.fc2(F.silu(self.fc1(_modulate(h, shift, scale))))
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(WideBuffers):
     """Sines and cosines of time at 128 frequencies, then a two-layer MLP."""
 
     frequencies: Tensor

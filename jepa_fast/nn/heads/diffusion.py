@@ -19,7 +19,7 @@ from jepa_fast.nn.heads.interface import (
     standard_normal_log_prob,
 )
 from jepa_fast.nn.heads.ode import integrate_with_divergence, recordable
-from jepa_fast.nn.precision import widened
+from jepa_fast.nn.precision import WideBuffers, widened
 from jepa_fast.ops._checks import check_choice, check_integer, check_number
 
 
@@ -39,7 +39,7 @@ def alpha_bar(schedule: str, timesteps: int) -> Tensor:
     return torch.cumprod(1 - beta.clamp(max=0.999), 0)
 
 
-class NoiseNetwork(AdaLNMlp):
+class NoiseNetwork(WideBuffers, AdaLNMlp):
     """Tells the noise in `x_t`: `noise[t] * x_t + signal[t] * v`, where the MLP is asked for v.
 
     With v = 0, as it begins, that is the best guess for targets of mean 0 and variance 1, such as
@@ -94,7 +94,7 @@ class NoiseNetwork(AdaLNMlp):
         return noise * z + signal * v
 
 
-class DiffusionHead(MaskedHead):
+class DiffusionHead(WideBuffers, MaskedHead):
     """Denoising diffusion of each target embedding on its own, given the predictor's token.
 
     With `x_t = signal[t] * target + noise[t] * e`, a `NoiseNetwork` is trained to tell e by mean
