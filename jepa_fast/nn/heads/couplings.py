@@ -30,8 +30,12 @@ class ActNorm(nn.Module):
     `initialised` is in the state dict, so a resumed run does not set them again. Of fewer than 2
     rows in all there is no variance: the next batch sets them.
 
+    FSDP's parameters in a forward pass are copies, and what would be written there is lost: they
+    are set by a first batch before the model is sharded.
+
     Raises:
         ValueError: in `forward`, the data that are to set them are not finite.
+        RuntimeError: in `forward`, data are to set parameters that FSDP has sharded.
 
     Source: Glow, arXiv 1807.03039, section 3.1.
     """
@@ -61,6 +65,12 @@ class ActNorm(nn.Module):
         True; None: from all."""
         if self.is_set:
             return
+        if getattr(self, "_is_fsdp_managed_module", False):  # torch's mark, for torch.compile
+            raise RuntimeError(
+                "ActNorm: the first training batch, which sets scales and shifts, must come before "
+                "FSDP shards them, got sharded ones; run the model on a batch in training mode, or "
+                "load a state dict of a trained one, and call fully_shard then"
+            )
         wide = x.double()
         count = wide.new_full(wide.shape[1:], len(x))
         if row_mask is not None:

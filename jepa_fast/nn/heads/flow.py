@@ -32,7 +32,8 @@ class CouplingFlowHead(MaskedHead):
     wider where the inverse matters: in bfloat16 a coupling's network rounds what it reads.
 
     The first batch in training mode sets the ActNorms: that of `forward`, or of `log_prob` where
-    gradients are recorded. Questions that take no gradient, such as `entropy`, set nothing.
+    gradients are recorded. Questions that take no gradient, such as `entropy`, set nothing. Of a
+    model that FSDP has sharded it cannot: run that batch first.
 
     A target so far out that its density is no float32 (or one that is not finite itself) gives a
     loss that is not finite, which stops a training run with the step's number; `overflows` counts
@@ -61,6 +62,7 @@ class CouplingFlowHead(MaskedHead):
     Raises:
         TypeError: a size or a seed that is no integer, a bound that is no number.
         ValueError: an unknown name, a size below 1, a bound that is not positive.
+        RuntimeError: in `forward`, the first batch is one of a sharded model.
 
     Source: RealNVP, arXiv 1605.08803; ActNorm, arXiv 1807.03039.
     """
