@@ -10,6 +10,7 @@ import torch
 from scipy import special, stats
 from test_mixture_nll import each_event, each_family, oracle, parameters
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_fast import ops
 
@@ -241,6 +242,29 @@ def test_compiles_without_a_break(function: Any) -> None:
     arguments = mixture(3, 2, 4, "joint")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+def test_sampling_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+    _, *parameters = mixture(3, 2, 4, "joint")
+    compiled = torch.compile(ops.mixture_sample, fullgraph=True, backend="aot_eager")
+    assert compiled(*parameters, n=5).shape == (5, 3, 4)
+
+
+@pytest.mark.parametrize("function", [ops.mixture_cdf, ops.mixture_responsibilities])
+def test_targets_mapped_by_vmap(function: Any) -> None:
+    target, *parameters = mixture(3, 2, 4, "joint")
+    targets = torch.stack([target, 2 * target])
+    mapped = torch.func.vmap(lambda each: function(each, *parameters))(targets)
+    torch.testing.assert_close(mapped[1], function(targets[1], *parameters))
+
+
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with FakeTensorMode() as mode:
+        target, *parameters = (mode.from_tensor(x) for x in mixture(3, 2, 4, "joint"))
+        assert ops.mixture_cdf(target, *parameters).shape == (3, 4)
+        assert ops.mixture_responsibilities(target, *parameters).shape == (3, 2)
+        assert ops.mixture_sample(*parameters, n=5).shape == (5, 3, 4)
 
 
 ARGUMENTS = {

@@ -235,9 +235,9 @@ def may_be_read(tensor: Tensor) -> bool:
 def check_finite(op: str, argument: str, tensor: Tensor) -> None:
     """Raises ValueError if an element is NaN or infinite; reads the values as `reads_values` says.
 
-    In compiled code it does nothing.
+    Of values that Python may not ask for (`may_be_read`) it says nothing.
     """
-    if torch.compiler.is_compiling() or not reads_values(tensor):
+    if not may_be_read(tensor) or not reads_values(tensor):
         return
     bad = ~tensor.isfinite()
     if bool(bad.any()):
