@@ -370,6 +370,30 @@ def test_a_head_is_normalised_by_training_and_resumes_without_doing_it_again() -
     torch.testing.assert_close(resumed.norms[0].loc, target.mean(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_free", [False, True])
+def test_half_precision_rounds_the_norms_parameters_alone(
+    dtype: torch.dtype, memory_free: bool
+) -> None:
+    """What they do to a target is undone, and counted, as in float32."""
+    torch.manual_seed(0)
+    head = CouplingFlowHead(4, 64, memory_free=memory_free).to(dtype)
+    condition, z = torch.randn(9, 4), 5 + 3 * torch.randn(9, 64)
+    head(condition, z).backward()  # sets them; its couplings are the identity
+    assert head.norms[0].loc.grad.dtype == dtype
+    wide = copy.deepcopy(head).double()
+    u, logdet = head.to_noise(z, condition)
+    expected, expected_logdet = wide.to_noise(z.double(), condition.double())
+    torch.testing.assert_close(u.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logdet.double(), expected_logdet, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(head.from_noise(u, condition), z, rtol=1e-5, atol=1e-5)
+    norm = head.norms[0]
+    y, change = norm(z)
+    back, undone = norm(y, inverse=True)
+    torch.testing.assert_close(back, z, rtol=1e-5, atol=1e-5)
+    assert change.item() == -undone.item() == pytest.approx(-norm.log_scale.double().sum().item())
+
+
 def test_questions_leave_the_norms_to_the_first_batch() -> None:
     """A model is in training mode from the start, and may be asked before it is trained."""
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from jepa_fast import ops
 from jepa_fast.nn.linear import linear
+from jepa_fast.nn.precision import widened
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import may_be_read
 
@@ -53,11 +54,12 @@ class ActNorm(nn.Module):
 
     def forward(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """(y [T, D], log |det dy/dx|, the same for every row)."""
-        if inverse:
-            return x * torch.exp(self.log_scale) + self.loc, self.log_scale.sum()
-        if self.training:
+        if self.training and not inverse:
             self.initialise(x)
-        return (x - self.loc) * torch.exp(-self.log_scale), -self.log_scale.sum()
+        loc, log_scale = widened(self.loc), widened(self.log_scale)
+        if inverse:
+            return x * torch.exp(log_scale) + loc, log_scale.sum()
+        return (x - loc) * torch.exp(-log_scale), -log_scale.sum()
 
     @torch.no_grad()
     def initialise(self, x: Tensor, row_mask: Tensor | None = None) -> None:
@@ -130,7 +132,8 @@ class Step(NamedTuple):
     """What an ActNorm and its coupling do to the P coordinates that pass and the F that change.
 
     Of the coupling's network only what counts: the weights of the coordinates that pass, and those
-    that scale and shift of the others come from.
+    that scale and shift of the others come from. What belongs to the ActNorm is in float32 at
+    least: `exp(s)` and `exp(-s)` rounded to bfloat16 would not undo each other.
     """
 
     kept_loc: Tensor  # [P]
@@ -215,11 +218,12 @@ class Coupling(nn.Module):
 
     def step(self, norm: ActNorm) -> Step:
         """This coupling after `norm`."""
+        loc, log_scale = widened(norm.loc), widened(norm.log_scale)
         return Step(
-            _selected(norm.loc, 0, self.kept),
-            _selected(norm.log_scale, 0, self.kept),
-            _selected(norm.loc, 0, self.free),
-            _selected(norm.log_scale, 0, self.free),
+            _selected(loc, 0, self.kept),
+            _selected(log_scale, 0, self.kept),
+            _selected(loc, 0, self.free),
+            _selected(log_scale, 0, self.free),
             _selected(self.from_target.weight, 1, self.kept),
             self.from_target.bias,
             self.from_condition.weight,

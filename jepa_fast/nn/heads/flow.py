@@ -154,7 +154,7 @@ class CouplingFlowHead(MaskedHead):
         couplings = [coupling for _, coupling in layers]
         steps = [coupling.step(norm) for norm, coupling in layers]
         kept, free = couplings[0].split(z)
-        of_norms = -torch.cat([norm.log_scale for norm, _ in layers]).sum()
+        of_norms = -widened(torch.cat([norm.log_scale for norm, _ in layers])).sum()
         plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if self.memory_free and torch.is_grad_enabled() and not plain:
             flat = itertools.chain(*steps)
