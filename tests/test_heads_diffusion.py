@@ -138,6 +138,17 @@ def test_half_precision_rounds_weights_and_no_tables(dtype: torch.dtype) -> None
     assert error.abs().max() < 0.03 * expected.abs().max()
 
 
+def test_frequencies_are_the_same_under_any_default_dtype() -> None:
+    expected = adaln.TimeEmbedding(8).frequencies
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = adaln.TimeEmbedding(8).frequencies
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_samples_of_ddpm_in_bfloat16_are_as_wide_as_in_float32() -> None:
     """Its steps are small: two signals of one bfloat16 would leave no room for fresh noise."""
     head = DiffusionHead(4, 3, hidden_dim=8, depth=1, sampler="ddpm", steps=1000).bfloat16()

@@ -100,7 +100,8 @@ class TimeEmbedding(WideBuffers):
         super().__init__()
         # From 1000 down to 0.1 radians over the unit interval. Not `linspace`: transformers puts it
         # on the CPU while it loads a model, and `with torch.device("meta")` may miss it ever after.
-        share = torch.arange(num_frequencies) / (num_frequencies - 1)
+        # In float32 also where torch's default dtype is a half one, as while transformers loads.
+        share = torch.arange(num_frequencies, dtype=torch.float32) / (num_frequencies - 1)
         frequencies = 1000 * torch.exp(-math.log(10_000) * share)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.fc1 = Linear(2 * num_frequencies, width)
