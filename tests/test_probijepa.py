@@ -240,6 +240,23 @@ def test_densities_in_inference_mode_are_those_outside(name: str) -> None:
     assert torch.equal(got, expected)
 
 
+@each_head
+def test_moments_found_in_inference_mode_serve_training(name: str) -> None:
+    torch.manual_seed(0)
+    head = create_head(name, 4, 3, OPTIONS[name] | {"moment_samples": 8}).eval()
+    condition, z = torch.randn(5, 4), torch.randn(5, 3)
+    distribution, expected = head.distribution(condition), head.distribution(condition)
+    with torch.inference_mode():
+        given = head.distribution(condition + 0)
+        assert torch.equal(given.mean, expected.mean)
+        assert torch.equal(given.cdf(z + 0), expected.cdf(z))
+        for ask in (lambda: distribution.mean, lambda: distribution.variance):
+            assert ask().isfinite().all()
+    factor = torch.ones(5, 3, requires_grad=True)
+    (factor * distribution.mean * distribution.variance).sum().backward()
+    torch.testing.assert_close(factor.grad, (expected.mean * expected.variance).detach())
+
+
 @pytest.mark.parametrize("name", OWN_SAMPLES)
 def test_moments_come_from_as_many_samples_as_the_head_says(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ from jepa_fast.ops._checks import (
 
 _KEPT_BYTES = 2**29
 """Of samples that a distribution keeps: drawing them solves an ODE for some heads."""
+
+_Answer = TypeVar("_Answer")
+
+
+def _to_keep(question: Callable[..., _Answer]) -> Callable[..., _Answer]:
+    """Without gradients, but not in inference mode, whose tensors autograd would refuse later."""
+    return torch.inference_mode(False)(torch.no_grad()(question))
 
 
 class LatentDistribution(ABC):
@@ -155,7 +163,7 @@ class LatentDistribution(ABC):
         check_finite("cdf", "z", z)
         return self._cdf(widened(z))
 
-    @torch.no_grad()
+    @_to_keep
     def _cdf(self, z: Tensor) -> Tensor:
         """[T, D] from z [T, D], which is finite, in float32 or wider."""
         rank = torch.zeros_like(z)
@@ -164,7 +172,7 @@ class LatentDistribution(ABC):
         return (rank + 0.5) / (self.moment_samples + 1)
 
     @cached_property
-    @torch.no_grad()
+    @_to_keep
     def _sampled_entropy(self) -> Tensor:
         total = torch.zeros(self.tokens, dtype=torch.float64, device=self.device)
         for samples in self._own_samples():
@@ -192,7 +200,7 @@ class LatentDistribution(ABC):
             self.__dict__["_kept_samples"] = drawn
 
     @cached_property
-    @torch.no_grad()
+    @_to_keep
     def _sampled_moments(self) -> tuple[Tensor, Tensor]:
         """(mean, variance).
 
