@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.export import register_dataclass
 
 
 @dataclass
@@ -27,3 +28,8 @@ class JepaOutput:
     metrics: dict[str, Tensor]
     prediction: Tensor
     target: Tensor
+
+
+# As a tree of tensors, in which DistributedDataParallel finds the loss (with static_graph=True it
+# would average no gradients at the first step), and which torch.export takes for a result.
+register_dataclass(JepaOutput)
