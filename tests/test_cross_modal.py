@@ -206,3 +206,20 @@ def test_bad_arguments() -> None:
     long = torch.randn(3, 513, 12)
     with pytest.raises(ValueError, match="words: expected at most 512 a text, got 513"):
         build(representation="token")(None, None, long, image_features=batch()[0])
+
+
+@pytest.mark.parametrize("representation", ["pooled", "token"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_built_on_the_meta_device_and_loaded(representation: str, assign: bool) -> None:
+    """Positions, which are in no state dict, are there again, whatever the memory held."""
+    image, text = batch()
+    model = build(representation=representation)
+    with torch.device("meta"):
+        other = build(representation=representation)
+    if not assign:
+        other.to_empty(device="cpu")
+        for buffer in other.buffers():
+            nn.init.normal_(buffer)
+    other.load_state_dict(model.state_dict(), assign=assign)
+    losses = [each(None, None, text, image_features=image).loss for each in (model, other)]
+    assert torch.equal(*losses)

@@ -368,6 +368,33 @@ def test_on_the_meta_device(name: str, hidden: set[Any], monkeypatch: pytest.Mon
 
 
 @each_head
+@pytest.mark.parametrize("assign", [False, True])
+def test_built_on_the_meta_device_and_loaded(name: str, assign: bool) -> None:
+    """What is in no state dict is there again, whatever the memory held."""
+    torch.manual_seed(0)
+    images, masks = make_batch()
+    model = make_model(name, **OPTIONS[name]).eval()
+    with torch.device("meta"):
+        other = make_model(name, **OPTIONS[name]).eval()
+    for p in model.head.parameters():
+        nn.init.normal_(p, std=0.1)
+    if not assign:
+        other.to_empty(device="cpu")
+        for buffer in other.buffers():
+            buffer.fill_(-1)
+    other.load_state_dict(model.state_dict(), assign=assign)
+    losses, likelihoods = [], []
+    for each in (model, other):
+        torch.manual_seed(1)
+        losses.append(each(images, masks).loss)
+        with torch.no_grad():
+            distribution = each.predict_distribution(images, masks)
+            likelihoods.append(distribution.log_prob(each.targets(images, masks)))
+    assert torch.equal(*losses)
+    assert torch.equal(*likelihoods)
+
+
+@each_head
 def test_heads_compile_without_a_break(name: str) -> None:
     """From the first batch on, which sets the flow's ActNorm."""
     torch._dynamo.reset()

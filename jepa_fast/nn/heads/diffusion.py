@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa_fast import ops
+from jepa_fast.nn.constants import filled_again
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.interface import (
     LatentDistribution,
@@ -23,20 +25,31 @@ from jepa_fast.nn.precision import WideBuffers, widened
 from jepa_fast.ops._checks import check_choice, check_integer, check_number
 
 
-def alpha_bar(schedule: str, timesteps: int) -> Tensor:
+def alpha_bar(schedule: str, timesteps: int, device: str | None = None) -> Tensor:
     """[timesteps] float64: the share of the signal's variance left after step t, falling with t.
 
     `"linear"`: beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), other numbers of steps
     scaled to the same total. `"cosine"`: arXiv 2102.09672, equation 17, beta cut at 0.999.
     """
     if schedule == "linear":
-        share = torch.arange(timesteps, dtype=torch.float64) / max(timesteps - 1, 1)
+        share = torch.arange(timesteps, dtype=torch.float64, device=device) / max(timesteps - 1, 1)
         beta = (1e-4 + (0.02 - 1e-4) * share) * (1000 / timesteps)
     else:
-        time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        time = torch.arange(timesteps + 1, dtype=torch.float64, device=device) / timesteps
         level = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
         beta = 1 - level[1:] / level[:-1]
     return torch.cumprod(1 - beta.clamp(max=0.999), 0)
+
+
+def _signal_and_noise(
+    schedule: str, timesteps: int, device: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """[timesteps] each, of `x_t = signal[t] * target + noise[t] * e`."""
+    # Where the linear schedule ends. With less of the signal left, as at the cosine one's end, what
+    # divides by it would multiply roundings.
+    remaining = alpha_bar(schedule, timesteps, device).clamp(min=4e-5)
+    # Rounded from float64: in float32, 1 - alpha_bar would lose what matters at small t.
+    return remaining.sqrt().float(), (1 - remaining).sqrt().float()
 
 
 class NoiseNetwork(WideBuffers, AdaLNMlp):
@@ -163,15 +176,14 @@ class DiffusionHead(WideBuffers, MaskedHead):
         self.probes = probes
         self.draws = draws
         self.check_options()
-        # Where the linear schedule ends. With less of the signal left, as at the cosine one's end,
-        # what divides by it would multiply roundings.
-        remaining = alpha_bar(schedule, timesteps).clamp(min=4e-5)
-        # Rounded from float64: in float32, 1 - alpha_bar would lose what matters at small t.
-        self.register_buffer("signal", remaining.sqrt().float(), persistent=False)
-        self.register_buffer("noise", (1 - remaining).sqrt().float(), persistent=False)
+        self.schedule = schedule
+        signal, noise = _signal_and_noise(schedule, timesteps)
+        self.register_buffer("signal", signal, persistent=False)
+        self.register_buffer("noise", noise, persistent=False)
         self.network = NoiseNetwork(
             target_dim, condition_dim, hidden_dim, depth, self.signal, self.noise
         )
+        self.register_load_state_dict_post_hook(_fill_schedule)
 
     def check_options(self) -> None:
         """Raises unless what may be set later is what it may be."""
@@ -218,6 +230,16 @@ class DiffusionHead(WideBuffers, MaskedHead):
         self.check_options()
         last = self.timesteps - 1
         return [round(last - last * i / max(self.steps - 1, 1)) for i in range(self.steps)]
+
+
+def _fill_schedule(head: nn.Module, _: Any) -> None:
+    if isinstance(head, DiffusionHead) and not head.network.time.fc1.weight.is_meta:
+        signal, noise = _signal_and_noise(head.schedule, head.timesteps, "cpu")
+        device = head.network.time.fc1.weight.device
+        modules: tuple[DiffusionHead | NoiseNetwork, ...] = (head, head.network)
+        for module in modules:
+            module.signal = filled_again(module.signal, signal, device)
+            module.noise = filled_again(module.noise, noise, device)
 
 
 class DiffusionDistribution(LatentDistribution):
