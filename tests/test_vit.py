@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,6 +195,37 @@ def test_bad_sizes_are_refused() -> None:
     encoder = VisionTransformer(**TINY)
     with pytest.raises(ValueError, match="keep_mask: expected None without keep"):
         encoder(torch.randn(1, 3, 16, 16), None, torch.ones(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("img_size", 16.0, TypeError),
+        ("img_size", None, TypeError),
+        ("patch_size", torch.tensor(4), TypeError),
+        ("embed_dim", 0, ValueError),
+        ("depth", 1.5, TypeError),
+        ("depth", -1, ValueError),
+        ("mlp_ratio", 0, ValueError),
+        ("mlp_ratio", "4", TypeError),
+        ("eps", -1e-6, ValueError),
+        ("in_channels", None, TypeError),
+        ("interpolate_positions", 1, TypeError),
+    ],
+)
+def test_options_are_refused_by_name(option: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"{option}: expected .*, got "):
+        VisionTransformer(**{**TINY, option: value})
+
+
+def test_sizes_may_be_numpys() -> None:
+    assert VisionTransformer(**{**TINY, "img_size": numpy.int64(16)}).grid == (4, 4)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 3, 16, 16)])
+def test_images_of_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images: expected \[B, C, H, W\], got shape \("):
+        VisionTransformer(**TINY)(torch.zeros(shape))
 
 
 def test_protocol() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_counts, check_number, flag, integer
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.packed import Sequences
@@ -154,12 +155,18 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     """``value`` as (height, width); an int stands for both.
 
     Raises:
+        TypeError: neither an integer nor a sequence.
         ValueError: not one or two positive integers.
     """
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+    if isinstance(value, Integral):
+        sides: Sequence[Any] = (value, value)
+    elif isinstance(value, Sequence):
+        sides = value
+    else:
+        raise TypeError(f"{name}: expected one or two positive integers, got {value!r}")
+    if len(sides) != 2 or not all(map(_is_count, sides)):
         raise ValueError(f"{name}: expected one or two positive integers, got {value!r}")
-    return sides
+    return int(sides[0]), int(sides[1])
 
 
 class PatchEmbed(nn.Module):
@@ -195,7 +202,8 @@ class VisionTransformer(nn.Module):
         in_channels: channels of the image.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown ``init``.
+        TypeError: an option of the wrong type.
+        ValueError: sizes that do not divide or are not positive, or an unknown ``init``.
     """
 
     def __init__(
@@ -212,12 +220,16 @@ class VisionTransformer(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_counts(embed_dim=embed_dim, in_channels=in_channels)
+        integer("depth", depth, least=0)
+        check_number("mlp_ratio", mlp_ratio)
+        check_number("eps", eps)
         self.img_size = pair(img_size, "img_size")
         self.patch_size = pair(patch_size, "patch_size")
         self.grid = self._grid_of(self.img_size)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
-        self.interpolate_positions = interpolate_positions
+        self.interpolate_positions = flag("interpolate_positions", interpolate_positions)
         self.patch_embed = PatchEmbed(self.patch_size, embed_dim, in_channels)
         # A buffer, since it is never trained; the state dict names it as the public code does.
         self.pos_embed: Tensor
@@ -275,7 +287,9 @@ class VisionTransformer(nn.Module):
                 "them, for instance (images / 255 - mean) / std"
             )
         weight = self.patch_embed.proj.weight
-        if images.ndim == 4 and images.shape[1] != weight.shape[1]:
+        if images.ndim != 4:
+            raise ValueError(f"images: expected [B, C, H, W], got shape {tuple(images.shape)}")
+        if images.shape[1] != weight.shape[1]:
             raise ValueError(
                 f"images: expected {weight.shape[1]} channels, [B, {weight.shape[1]}, H, W], got "
                 f"shape {tuple(images.shape)}; repeat a grey one, images.expand(-1, 3, -1, -1), or "
@@ -300,8 +314,6 @@ class VisionTransformer(nn.Module):
         return height // patch_height, width // patch_width
 
     def _positions(self, images: Tensor) -> Tensor:
-        if images.ndim != 4:
-            raise ValueError(f"images: expected [B, C, H, W], got shape {tuple(images.shape)}")
         size = (images.shape[2], images.shape[3])
         if size == self.img_size:
             return self.pos_embed
