@@ -14,9 +14,7 @@ from jepa_fast.models.collapse import collapse_metrics
 from jepa_fast.models.ijepa import make_teacher, update_teachers
 from jepa_fast.models.output import JepaOutput
 from jepa_fast.models.vicreg import insured_loss
-from jepa_fast.nn.constants import filled_again
 from jepa_fast.nn.cross_modal import CrossModalPredictor, ModalityEncoder, pairwise_energy, pool
-from jepa_fast.nn.position import sincos_position_embedding
 from jepa_fast.nn.precision import widened
 from jepa_fast.ranges import phase
 
@@ -98,21 +96,15 @@ class CrossModal(nn.Module):
             }
         )
         self.target_encoder = make_teacher(self.context_encoder)
-        self.grids = {"image": grid, "text": (1, _MAX_WORDS)}
+        grids = {"image": grid, "text": (1, _MAX_WORDS)} if representation == "token" else {}
         self.predictor = nn.ModuleDict(
             {
                 f"{source}_to_{goal}": CrossModalPredictor(
-                    width,
-                    self._positions(goal, predictor_dim),
-                    predictor_dim,
-                    predictor_depth,
-                    predictor_heads,
-                    init,
+                    width, grids.get(goal), predictor_dim, predictor_depth, predictor_heads, init
                 )
                 for source, goal in _DIRECTIONS
             }
         )
-        self.register_load_state_dict_post_hook(_fill_positions)
 
     def forward(self, image: Tensor, words: Tensor, word_mask: Tensor | None) -> JepaOutput:
         """One training step's loss, the mean of both directions.
@@ -192,12 +184,6 @@ class CrossModal(nn.Module):
         self.target_encoder.eval()
         return self
 
-    def _positions(self, goal: str, width: int) -> Tensor | None:
-        """``[P, width]`` of a modality's tokens; None: there is one, which has no position."""
-        if self.representation == "pooled":
-            return None
-        return sincos_position_embedding(width, self.grids[goal])
-
     def _represent(
         self, encoder: Any, image: Tensor, words: Tensor, word_mask: Tensor | None
     ) -> dict[str, _Tokens]:
@@ -243,20 +229,6 @@ class CrossModal(nn.Module):
         to_image = pairwise_energy(predictions["image"], *target["image"])  # [Bt, Bi]
         to_text = pairwise_energy(predictions["text"], *target["text"])  # [Bi, Bt]
         return (to_image.T + to_text) / 2
-
-
-def _fill_positions(model: nn.Module, _: Any) -> None:
-    if not isinstance(model, CrossModal):
-        return
-    for source, goal in _DIRECTIONS:
-        predictor: Any = model.predictor[f"{source}_to_{goal}"]
-        device = predictor.mask_token.device
-        if device.type != "meta":
-            with torch.device("cpu"):
-                positions = model._positions(goal, predictor.positions.shape[1])
-                if positions is None:
-                    positions = torch.zeros(predictor.positions.shape)
-            predictor.positions = filled_again(predictor.positions, positions, device)
 
 
 def _energy_metrics(energy: Tensor, written: Tensor | None) -> dict[str, Tensor]:

@@ -1,22 +1,60 @@
-"""Buffers that follow from a module's options, and are in no state dict for that."""
+"""Buffers that follow from a module's options alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-@torch.no_grad()
-def filled_again(buffer: Tensor, values: Tensor, device: torch.device) -> Tensor:
-    """The buffer with its values, for hooks of ``load_state_dict``: in a model that was built on
-    the meta device, ``to_empty`` leaves in it whatever the memory held.
+class ConstantBuffers(nn.Module):
+    """A module with buffers that no state dict holds, since `constants` makes them.
 
-    Args:
-        buffer: filled in place, but on the meta device, where it stays after a state dict has been
-            loaded with ``assign=True``.
-        values: of its shape; cast to its dtype.
-        device: of what takes the place of a buffer on the meta device.
+    `.bfloat16()` and the like leave them as wide as they are: rounded, they would not be those that
+    the weights were trained with. Where the module leaves the meta device, by `to_empty` or by
+    `load_state_dict(assign=True)`, they are made anew.
     """
-    if buffer.is_meta:
-        return values.to(device, buffer.dtype)
-    return buffer.copy_(values)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers by name, on torch's default device."""
+        raise NotImplementedError
+
+    def register_constants(self) -> None:
+        """Makes the buffers; called once, by a constructor that has set what they follow from."""
+        constants = self.constants()
+        self._constant_names = tuple(constants)
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)
+        self.register_load_state_dict_post_hook(_follow_parameters)
+
+    def make_anew(self, device: torch.device) -> None:
+        """Puts the buffers, as made, on a device."""
+        with torch.device("cpu"):  # not on what may be the default device: they have values
+            constants = self.constants()
+        for name, constant in constants.items():
+            setattr(self, name, constant.to(device))
+
+    def on_meta(self) -> bool:
+        """Whether a buffer has no values."""
+        return any(self.get_buffer(name).is_meta for name in self._constant_names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConstantBuffers:
+        before = {name: self.get_buffer(name) for name in self._constant_names}
+        had_values = not self.on_meta()
+        super()._apply(fn, recurse)
+        if had_values:
+            for name, wide in before.items():
+                now = self.get_buffer(name)
+                if now.dtype.itemsize < wide.dtype.itemsize:
+                    setattr(self, name, wide.to(now.device))
+        elif not self.on_meta():
+            self.make_anew(self.get_buffer(self._constant_names[0]).device)
+        return self
+
+
+def _follow_parameters(module: nn.Module, _: Any) -> None:
+    device = next(module.parameters()).device
+    if isinstance(module, ConstantBuffers) and module.on_meta() and device.type != "meta":
+        module.make_anew(device)

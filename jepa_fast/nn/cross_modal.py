@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Block, check_heads
+from jepa_fast.nn.constants import ConstantBuffers
 from jepa_fast.nn.initialisation import init_mask_token, init_transformer
 from jepa_fast.nn.linear import Linear
+from jepa_fast.nn.position import sincos_position_embedding
 from jepa_fast.nn.precision import without_autocast
 
 
@@ -53,7 +55,7 @@ class ModalityEncoder(nn.Module):
         return self.norm(x)
 
 
-class CrossModalPredictor(nn.Module):
+class CrossModalPredictor(ConstantBuffers):
     """A narrow transformer over one modality's tokens and one query a token of the other.
 
     A query is a learned vector plus the position of the token that it asks for. No token attends to
@@ -61,8 +63,8 @@ class CrossModalPredictor(nn.Module):
 
     Args:
         embed_dim: width of the tokens, in and out.
-        positions: ``[P, predictor_dim]`` fixed embeddings of the positions in the other modality;
-            None: there is one token to predict, which has no position.
+        grid: ``(H, W)`` of the P tokens of the other modality, which have fixed embeddings of their
+            positions there; None: there is one token to predict, which has no position.
         predictor_dim: width inside, a multiple of ``num_heads``.
         depth: number of pre-LN blocks.
         num_heads: attention heads.
@@ -72,10 +74,12 @@ class CrossModalPredictor(nn.Module):
         ValueError: sizes that do not divide, or an unknown ``init``.
     """
 
+    positions: Tensor
+
     def __init__(
         self,
         embed_dim: int,
-        positions: Tensor | None,
+        grid: tuple[int, int] | None,
         predictor_dim: int = 384,
         depth: int = 12,
         num_heads: int = 12,
@@ -85,17 +89,19 @@ class CrossModalPredictor(nn.Module):
         check_heads(num_heads, predictor_dim, "predictor_heads", "predictor_dim")
         self.predictor_embed = Linear(embed_dim, predictor_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_dim))
-        self.positions: Tensor
-        self.register_buffer(
-            "positions",
-            torch.zeros(1, predictor_dim) if positions is None else positions,
-            persistent=False,
-        )
+        self.grid = grid
+        self.register_constants()
         self.predictor_blocks = nn.ModuleList(Block(predictor_dim, num_heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
         self.predictor_proj = Linear(predictor_dim, embed_dim)
         init_transformer(self, self.predictor_blocks, init)
         init_mask_token(self.mask_token)
+
+    def constants(self) -> dict[str, Tensor]:
+        width = self.mask_token.shape[-1]
+        if self.grid is None:
+            return {"positions": torch.zeros(1, width)}
+        return {"positions": sincos_position_embedding(width, self.grid)}
 
     def forward(self, source: Tensor, source_mask: Tensor | None, count: int) -> Tensor:
         """Predict the first ``count`` tokens of the other modality.

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast.nn.constants import filled_again
+from jepa_fast.nn.constants import ConstantBuffers
 from jepa_fast.nn.linear import Linear
-from jepa_fast.nn.precision import WideBuffers
 
 _MODULATIONS = 1 << 24
 """Numbers that a sampler computes ahead: 64 MiB of float32."""
@@ -92,38 +91,29 @@ class AdaLNBlock(nn.Module):
         return h + gate * self.fc2(F.silu(self.fc1(_modulate(h, shift, scale))))
 
 
-class TimeEmbedding(WideBuffers):
+class TimeEmbedding(ConstantBuffers):
     """Sines and cosines of time at 128 frequencies, then a two-layer MLP."""
 
     frequencies: Tensor
 
     def __init__(self, width: int, num_frequencies: int = 128) -> None:
         super().__init__()
-        self.register_buffer("frequencies", _frequencies(num_frequencies), persistent=False)
+        self.num_frequencies = num_frequencies
+        self.register_constants()
         self.fc1 = Linear(2 * num_frequencies, width)
         self.fc2 = Linear(width, width)
-        self.register_load_state_dict_post_hook(_fill_frequencies)
+
+    def constants(self) -> dict[str, Tensor]:
+        # From 1000 down to 0.1 radians over the unit interval. Not `linspace`: transformers puts it
+        # on the CPU while it loads a model, and `with torch.device("meta")` may miss it ever after.
+        # In float32 also where torch's default dtype is a half one, as while transformers loads.
+        share = torch.arange(self.num_frequencies, dtype=torch.float32) / (self.num_frequencies - 1)
+        return {"frequencies": 1000 * torch.exp(-math.log(10_000) * share)}
 
     def forward(self, time: Tensor) -> Tensor:
         angle = time.unsqueeze(-1) * self.frequencies
         waves = torch.cat([angle.cos(), angle.sin()], -1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(waves)))
-
-
-def _frequencies(count: int, device: str | None = None) -> Tensor:
-    """From 1000 down to 0.1 radians over the unit interval."""
-    # Not `linspace`: transformers puts it on the CPU while it loads a model, and
-    # `with torch.device("meta")` may miss it ever after. In float32 also where torch's default
-    # dtype is a half one, as while transformers loads.
-    share = torch.arange(count, dtype=torch.float32, device=device) / (count - 1)
-    return 1000 * torch.exp(-math.log(10_000) * share)
-
-
-def _fill_frequencies(module: nn.Module, _: Any) -> None:
-    if isinstance(module, TimeEmbedding) and not module.fc1.weight.is_meta:
-        frequencies = _frequencies(len(module.frequencies), "cpu")
-        device = module.fc1.weight.device
-        module.frequencies = filled_again(module.frequencies, frequencies, device)
 
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

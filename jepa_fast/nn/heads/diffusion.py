@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jepa_fast import ops
-from jepa_fast.nn.constants import filled_again
+from jepa_fast.nn.constants import ConstantBuffers
 from jepa_fast.nn.heads.adaln import AdaLNMlp
 from jepa_fast.nn.heads.interface import (
     LatentDistribution,
@@ -21,38 +20,36 @@ from jepa_fast.nn.heads.interface import (
     standard_normal_log_prob,
 )
 from jepa_fast.nn.heads.ode import integrate_with_divergence, recordable
-from jepa_fast.nn.precision import WideBuffers, widened
+from jepa_fast.nn.precision import widened
 from jepa_fast.ops._checks import check_choice, check_integer, check_number
 
 
-def alpha_bar(schedule: str, timesteps: int, device: str | None = None) -> Tensor:
+def alpha_bar(schedule: str, timesteps: int) -> Tensor:
     """[timesteps] float64: the share of the signal's variance left after step t, falling with t.
 
     `"linear"`: beta from 1e-4 to 0.02 over 1000 steps (arXiv 2006.11239), other numbers of steps
     scaled to the same total. `"cosine"`: arXiv 2102.09672, equation 17, beta cut at 0.999.
     """
     if schedule == "linear":
-        share = torch.arange(timesteps, dtype=torch.float64, device=device) / max(timesteps - 1, 1)
+        share = torch.arange(timesteps, dtype=torch.float64) / max(timesteps - 1, 1)
         beta = (1e-4 + (0.02 - 1e-4) * share) * (1000 / timesteps)
     else:
-        time = torch.arange(timesteps + 1, dtype=torch.float64, device=device) / timesteps
+        time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         level = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
         beta = 1 - level[1:] / level[:-1]
     return torch.cumprod(1 - beta.clamp(max=0.999), 0)
 
 
-def _signal_and_noise(
-    schedule: str, timesteps: int, device: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """[timesteps] each, of `x_t = signal[t] * target + noise[t] * e`."""
+def signal_and_noise(schedule: str, timesteps: int) -> dict[str, Tensor]:
+    """What `x_t` has of target and noise, [timesteps] float32 each; their squares add up to 1."""
     # Where the linear schedule ends. With less of the signal left, as at the cosine one's end, what
     # divides by it would multiply roundings.
-    remaining = alpha_bar(schedule, timesteps, device).clamp(min=4e-5)
+    remaining = alpha_bar(schedule, timesteps).clamp(min=4e-5)
     # Rounded from float64: in float32, 1 - alpha_bar would lose what matters at small t.
-    return remaining.sqrt().float(), (1 - remaining).sqrt().float()
+    return {"signal": remaining.sqrt().float(), "noise": (1 - remaining).sqrt().float()}
 
 
-class NoiseNetwork(WideBuffers, AdaLNMlp):
+class NoiseNetwork(ConstantBuffers, AdaLNMlp):
     """Tells the noise in `x_t`: `noise[t] * x_t + signal[t] * v`, where the MLP is asked for v.
 
     With v = 0, as it begins, that is the best guess for targets of mean 0 and variance 1, such as
@@ -61,8 +58,7 @@ class NoiseNetwork(WideBuffers, AdaLNMlp):
 
     Args:
         target_dim, condition_dim, hidden_dim, depth: as in `AdaLNMlp`.
-        signal: [timesteps].
-        noise: [timesteps], with `signal**2 + noise**2 = 1`.
+        schedule, timesteps: as in `DiffusionHead`.
 
     Source: arXiv 2202.00512, section 4 (v).
     """
@@ -76,14 +72,18 @@ class NoiseNetwork(WideBuffers, AdaLNMlp):
         condition_dim: int,
         hidden_dim: int,
         depth: int,
-        signal: Tensor,
-        noise: Tensor,
+        schedule: str,
+        timesteps: int,
     ) -> None:
         super().__init__(target_dim, condition_dim, hidden_dim, depth)
-        self.register_buffer("signal", signal, persistent=False)
-        self.register_buffer("noise", noise, persistent=False)
+        self.schedule = schedule
+        self.timesteps = timesteps
+        self.register_constants()
         # In the state dict, lest weights that were asked for the noise itself pass for these.
         self.register_buffer("tells_v", torch.tensor(True))
+
+    def constants(self) -> dict[str, Tensor]:
+        return signal_and_noise(self.schedule, self.timesteps)
 
     def forward(self, z: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """[..., T, D] from z [..., T, D], timesteps `time`, int64 and of any shape that broadcasts
@@ -107,7 +107,7 @@ class NoiseNetwork(WideBuffers, AdaLNMlp):
         return noise * z + signal * v
 
 
-class DiffusionHead(WideBuffers, MaskedHead):
+class DiffusionHead(ConstantBuffers, MaskedHead):
     """Denoising diffusion of each target embedding on its own, given the predictor's token.
 
     With `x_t = signal[t] * target + noise[t] * e`, a `NoiseNetwork` is trained to tell e by mean
@@ -170,20 +170,20 @@ class DiffusionHead(WideBuffers, MaskedHead):
         check_number(owner, "clip", self.clip)
         if not self.clip > 0:
             raise ValueError(f"{owner}: clip must be positive, got {clip}; math.inf turns it off")
+        self.schedule = schedule
         self.timesteps = timesteps
         self.sampler = sampler
         self.steps = min(50, timesteps) if steps is None else steps
         self.probes = probes
         self.draws = draws
         self.check_options()
-        self.schedule = schedule
-        signal, noise = _signal_and_noise(schedule, timesteps)
-        self.register_buffer("signal", signal, persistent=False)
-        self.register_buffer("noise", noise, persistent=False)
+        self.register_constants()
         self.network = NoiseNetwork(
-            target_dim, condition_dim, hidden_dim, depth, self.signal, self.noise
+            target_dim, condition_dim, hidden_dim, depth, schedule, timesteps
         )
-        self.register_load_state_dict_post_hook(_fill_schedule)
+
+    def constants(self) -> dict[str, Tensor]:
+        return signal_and_noise(self.schedule, self.timesteps)
 
     def check_options(self) -> None:
         """Raises unless what may be set later is what it may be."""
@@ -230,16 +230,6 @@ class DiffusionHead(WideBuffers, MaskedHead):
         self.check_options()
         last = self.timesteps - 1
         return [round(last - last * i / max(self.steps - 1, 1)) for i in range(self.steps)]
-
-
-def _fill_schedule(head: nn.Module, _: Any) -> None:
-    if isinstance(head, DiffusionHead) and not head.network.time.fc1.weight.is_meta:
-        signal, noise = _signal_and_noise(head.schedule, head.timesteps, "cpu")
-        device = head.network.time.fc1.weight.device
-        modules: tuple[DiffusionHead | NoiseNetwork, ...] = (head, head.network)
-        for module in modules:
-            module.signal = filled_again(module.signal, signal, device)
-            module.noise = filled_again(module.noise, noise, device)
 
 
 class DiffusionDistribution(LatentDistribution):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast._arguments import integer
+from jepa_fast.nn.constants import ConstantBuffers
 from jepa_fast.nn.heads.couplings import ActNorm, Coupling, ThroughInverse, run_couplings
 from jepa_fast.nn.heads.interface import (
     LatentDistribution,
@@ -25,7 +26,7 @@ from jepa_fast.ops._checks import check_choice, check_flag, may_be_read
 from jepa_fast.ops._checks import check_positive as check_positive_number
 
 
-class CouplingFlowHead(MaskedHead):
+class CouplingFlowHead(ConstantBuffers, MaskedHead):
     """Conditional RealNVP: exact likelihood, exact inverse, exact samples.
 
     From the target to noise: ActNorm, coupling, ActNorm, coupling, and so on. Run it in float32 or
@@ -88,7 +89,7 @@ class CouplingFlowHead(MaskedHead):
         check_positive_number(owner, "scale_bound", scale_bound)
         check_flag(owner, "memory_free", memory_free)
         self.memory_free = memory_free
-        self.register_buffer("overflows", torch.tensor(0), persistent=False)
+        self.register_constants()
         rng = random.Random(integer(f"{owner}: seed", seed))
         mask: list[bool] = []
         self.norms = nn.ModuleList()
@@ -102,6 +103,9 @@ class CouplingFlowHead(MaskedHead):
                     rng.shuffle(mask)
             self.norms.append(ActNorm(target_dim))
             self.couplings.append(Coupling(condition_dim, mask, hidden_dim, scale_bound))
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"overflows": torch.tensor(0)}  # where it begins
 
     def forward(
         self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
