@@ -40,6 +40,7 @@ class AdamWEma(torch.optim.Optimizer):
         targets: pairs (parameter, teacher's tensor that follows it), or a mapping;
             `teacher_parameters(model)` gives them for the models here. A parameter that the step
             does not update, as it has no gradient or is in no group, still has its average taken.
+            Of buffers that change, such as BatchNorm's, see `copy_teacher_buffers`.
         shadows: pairs (teacher's tensor, copy of it in another dtype): for all of them or none.
         momentum: of the EMA, where `step` is given none; a number or a 0-dim tensor. The attribute
             `momentum` may be changed at any time. Not part of `state_dict`, as schedules set it.

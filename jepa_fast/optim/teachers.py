@@ -19,6 +19,8 @@ class HasTeachers(Protocol):
 def teacher_parameters(model: HasTeachers | nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a parameter and the teacher's, which follows it: `targets` of `AdamWEma`.
 
+    Buffers are none of them: `copy_teacher_buffers` copies those that change, as BatchNorm's.
+
     Args:
         model: with teachers, also as torch.compile or DistributedDataParallel wraps it.
 
