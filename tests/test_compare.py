@@ -209,6 +209,12 @@ def test_a_link_to_a_folder_is_in_the_working_tree(plain: Repository) -> None:
     assert snapshots.head().root != first.root
 
 
+def test_file_names_may_be_any_bytes(plain: Repository) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (plain.root / name).write_text("2")
+    assert (_snapshots(plain).head().root / name).read_text() == "2"
+
+
 def test_versions_are_built_once(plain: Repository) -> None:
     log = plain.root.parent / "log"
     build = f"pwd >> {log}"

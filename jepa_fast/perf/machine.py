@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def git(folder: Path, *arguments: str) -> str:
             ["git", "-C", str(folder), *arguments],
             env=outside_hooks(),
             capture_output=True,
-            text=True,
+            encoding=sys.getfilesystemencoding(),
+            errors="surrogateescape",  # file names may be any bytes
             check=False,
         )
     except FileNotFoundError as error:

@@ -115,7 +115,7 @@ class Snapshots:
         changed = tuple(line[3:] for line in status.splitlines())
         digest = hashlib.sha256()
         for name in names:
-            digest.update(name.encode() + b"\0" + _content_digest(self.root / name))
+            digest.update(os.fsencode(name) + b"\0" + _content_digest(self.root / name))
         target = self._folder / f"head-{digest.hexdigest()[:16]}-{self._toolchain}"
         label = f"the working tree ({commit[:8]}"
         label += f" and {len(changed)} changed file{'s' * (len(changed) > 1)}" if changed else ""
