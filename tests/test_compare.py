@@ -630,6 +630,17 @@ def test_what_cannot_be_compared_is_refused_with_a_code_of_its_own(
     assert not out.exists()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH is new in Python 3.11")
+def test_python_s_safe_path_costs_no_folder_of_its_path(
+    project: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helper.py").write_text("")
+    project.write({"benchmarks/bench_library.py": f"import helper\n{SUITE}"})
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert main(["compare", "main", "--op", "steady"]) == 0
+
+
 def test_a_relative_cache_is_of_the_current_folder(project: Repository) -> None:
     assert main(["compare", "main", "--op", "steady", "--cache", "snapshots"]) == 0
     assert list((project.root / "snapshots").glob("project-*/head-*/library.py"))

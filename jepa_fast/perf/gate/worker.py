@@ -70,8 +70,8 @@ def _import_from(root: Path, paths: list[str], repository: Path) -> None:
     """A version's folders come first, and the working tree's, for which they stand, not at all."""
     own = [str(root / path) for path in paths if (root / path).is_dir()]
     instead_of = {(repository / path).resolve() for path in paths}
-    others = sys.path[1:]  # the first is this file's folder
-    sys.path[:] = [*own, *(each for each in others if Path(each).resolve() not in instead_of)]
+    instead_of.add(Path(__file__).resolve().parent)  # first on the path, but for PYTHONSAFEPATH
+    sys.path[:] = [*own, *(each for each in sys.path if Path(each).resolve() not in instead_of)]
     sys.path.append(str(_PERF.parents[1]))  # for a repository that only uses jepa_fast
 
 
