@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jepa_fast
+from jepa_fast import perf
 
 OPTIONAL = (
     "flash_attn",
@@ -99,3 +102,18 @@ def test_unknown_names_raise() -> None:
     with pytest.raises(AttributeError, match=r"'jepa_fast.nn' has no attribute 'word'"):
         _ = jepa_fast.nn.word
     assert {"heads", "words"} <= set(dir(jepa_fast.nn))
+
+
+def test_type_checkers_see_what_perf_loads_at_first_use() -> None:
+    """As Any, its decorator would be an error under `mypy --strict`."""
+    source = Path(perf.__file__).read_text()
+    (block,) = (each for each in ast.parse(source).body if isinstance(each, ast.If))
+    seen = {
+        alias.asname: f"{each.module}.{alias.name}"
+        for each in block.body
+        if isinstance(each, ast.ImportFrom)
+        for alias in each.names
+    }
+    expected = {name: f"jepa_fast.perf.{module}.{name}" for name, module in perf._PUBLIC.items()}
+    expected |= {name: f"jepa_fast.ranges.{name}" for name in perf._RANGES}
+    assert seen == expected

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jepa_fast.perf.audit_report import Report as Report
+    from jepa_fast.perf.errors import NotHere as NotHere
+    from jepa_fast.perf.errors import PerfError as PerfError
+    from jepa_fast.perf.kernel_audit import Launch as Launch
+    from jepa_fast.perf.kernel_audit import audit as audit
+    from jepa_fast.perf.race import Case as Case
+    from jepa_fast.perf.race import Cost as Cost
+    from jepa_fast.perf.race import Race as Race
+    from jepa_fast.perf.race import benchmark as benchmark
+    from jepa_fast.ranges import disable_ranges as disable_ranges
+    from jepa_fast.ranges import enable_ranges as enable_ranges
+    from jepa_fast.ranges import phase as phase
+    from jepa_fast.ranges import use_ranges as use_ranges
 
 _RANGES = ("disable_ranges", "enable_ranges", "phase", "use_ranges")
 """Of `jepa_fast.ranges`, loaded at first use: the other files here do without torch."""
