@@ -596,6 +596,12 @@ def test_a_version_that_brings_its_own_jepa_fast_is_measured_with_this_harness(
             "another folder of it with --path",
         ),
         (
+            ["main", "--suite", "hidden"],
+            {"hidden/bench_library.py": SUITE, ".gitignore": "hidden/"},
+            2,
+            "git ignores the benchmarks in .*/project/hidden, and a version has what git knows",
+        ),
+        (
             ["main"],
             {"benchmarks/bench_more.py": SUITE},
             6,

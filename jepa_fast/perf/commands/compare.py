@@ -130,8 +130,11 @@ def run(options: argparse.Namespace) -> int:
     paths = _paths(options.path, snapshots.root)
     base = snapshots.base(options.base)
     head = snapshots.head()
+    inside = suite.relative_to(snapshots.root)
+    if not any((head.root / inside).glob("bench_*.py")):
+        raise PerfError(f"git ignores the benchmarks in {suite}, and a version has what git knows")
     setting = Setting(
-        head.root / suite.relative_to(snapshots.root),
+        head.root / inside,
         snapshots.root,
         device,
         options.threads,
