@@ -174,6 +174,10 @@ def _pretrain(options: argparse.Namespace) -> int:
         )
     if options.dry_run:
         return _dry_run(config)
+    if options.report:
+        from jepa_fast.eval.report import require_for_reports
+
+        require_for_reports()
     from jepa_fast.train.run import pretrain
 
     problems = pretrain(config, resume=resume, overwrite=options.overwrite)

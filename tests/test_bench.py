@@ -1556,3 +1556,11 @@ def test_results_go_through_links_and_into_what_is_no_file(tmp_path: Path) -> No
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert pipe.is_fifo()
+
+
+def test_a_file_that_skips_itself_is_left_out_of_a_suite(tmp_path: Path) -> None:
+    (tmp_path / "bench_a.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    (tmp_path / "bench_b.py").write_text("1 / 0\n")
+    failed: dict[str, Exception] = {}
+    assert load_suite(tmp_path, failed) == []
+    assert list(failed) == ["bench_b.py"]

@@ -124,6 +124,16 @@ def test_eval_says_what_it_probed_and_warns_of_probes_that_say_nothing(
     assert "classes: 1; results in runs/eval.json and runs/report.html" in caplog.text
 
 
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib.figure"])
+def test_a_report_that_cannot_be_made_is_no_surprise_after_the_training(
+    recipe: str, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["pretrain", recipe, "--report"]) == FAILED
+    assert "The report needs" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_a_report_follows_the_training(recipe: str, capsys: Capture) -> None:
     command = ["pretrain", recipe, "train.steps=2", "train.log_every=1", "model.method=tcjepa"]
     assert main([*command, "--report", "train.collapse.min_rank=1000"]) == FAILED

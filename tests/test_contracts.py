@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from jepa_fast import ops
@@ -120,6 +121,22 @@ def test_opcheck(sample: Sample) -> None:
 
     for func, args in recorded.calls:
         torch.library.opcheck(func, tuple(map(detach, args)))
+
+
+@each_differentiable_sample
+def test_operators_run_where_gradients_are_recorded(sample: Sample) -> None:
+    """As those in a program that torch.export made, of which nothing is above them."""
+
+    def as_kernels_take(x: Any) -> Any:
+        wide = isinstance(x, Tensor) and x.dtype == torch.float64
+        return x.detach().float().requires_grad_(x.requires_grad) if wide else x
+
+    with _Calls() as recorded:
+        sample.call(*tree_map(as_kernels_take, sample.arguments()))
+    for func, args in recorded.calls:
+        with torch.no_grad():
+            expected = tree_leaves(func(*args))
+        assert all(map(torch.equal, tree_leaves(func(*args)), expected))
 
 
 @each_sample
@@ -382,6 +399,8 @@ def test_unknown_and_missing_backends(sample: Sample, monkeypatch: pytest.Monkey
     arguments = sample.arguments()
     with pytest.raises(ValueError, match="must be 'auto' or one of"):
         sample.function(*arguments, **sample.keywords, backend="fastest")
+    monkeypatch.setenv("JEPA_FAST_BACKEND", "")  # as good as none
+    sample.call(*arguments)
     monkeypatch.setenv("JEPA_FAST_BACKEND", "fastest")
     with pytest.raises(ValueError, match="JEPA_FAST_BACKEND"):
         sample.call(*arguments)

@@ -93,7 +93,7 @@ def write_report(
     """
     if any("step" not in row for row in rows):
         raise ValueError('rows must each have a "step", got one without')
-    jinja2 = require("jinja2", "The report")
+    jinja2 = require_for_reports()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -117,6 +117,12 @@ def write_report(
     path = Path(path)
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def require_for_reports() -> Any:
+    """The module jinja2. Raises ImportError naming the extra if it or matplotlib is missing."""
+    require("matplotlib.figure", "The report")
+    return require("jinja2", "The report")
 
 
 def installed_versions() -> dict[str, str]:

@@ -112,7 +112,7 @@ def wanted() -> str:
     Raises:
         BuildError: it is none of `CHOICES`.
     """
-    choice = os.environ.get("JEPA_FAST_BUILD", "auto")
+    choice = os.environ.get("JEPA_FAST_BUILD") or "auto"
     if choice not in CHOICES:
         raise BuildError(f"JEPA_FAST_BUILD must be one of {CHOICES}, got {choice!r}")
     return choice

@@ -117,7 +117,7 @@ class Operator:
         """
         source = "backend"
         if requested == "auto":
-            requested = os.environ.get("JEPA_FAST_BACKEND", "auto")
+            requested = os.environ.get("JEPA_FAST_BACKEND") or "auto"
             source = "JEPA_FAST_BACKEND"
         if requested != "auto":
             if requested not in BACKENDS:
@@ -157,6 +157,9 @@ class Operator:
         return "\n".join(lines)
 
     def _run(self, *args: Any) -> Any:
+        if torch.is_grad_enabled():  # for a program of torch.export's, which has operators alone
+            with torch.no_grad():
+                return self._run(*args)
         inputs = args[:-1]
         function = self.function(self.select(args[-1], inputs))
         if not torch._C._is_any_autocast_enabled():

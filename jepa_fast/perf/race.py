@@ -158,7 +158,7 @@ def suite_files(folder: Path) -> list[Path]:
 
 
 def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list[Entry]:
-    """Imports every benchmark file of a suite.
+    """Imports every benchmark file of a suite, but those that skip themselves.
 
     Args:
         folder: the suite's.
@@ -177,6 +177,9 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
                 if failed is None:
                     raise
                 failed[path.name] = error
+            except BaseException as error:
+                if type(error).__name__ != "Skipped":  # by pytest.importorskip, say
+                    raise
     entries = {
         id(value.entry): value.entry  # once, where a file imports another's
         for module in modules

@@ -19,7 +19,7 @@ from jepa_fast.data.skips import SkipLog
 from jepa_fast.eval.figures import MaskExample, WordMap
 from jepa_fast.eval.heads import HeadScores, score_head
 from jepa_fast.eval.probes import ProbeComparison, compare_with_untrained, probe_all
-from jepa_fast.eval.report import write_report
+from jepa_fast.eval.report import require_for_reports, write_report
 from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.train.build import (
     Prepare,
@@ -79,6 +79,7 @@ def evaluate(
         ConfigError, CheckpointError: there is no such checkpoint, its data are not here, or they
             cannot be probed as asked. Or the checkpoint's configuration would run code, by a
             `pipe:` URL or `trust_remote_code`, that neither `overrides` nor `trusted` ask for.
+        ImportError: a report needs what is not installed.
     """
     if untrained_seeds < 0:
         raise ConfigError(f"untrained_seeds: expected 0 or more, got {untrained_seeds}")
@@ -90,6 +91,7 @@ def evaluate(
         raise ConfigError(f"output: expected a file in a folder that exists, got {results_path}")
     _check_writable(results_path, "name another with --output")
     if report:
+        require_for_reports()
         _check_writable(folder / "report.html", "do without --report, or copy the checkpoint")
     config = parse_config(state["config"], overrides, source=str(checkpoint))
     refuse_foreign_code(config, overridden(dict(trusted or {}), overrides))

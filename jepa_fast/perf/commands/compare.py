@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     for file in filter(None, (options.markdown, options.junit, options.json)):
         check_target(file)
     # Nothing that is measured on a CPU needs the minutes of nvcc.
-    environment = {"JEPA_FAST_BUILD": os.environ.get("JEPA_FAST_BUILD", "cpu")}
+    environment = {"JEPA_FAST_BUILD": os.environ.get("JEPA_FAST_BUILD") or "cpu"}
     snapshots = Snapshots(
         Path.cwd(),
         options.cache or default_cache(),
