@@ -497,6 +497,8 @@ def test_records_of_two_devices_are_two() -> None:
         ("{", PerfError, "is no results file"),
         ("[]", PerfError, "is no results file"),
         ('{"schema": 1}', PerfError, "is no results file"),
+        (json.dumps({**_results(), "runs": None}), PerfError, "is no results file"),
+        (json.dumps({**_results(), "records": [{}]}), PerfError, "is no results file"),
         (json.dumps({**_results(), "schema": 7}), BaselineOfAnother, "schema 7, this version wri"),
         (json.dumps(_results(name="other")), BaselineOfAnother, "of other, this machine is nvidia"),
     ],

@@ -42,6 +42,8 @@ def read_results(path: Path, machine: Mapping[str, Any] | None = None) -> Result
     try:
         results = json.loads(path.read_text())
         schema, name = results["schema"], results["machine"]["name"]
+        if schema == SCHEMA:  # what a run is added to, here and not once it is measured
+            add_run(results, {}, {"id": None}, [])
     except (AttributeError, KeyError, TypeError, ValueError, IsADirectoryError) as error:
         raise PerfError(
             f"{path} is no results file ({type(error).__name__}: {error}): move it, or write "

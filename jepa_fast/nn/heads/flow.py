@@ -38,7 +38,8 @@ class CouplingFlowHead(ConstantBuffers, MaskedHead):
 
     A target so far out that its density is no float32 (or one that is not finite itself) gives a
     loss that is not finite, which stops a training run with the step's number; `overflows` counts
-    such targets. Evaluated without gradients, `log_prob` raises and names the first.
+    such targets (under DDP those of rank 0, whose buffers it hands to all). Evaluated without
+    gradients, `log_prob` raises and names the first.
 
     Args:
         condition_dim: d.
