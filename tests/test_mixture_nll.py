@@ -145,6 +145,29 @@ def test_tails_in_float32(family: str, event: str, backend: str, device: str) ->
 
 @each_backend
 @each_family
+def test_identical_components_far_off_share_by_their_logits(
+    family: str, backend: str, device: str
+) -> None:
+    """100 sigma in all of 384 coordinates are a log-density of -2e6, which leaves float32 an eighth
+    to tell components apart by.
+    """
+    generator = torch.Generator().manual_seed(2)
+    tokens, components, width = 8, 5, 384
+    loc, log_scale = torch.randn(2, tokens, 1, width, generator=generator).unbind()
+    target = loc[:, 0] + 100 * (log_scale[:, 0].exp() + 1e-3)
+    logits = torch.randn(tokens, components, generator=generator)
+    leaves = [target, logits, *(x.expand(-1, components, -1) for x in (loc, log_scale))]
+    leaves = [x.to(device).clone().requires_grad_() for x in leaves]
+    nll = ops.mixture_nll(*leaves, family, "joint", backend=backend)
+    _, by_logits, by_loc, _ = torch.autograd.grad(nll.sum(), leaves)
+    share = logits.softmax(1)
+    torch.testing.assert_close(by_logits.cpu(), torch.zeros_like(logits), rtol=0, atol=1e-6)
+    found = by_loc.cpu() / by_loc.cpu().sum(1, keepdim=True)
+    torch.testing.assert_close(found, share[..., None].expand_as(found), rtol=1e-5, atol=0)
+
+
+@each_backend
+@each_family
 @each_event
 @pytest.mark.parametrize(
     ("components", "width", "dtype", "scale_map", "level"),

@@ -121,8 +121,9 @@ def write_report(
 
 def require_for_reports() -> Any:
     """The module jinja2. Raises ImportError naming the extra if it or matplotlib is missing."""
+    jinja2 = require("jinja2", "The report")
     require("matplotlib.figure", "The report")
-    return require("jinja2", "The report")
+    return jinja2
 
 
 def installed_versions() -> dict[str, str]:

@@ -67,8 +67,11 @@ def mixture_nll_and_posterior(
     log_density = log_density - scale.log()
     log_weight = logits.to(dtype).log_softmax(1)
     if event == "joint":
-        joint = log_weight + log_density.sum(-1)
-        return -torch.logsumexp(joint, 1), joint.detach().softmax(1)
+        whole = log_density.sum(-1)
+        # Sums may be millions below zero: what they have in common would round logits away.
+        top = whole.detach().amax(1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        joint = log_weight + (whole - top)
+        return -torch.logsumexp(joint, 1) - top.squeeze(1), joint.detach().softmax(1)
     nll = -torch.logsumexp(log_weight + log_density, 1).sum(-1)
     return nll, empty_posterior(target, loc, event, dtype)
 

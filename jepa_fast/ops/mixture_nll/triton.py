@@ -155,6 +155,19 @@ def prior_and_joint(prior, log_density, factor):
 
 
 @triton.jit
+def prior_and_whole(prior, log_density, present):
+    """`prior_and_joint` for sums over coordinates, which may be millions below zero: what they have
+    in common would round logits away.
+    """
+    top = tl.max(tl.where(present, log_density, float("-inf")), 0, keep_dims=True)
+    top = tl.maximum(top, _LOWEST)
+    loss, prior_weight, prior_sum, joint_weight, joint_sum = prior_and_joint(
+        prior, log_density - top, 1.0
+    )
+    return loss - top, prior_weight, prior_sum, joint_weight, joint_sum
+
+
+@triton.jit
 def store_nll(place, nll, WIDTH: tl.constexpr, LOGISTIC: tl.constexpr):
     """Stores it with the constant."""
     if not LOGISTIC:
@@ -199,7 +212,7 @@ def mixture_nll_kernel(
         at_logits = logits + token * logits_stride + k
         prior = tl.load(at_logits, mask=present, other=0.0).to(tl.float32)
         prior = tl.where(present, prior, float("-inf"))
-        total, _, _, weight, weights = prior_and_joint(prior, log_joint, 1.0)
+        total, _, _, weight, weights = prior_and_whole(prior, log_joint, present)
         tl.store(posterior + token * COMPONENTS + k, weight / weights, mask=present)
     else:
         total = tl.zeros([1, BLOCK], tl.float32)
@@ -272,8 +285,8 @@ def mixture_nll_backward_kernel(
             log_joint = joint_log_density(
                 targets, locs, log_scales, present, floor, LOGISTIC, SOFTPLUS, WIDTH, ROWS, BLOCK
             )
-            loss, prior_weight, prior_sum, joint_weight, joint_sum = prior_and_joint(
-                prior, log_joint, 1.0
+            loss, prior_weight, prior_sum, joint_weight, joint_sum = prior_and_whole(
+                prior, log_joint, present
             )
             share = joint_weight / joint_sum
             store_nll(nll + token, tl.sum(tl.sum(loss, 1), 0), WIDTH, LOGISTIC)
