@@ -20,6 +20,7 @@ import pytest
 import torch
 from backends import runs_cpu_kernel
 from cuda_on_cpu import emulated_kernels
+from torch import distributed
 
 from jepa_fast.ops._registry import Operator
 
@@ -109,6 +110,14 @@ def nearest_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         return bits.numpy().view("uint16")
 
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, for the time of a test."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
@@ -554,15 +554,11 @@ def test_every_pair_of_the_models_is_followed() -> None:
     assert [id(t) for _, t in pairs] == [id(t) for t in model.target_encoder.parameters()]
 
 
-def test_wrapped_models_have_the_teachers_of_what_they_wrap() -> None:
+def test_wrapped_models_have_the_teachers_of_what_they_wrap(one_process: None) -> None:
     model = _Student()
     model.encoder.register_buffer("count", torch.ones(1))
     model.teacher.register_buffer("count", torch.zeros(1))
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    finally:
-        distributed.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(model)
     expected = [(id(p), id(t)) for p, t in teacher_parameters(model)]
     for each in (wrapped, torch.compile(model), torch.compile(wrapped)):
         assert [(id(p), id(t)) for p, t in teacher_parameters(each)] == expected

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import device_mesh
 
 from jepa_fast.nn.heads import CouplingFlowHead
 from jepa_fast.nn.heads.couplings import ActNorm
@@ -431,21 +430,10 @@ def test_actnorm_over_two_processes_is_that_of_the_whole_batch(
     torch.testing.assert_close(norm.log_scale, x.std(0, correction=0).log())
 
 
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    """A mesh of this process alone."""
-    if not dist.is_available() or dist.is_initialized():
-        pytest.skip("needs torch.distributed, in a process that has no group yet")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
-
-
-def test_a_first_batch_does_not_set_what_fsdp_would_lose(mesh: Any) -> None:
+def test_a_first_batch_does_not_set_what_fsdp_would_lose(one_process: None) -> None:
     from torch.distributed.fsdp import fully_shard
 
+    mesh = device_mesh.init_device_mesh("cpu", (1,))
     head, condition, target = CouplingFlowHead(4, 3), torch.randn(9, 4), 5 + 3 * torch.randn(9, 3)
     fully_shard(head, mesh=mesh)
     with pytest.raises(RuntimeError, match=r"first training batch.* before FSDP shards them"):

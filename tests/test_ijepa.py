@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from vit_oracle import predictor_oracle, vit_oracle
 
 from jepa_fast import IJepa, ops
@@ -312,26 +312,24 @@ def test_parameter_groups() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
-def test_gradients_are_averaged_by_distributed_data_parallel(options: dict[str, bool]) -> None:
+def test_gradients_are_averaged_by_distributed_data_parallel(
+    one_process: None, options: dict[str, bool]
+) -> None:
     """With some of its options it looks for the loss among the outputs."""
     model, images = build(), torch.randn(2, 3, 16, 16)
     masks = BlockMasks(CONTEXT, TARGETS, None, (4, 4))
     model(images, masks).loss.backward()
     alone = {name: p.grad.clone() for name, p in model.trainable_parameters()}
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+    wrapped = nn.parallel.DistributedDataParallel(model, **options)
 
-        def average(state, bucket):  # which takes no annotations in quotes
-            done: torch.futures.Future[Tensor] = torch.futures.Future()
-            done.set_result(3 * bucket.buffer())
-            return done
+    def average(state, bucket):  # which takes no annotations in quotes
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(3 * bucket.buffer())
+        return done
 
-        wrapped.register_comm_hook(None, average)
-        for _ in range(2):
-            model.zero_grad()
-            wrapped(images, masks).loss.backward()
-            for name, p in model.trainable_parameters():
-                torch.testing.assert_close(p.grad, 3 * alone[name])
-    finally:
-        distributed.destroy_process_group()
+    wrapped.register_comm_hook(None, average)
+    for _ in range(2):
+        model.zero_grad()
+        wrapped(images, masks).loss.backward()
+        for name, p in model.trainable_parameters():
+            torch.testing.assert_close(p.grad, 3 * alone[name])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tolerance import assert_as_accurate
 from torch import Tensor, nn
@@ -493,13 +491,6 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
     inputs |= {"mlp": layer.mlp, "norm": layer.norm, **OPTIONS, **changes}
     with pytest.raises(error, match=f"pool_per_caption: {message}"):
         pool_per_caption(**inputs)
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_gradients_in_distributed_data_parallel(one_process: None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jepa_fast.errors import BackendError
 from jepa_fast.nn.attention import attend
-from jepa_fast.ops._checks import may_be_read, reads_values
+from jepa_fast.ops._checks import may_be_checked
 
 BACKENDS = ("varlen", "flash_attn", "xformers", "sdpa")
 """In the order in which `"auto"` tries them."""
@@ -45,7 +45,7 @@ class Sequences:
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():
             return
-        if not may_be_read(self.offsets) or not reads_values(self.offsets):
+        if not may_be_checked(self.offsets):
             return
         offsets = self.offsets.tolist()
         lengths = list(map(operator.sub, offsets[1:], offsets))

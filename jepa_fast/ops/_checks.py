@@ -232,12 +232,14 @@ def may_be_read(tensor: Tensor) -> bool:
     )
 
 
-def check_finite(op: str, argument: str, tensor: Tensor) -> None:
-    """Raises ValueError if an element is NaN or infinite; reads the values as `reads_values` says.
+def may_be_checked(tensor: Tensor) -> bool:
+    """Whether checks read such a tensor's values: both `may_be_read` and `reads_values` say so."""
+    return may_be_read(tensor) and reads_values(tensor)
 
-    Of values that Python may not ask for (`may_be_read`) it says nothing.
-    """
-    if not may_be_read(tensor) or not reads_values(tensor):
+
+def check_finite(op: str, argument: str, tensor: Tensor) -> None:
+    """Raises ValueError if an element is NaN or infinite, of a tensor that `may_be_checked`."""
+    if not may_be_checked(tensor):
         return
     bad = ~tensor.isfinite()
     if bool(bad.any()):

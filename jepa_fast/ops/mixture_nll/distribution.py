@@ -20,8 +20,7 @@ from jepa_fast.ops._checks import (
     check_same_size,
     check_tensor,
     check_vectors,
-    may_be_read,
-    reads_values,
+    may_be_checked,
 )
 from jepa_fast.ops.mixture_nll import reference
 from jepa_fast.ops.mixture_nll.api import _check_parameters
@@ -277,7 +276,7 @@ def _check_level(op: str, level: object, loc: Tensor) -> Tensor:
         wide = torch.tensor(float(level), dtype=torch.float64)
     else:
         raise TypeError(f"{op}: level must be a number or a tensor, got {type(level).__name__}")
-    if not isinstance(level, Tensor) or (may_be_read(level) and reads_values(level)):
+    if not isinstance(level, Tensor) or may_be_checked(level):
         outside = ~((wide > 0) & (wide < 1))  # NaN is outside
         if bool(outside.any()):
             raise ValueError(
