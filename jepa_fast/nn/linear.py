@@ -32,6 +32,46 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def is_what_its_weights_say(layer: nn.Module, kind: type[nn.Linear] = Linear) -> bool:
+    """Whether weight and bias of a layer of a ``kind`` are all there is to it, so that they may be
+    read instead.
+
+    They are not of a layer with an adapter around it (LoRA), with a ``forward`` of its own, or with
+    a weight that a hook makes at every call (:func:`torch.nn.utils.weight_norm`).
+    """
+    return (
+        isinstance(layer, nn.Linear)
+        and type(layer).forward in (nn.Linear.forward, kind.forward)
+        and "weight" not in vars(layer)
+    )
+
+
+def check_is_what_its_weights_say(
+    owner: str, name: str, layer: nn.Module, kind: type[nn.Linear] = Linear
+) -> None:
+    """Refuse a layer whose weights are read and which has more to say.
+
+    Raises:
+        TypeError: as :func:`is_what_its_weights_say` has it.
+    """
+    if not is_what_its_weights_say(layer, kind):
+        raise TypeError(
+            f"{owner}: {name} is read and not called, so it must be a linear layer as it was made, "
+            f"got {type(layer).__name__}; leave it out of what adapters and weight norms are for, "
+            "or merge them into its weight"
+        )
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something waits for the layer to be called."""
+    return bool(
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`torch.nn.functional.linear`, to rounding, by the quicker library.
 

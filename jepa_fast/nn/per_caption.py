@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.nn.attention import Mlp
-from jepa_fast.nn.linear import linear
+from jepa_fast.nn.linear import has_hooks, is_what_its_weights_say, linear
 from jepa_fast.nn.precision import widened, without_autocast
 from jepa_fast.ops._autograd import OperatorFunction, applied, differentiable_once, recording
 from jepa_fast.ops._checks import check_choice, check_tensor
@@ -53,6 +53,17 @@ AT_ONCE = 2**21
 so, by up to 2 times. (The times meet at about 64 MiB.)"""
 
 _BYTE = 256  # captions that a uint8 tells apart
+
+
+def need_no_call(mlp: Mlp, norm: nn.LayerNorm) -> bool:
+    """Whether the weights say all: no adapter (LoRA), no wrapper, and no hook to be run."""
+    return (
+        type(mlp) is Mlp
+        and type(norm).forward is nn.LayerNorm.forward
+        and is_what_its_weights_say(mlp.fc1)
+        and is_what_its_weights_say(mlp.fc2)
+        and not any(has_hooks(module) for module in (mlp, mlp.fc1, mlp.fc2, norm))
+    )
 
 
 def is_worthwhile(tokens: Tensor, captions: int, mlp: Mlp) -> bool:

@@ -22,7 +22,7 @@ from jepa_fast._arguments import check_choice, check_count, check_number, flag, 
 from jepa_fast.nn.attention import Mlp, check_heads
 from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.linear import Linear
-from jepa_fast.nn.per_caption import is_worthwhile, pool_per_caption
+from jepa_fast.nn.per_caption import is_worthwhile, need_no_call, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
 from jepa_fast.nn.words import check_word_mask, is_text_batch, word_vectors
 from jepa_fast.ops.text_cross_attention.api import SIMILARITIES
@@ -153,7 +153,8 @@ class WordConditioner(nn.Module):
     on the words alone: one GEMM makes them, and the M sequences of an image share them.
 
     With ``per_caption``, where much would be kept for the backward pass, captions go through a few
-    at a time and are computed once more in it: :func:`jepa_fast.nn.per_caption.pool_per_caption`.
+    at a time and are computed once more in it: :func:`jepa_fast.nn.per_caption.pool_per_caption`,
+    unless the MLP or LayerNorm has hooks or an adapter (LoRA): then all at once.
 
     W_Q, W_K and W_V start with standard deviation ``1 / sqrt(inputs)`` (the paper does not say):
     with I-JEPA's 0.02 the attention of a narrow predictor is uniform, and stays so for a long time.
@@ -395,7 +396,11 @@ class WordConditioning(Conditioning):
             "similarity": c.similarity,
             "tau": c.tau,
         }
-        if c.per_caption and is_worthwhile(tokens, self.word_mask.shape[1], of_layer.mlp):
+        if (
+            c.per_caption
+            and is_worthwhile(tokens, self.word_mask.shape[1], of_layer.mlp)
+            and need_no_call(of_layer.mlp, of_layer.norm)
+        ):
             y, sparsity = pool_per_caption(
                 *arguments,
                 self.token_mask,

@@ -20,7 +20,7 @@ from jepa_fast.nn.heads.interface import (
     mean_nll,
 )
 from jepa_fast.nn.heads.mixture import init_mixture_projection
-from jepa_fast.nn.linear import Linear
+from jepa_fast.nn.linear import Linear, check_is_what_its_weights_say
 from jepa_fast.nn.precision import widened, without_autocast
 from jepa_fast.ops.mixture_nll import (
     check_mixture_options,
@@ -79,7 +79,8 @@ class AutoregressiveHead(MaskedHead):
         moment_samples: as in `Head`.
 
     Raises:
-        TypeError: a size or a seed that is no integer, a floor that is no number.
+        TypeError: a size or a seed that is no integer, a floor that is no number; in `forward` and
+            `distribution`, a masked layer has got an adapter (LoRA), which knows no mask.
         ValueError: an unknown name, an ordering that is no permutation, a size below 1, a floor
             that is not positive.
 
@@ -137,6 +138,9 @@ class AutoregressiveHead(MaskedHead):
 
     def distribution(self, condition: Tensor) -> AutoregressiveDistribution:
         self.check(condition)
+        for name, layer in (*self.hidden.named_children(), ("output", self.output)):
+            # An adapter's product has no mask, and sampling reads weights.
+            check_is_what_its_weights_say("AutoregressiveHead", name, layer, MaskedLinear)
         return AutoregressiveDistribution(self, condition)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.linear import linear
+from jepa_fast.nn.linear import check_is_what_its_weights_say, linear
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops._autograd import OperatorFunction, differentiable_once, spread
 from jepa_fast.ops._checks import may_be_read
@@ -217,7 +217,13 @@ class Coupling(nn.Module):
         self.register_buffer("none_passes", none, persistent=False)
 
     def step(self, norm: ActNorm) -> Step:
-        """This coupling after `norm`."""
+        """This coupling after `norm`.
+
+        Raises:
+            TypeError: the network has a layer with an adapter, which would go unheard.
+        """
+        for name in ("from_target", "from_condition", "hidden", "output"):
+            check_is_what_its_weights_say("Coupling", name, getattr(self, name))
         loc, log_scale = widened(norm.loc), widened(norm.log_scale)
         return Step(
             _selected(loc, 0, self.kept),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.heads.interface import LatentDistribution, MaskedHead
-from jepa_fast.nn.linear import Linear
+from jepa_fast.nn.heads.interface import LatentDistribution, MaskedHead, mean_nll
+from jepa_fast.nn.linear import Linear, has_hooks, is_what_its_weights_say
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops.mixture_nll import (
     check_mixture_options,
@@ -22,7 +22,9 @@ from jepa_fast.ops.mixture_nll import (
 class MixtureHead(MaskedHead):
     """Mixture density network on the predictor's tokens.
 
-    Its one layer's outputs are laid out as `jepa_fast.ops.linear_mixture_nll` documents.
+    Its one layer's outputs are laid out as `jepa_fast.ops.linear_mixture_nll` documents, which
+    reads the layer's weights. A layer with an adapter (LoRA) or hooks is called, and what it gives
+    is kept.
 
     Args:
         condition_dim: d.
@@ -66,6 +68,10 @@ class MixtureHead(MaskedHead):
     def forward(
         self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
     ) -> Tensor:
+        if has_hooks(self.projection) or not is_what_its_weights_say(self.projection):
+            condition, target = self.counted(condition, target, token_mask)
+            nll = -self.distribution(condition).log_prob(target)
+            return mean_nll(nll, self.target_dim, token_mask)
         self.check(condition, target)
         nll = ops.linear_mixture_nll(
             condition,
