@@ -46,12 +46,8 @@ def peak_allocation(call: Callable[[], object], device: str = "cpu") -> int:
             peak = torch.cuda.max_memory_allocated() - before
         del kept
         return peak
-    with (
-        _no_collection(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
-    ):
+    # Not torch.profiler's, which would import all of torch.compile first, in seconds.
+    with _no_collection(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = call()
     del kept
     # The profiler takes a block freed here for one of an earlier profile that had its address: what
@@ -68,10 +64,10 @@ def peak_allocation(call: Callable[[], object], device: str = "cpu") -> int:
     return peak
 
 
-def _allocations(profile: torch.profiler.profile) -> list[Any]:
+def _allocations(profile: torch.autograd.profiler.profile) -> list[Any]:
     """What was allocated (a positive `alloc_size`) and freed, in order."""
     found = []
-    roots = profile.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    roots = profile.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
     todo = list(reversed(roots))
     while todo:
         event = todo.pop()
