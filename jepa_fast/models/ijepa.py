@@ -150,10 +150,7 @@ class IJepa(nn.Module):
         if isinstance(masks, PackedMasks):
             context = self._packed_context(images, masks)
             with phase("predictor"):
-                hidden = self.predictor.features_packed(
-                    context, masks, self.predictor.sequences(masks)
-                )
-                return self.predictor.predictor_proj(hidden)
+                return self.predictor(context, masks, self.predictor.sequences(masks))
         with phase("context encoder"):
             context = encode_patches(self.encoder, images, masks.context, masks.context_mask)
         with phase("predictor"):

@@ -77,6 +77,9 @@ class TCJepa(IJepa):
         loss: prediction loss; ``"l2_norm"`` is the paper's, others as in ``IJepa``.
         normalize_target: LayerNorm on the teacher's tokens (the paper does not say).
 
+    With FSDP2, ``encoder``, ``target_encoder``, ``predictor`` or their blocks can be units of their
+    own beside the whole model. ``conditioner`` cannot: it works between the predictor's blocks.
+
     Raises:
         TypeError, ValueError: as ``IJepa``; an option of the wrong type, an unknown name, a number
             out of range, or sizes that do not fit.
@@ -308,7 +311,7 @@ class TCJepa(IJepa):
                 return text(layer, tokens)
 
         with phase("predictor"):
-            hidden = self.predictor.features(
+            prediction = self.predictor(
                 context,
                 masks.context,
                 masks.targets,
@@ -317,7 +320,7 @@ class TCJepa(IJepa):
                 after_block=condition,
                 appended=text.appended,
             )
-            return self.predictor.predictor_proj(hidden), text
+            return prediction, text
 
     def _predict_packed_with_text(
         self, images: Tensor, masks: PackedMasks, captions: Captions
@@ -338,8 +341,7 @@ class TCJepa(IJepa):
                 return sequences.pack(text(layer, sequences.unpack(tokens)))
 
         with phase("predictor"):
-            hidden = self.predictor.features_packed(context, masks, sequences, condition)
-            return self.predictor.predictor_proj(hidden), text
+            return self.predictor(context, masks, sequences, after_block=condition), text
 
 
 def _check_weights(sparsity_weight: float, consistency_weight: float) -> None:

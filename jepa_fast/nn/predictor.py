@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -81,15 +82,32 @@ class VisionTransformerPredictor(nn.Module):
     def forward(
         self,
         context: Tensor,
-        context_index: Tensor,
-        target_index: Tensor,
+        context_index: Tensor | PackedMasks,
+        target_index: Tensor | Sequences,
         context_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
+        after_block: Callable[[int, Tensor], Tensor] | None = None,
+        appended: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Predicted tokens ``[M * B, Kt, embed_dim]``; arguments as in :meth:`features`."""
-        return self.predictor_proj(
-            self.features(context, context_index, target_index, context_mask, target_mask)
-        )
+        """Predicted tokens ``[M * B, Kt, embed_dim]``.
+
+        Arguments as in :meth:`features`; of packed tokens, masks and sequences stand in the places
+        of both indices, and arguments are as in :meth:`features_packed`.
+        """
+        if isinstance(context_index, PackedMasks):
+            sequences = cast(Sequences, target_index)
+            hidden = self.features_packed(context, context_index, sequences, after_block)
+        else:
+            hidden = self.features(
+                context,
+                context_index,
+                cast(Tensor, target_index),
+                context_mask,
+                target_mask,
+                after_block,
+                appended,
+            )
+        return self.predictor_proj(hidden)
 
     def features(
         self,
