@@ -1181,7 +1181,8 @@ def test_unknown_operators_and_folders_without_benchmarks_are_refused(
     assert _bench(folder, "--quick", "--device", "cpu") == 2
     assert f"nothing to run in {folder} on cpu with --quick" in capfd.readouterr().err
     assert not (folder / "results").exists()
-    assert _bench(tmp_path) == 2
+    (tmp_path / "empty").mkdir()
+    assert _bench(tmp_path / "empty") == 2
     assert "no benchmarks (bench_*.py) in" in capfd.readouterr().err
 
 
@@ -1566,3 +1567,44 @@ def test_a_file_that_skips_itself_is_left_out_of_a_suite(tmp_path: Path) -> None
     failed: dict[str, Exception] = {}
     assert load_suite(tmp_path, failed) == []
     assert list(failed) == ["bench_b.py"]
+
+
+OWN = """
+from cases import CASE
+from jepa_fast.perf import benchmark
+
+@benchmark([CASE])
+def bench_own(case, device):
+    raise NotImplementedError
+"""
+
+
+def test_a_suite_has_the_files_below_it_each_with_what_lies_beside_it(tmp_path: Path) -> None:
+    for name, folder in (("first", tmp_path), ("second", tmp_path / "deep/er")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"bench_{name}.py").write_text(OWN)
+        case = f"from jepa_fast.perf import Case\nCASE = Case('own', '{name}')\n"
+        (folder / "cases.py").write_text(case)
+    for left_out in (".hidden", "build/lib", "environment"):
+        (tmp_path / left_out).mkdir(parents=True)
+        (tmp_path / left_out / "bench_first.py").write_text("1 / 0\n")
+    (tmp_path / "environment/pyvenv.cfg").touch()
+    path = list(sys.path)
+    cases = [case.name for entry in load_suite(tmp_path) for case in entry.cases]
+    assert cases == ["first", "second"]
+    assert sys.path == path
+
+    (tmp_path / "deep/bench_first.py").write_text(OWN)
+    message = r"of one name: bench_first.py, deep/bench_first.py; .* rename all but one"
+    with pytest.raises(PerfError, match=message):
+        load_suite(tmp_path)
+
+
+def test_files_below_a_suite_that_cannot_be_imported_are_named_with_their_folder(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/bench_broken.py").write_text("1 / 0\n")
+    failed: dict[str, Exception] = {}
+    assert load_suite(tmp_path, failed) == []
+    assert list(failed) == ["deep/bench_broken.py"]

@@ -388,7 +388,7 @@ def test_both_versions_running_the_same_code_is_an_error_and_not_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As with a package that is neither at the root nor in src, and installed with `pip -e`."""
-    files = {"python/library.py": LIBRARY, "benchmarks/bench_library.py": SUITE}
+    files = {"python/library.py": LIBRARY, "benchmarks/deep/bench_library.py": SUITE}
     repository = Repository(tmp_path / "project", files)
     greedy = library(MILLISECONDS='{"greedy": 1.0}', EXTRA_BYTES="4096")
     repository.write({"python/library.py": greedy})

@@ -20,11 +20,13 @@ the standard library alone.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -143,16 +145,40 @@ def benchmark(cases: Iterable[Case]) -> Callable[[SetUp], Callable[..., None]]:
     return decorate
 
 
+def find_benchmarks(folder: Path) -> list[Path]:
+    """The files `bench_*.py` in a folder and below it, but for those of hidden folders, virtual
+    environments and builds, where pytest does not look either.
+    """
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_left_out(Path(root, name))]
+        found += [Path(root, name) for name in files if fnmatch(name, "bench_*.py")]
+    return sorted(found)
+
+
+def _is_left_out(folder: Path) -> bool:
+    patterns = (".*", "__pycache__", "build", "dist", "node_modules", "venv", "*.egg")
+    if any(fnmatch(folder.name, pattern) for pattern in patterns):
+        return True
+    return (folder / "pyvenv.cfg").exists()
+
+
 def suite_files(folder: Path) -> list[Path]:
     """The benchmark files of a suite.
 
     Raises:
-        PerfError: there are none.
+        PerfError: there are none, or two of one name.
     """
-    files = sorted(folder.glob("bench_*.py"))
+    files = find_benchmarks(folder)
     if not files:
         raise PerfError(
             f"no benchmarks (bench_*.py) in {folder}: name the folder that holds them with --suite"
+        )
+    counts = Counter(path.name for path in files)
+    if twice := [str(path.relative_to(folder)) for path in files if counts[path.name] > 1]:
+        raise PerfError(
+            f"benchmark files of one name: {', '.join(twice)}; they are imported by it, so rename "
+            "all but one"
         )
     return files
 
@@ -172,11 +198,12 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
     with _beside(folder):
         for path in suite_files(folder):
             try:
-                modules.append(_load(path))
+                with _beside(path.parent):
+                    modules.append(_load(path))
             except Exception as error:
                 if failed is None:
                     raise
-                failed[path.name] = error
+                failed[str(path.relative_to(folder))] = error
             except BaseException as error:
                 if type(error).__name__ != "Skipped":  # by pytest.importorskip, say
                     raise

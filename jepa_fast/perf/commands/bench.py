@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from jepa_fast.perf.files import check_writable
     from jepa_fast.perf.floors import read_floors
     from jepa_fast.perf.machine import choose_device, describe
+    from jepa_fast.perf.race import find_benchmarks
     from jepa_fast.perf.results import gaps, numbers, read_results, results_file, table
     from jepa_fast.perf.suite import check_packages, run_suite
 
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     except PerfError as error:
         own = Path("benchmarks")
         unknown = options.suite is None and str(error).startswith("unknown operator")
-        if unknown and own.resolve() != suite and any(own.glob("bench_*.py")):
+        if unknown and own.resolve() != suite and find_benchmarks(own):
             raise PerfError(f"{error}; for those in ./benchmarks: --suite benchmarks") from error
         raise
     for skipped in outcome.skipped:

@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     from jepa_fast.perf.gate.sides import Setting
     from jepa_fast.perf.gate.snapshots import Snapshots, default_cache
     from jepa_fast.perf.machine import choose_device
-    from jepa_fast.perf.race import suite_files
+    from jepa_fast.perf.race import find_benchmarks, suite_files
     from jepa_fast.perf.summary import verdict
 
     device = choose_device(options.device)
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
     base = snapshots.base(options.base)
     head = snapshots.head()
     inside = suite.relative_to(snapshots.root)
-    if not any((head.root / inside).glob("bench_*.py")):
+    if not find_benchmarks(head.root / inside):
         raise PerfError(f"git ignores the benchmarks in {suite}, and a version has what git knows")
     setting = Setting(
         head.root / inside,

@@ -190,7 +190,9 @@ def _cases(
         # Versions run from copies; the user knows the suite by its place in the repository.
         inside = setting.suite.is_relative_to(head.root)
         suite = setting.suite.relative_to(head.root) if inside else setting.suite
-        files = ", ".join(file.name for file in suite_files(setting.suite))
+        files = ", ".join(
+            str(file.relative_to(setting.suite)) for file in suite_files(setting.suite)
+        )
         raise PerfError(
             f"no benchmark in {suite} ({files}) has a case with quick=True for {setting.device}, "
             "and only those are compared: Case(..., quick=True)"

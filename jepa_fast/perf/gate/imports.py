@@ -70,8 +70,8 @@ class Imports:
         return not _INSTALLED.isdisjoint(file.parts) or any(map(file.is_relative_to, self._made))
 
     def _is_of_suite(self, file: Path) -> bool:
-        if self._suite_is_among_sources():
-            return file.parent == self._suite and file.name.startswith("bench_")
+        if self._suite_is_among_sources() and not file.name.startswith("bench_"):
+            return False
         return file.is_relative_to(self._suite)
 
     def _suite_is_among_sources(self) -> bool:
