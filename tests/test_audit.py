@@ -877,3 +877,13 @@ def test_summaries() -> None:
     assert [case.get("name") for case in suite] == ["a|b", "<c>"]
     (failure,) = suite[1]
     assert (failure.get("message"), failure.text) == ("worse", "1 -> 2")
+
+
+def test_what_only_one_of_two_reports_holds_is_said() -> None:
+    compiled, counted = Report({}, [], None), Report({}, None, [])
+    assert compiled.compare(counted) == []
+    assert compiled.notes(counted) == [
+        "not compared: compiled kernels, as the baseline holds none",
+        "not compared: traffic, which this audit left out",
+    ]
+    assert compiled.notes(compiled) == []

@@ -123,10 +123,15 @@ def check_chips(targets: Sequence[str], before: Report) -> None:
 
 def _compare(now: Report, before: Report, worse: _Worse) -> Comparison:
     result = Comparison()
-    if now.kernels is not None and before.kernels is None:
-        result.notes.append("not compared: compiled kernels, as the baseline holds none")
-    if now.traffic is not None and before.traffic is None:
-        result.notes.append("not compared: traffic, as the baseline holds none")
+    parts = (
+        ("compiled kernels", now.kernels, before.kernels),
+        ("traffic", now.traffic, before.traffic),
+    )
+    for what, found, expected in parts:
+        if found is not None and expected is None:
+            result.notes.append(f"not compared: {what}, as the baseline holds none")
+        if found is None and expected is not None:
+            result.notes.append(f"not compared: {what}, which this audit left out")
     if now.kernels is not None and before.kernels is not None:
         _compare_compiled(now, before, worse, result)
     if now.traffic is not None and before.traffic is not None:
