@@ -210,9 +210,13 @@ def test_a_link_to_a_folder_is_in_the_working_tree(plain: Repository) -> None:
 
 
 def test_file_names_may_be_any_bytes(plain: Repository) -> None:
-    name = os.fsdecode(b"caf\xe9.txt")
-    (plain.root / name).write_text("2")
-    assert (_snapshots(plain).head().root / name).read_text() == "2"
+    names = (os.fsdecode(b"caf\xe9.txt"), "with a space.txt")
+    for name in names:
+        (plain.root / name).write_text("2")
+    git(plain.root, "mv", "a.txt", "b.txt")
+    head = _snapshots(plain).head()
+    assert [(head.root / name).read_text() for name in names] == ["2", "2"]
+    assert sorted(head.changed) == sorted([*names, "a.txt", "b.txt"])
 
 
 def test_versions_are_built_once(plain: Repository) -> None:

@@ -111,8 +111,10 @@ class Snapshots:
             self.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"
         ).split("\0")
         names = sorted({name for name in listed if name and _is_there(self.root / name)})
-        status = git(self.root, "status", "--porcelain", "--untracked-files=all")
-        changed = tuple(line[3:] for line in status.splitlines())
+        status = git(
+            self.root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all"
+        )
+        changed = tuple(entry[3:] for entry in status.split("\0") if entry)
         digest = hashlib.sha256()
         for name in names:
             digest.update(os.fsencode(name) + b"\0" + _content_digest(self.root / name))
