@@ -321,6 +321,16 @@ def test_sizes_follow_the_public_collators() -> None:
     assert drawn == {h * w for h, w in ours}
 
 
+@pytest.mark.parametrize(("side", "patches"), [(7, 1), (14, 1), (27, 1), (28, 211), (28, 463)])
+def test_a_share_of_whole_patches_is_of_so_many(side: int, patches: int) -> None:
+    assert side**2 * (patches / side**2) < patches  # rounding, as of 49 * (1 / 49)
+    share = patches / side**2
+    sampler = BlockMaskSampler(
+        side, target_scale=(share, share), target_aspect=(1.0, 1.0), min_context=1
+    )
+    assert sampler.largest_target == round(patches**0.5) ** 2
+
+
 def test_no_images() -> None:
     masks = BlockMaskSampler((8, 8))(0, torch.zeros(0, dtype=torch.int64))
     assert masks.context.shape == (0, 0)
@@ -337,7 +347,7 @@ def test_no_images() -> None:
         ({"context_scale": (0.5, 1.5)}, "context_scale: expected 0 < low <= high <= 1"),
         ({"target_aspect": (0.0, 1.0)}, "target_aspect: expected 0 < low <= high"),
         ({"seed": -1}, "seed: expected 0 <= seed"),
-        ({"target_scale": (0.01, 0.2)}, "raise target_scale to 0.0156 or more"),
+        ({"target_scale": (0.01, 0.2)}, "raise target_scale to 1/64 or more"),
         ({"context_scale": (0.1, 1.0)}, "min_context: expected at most .*context_scale"),
         ({"min_context": 50}, "beside a target block of .*lower target_scale, or set"),
         ({"target_scale": (0.95, 1.0)}, "target_scale: nothing is left of a context block of 7x7"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SIZES = 4096  # equally likely values of the number that drives a block's size
 _SHIFT = 52  # leaves the bits of a draw that choose among them
+_ROUNDING = 1e-12  # so that a share such as 1/49 is of one patch: 49 * (1 / 49) is below 1
 _OPTIONS = ("grid", "num_targets", "min_context", "max_context", "allow_overlap", "seed")
 
 Size = tuple[int, int]  # patches: height, width
@@ -240,13 +241,14 @@ def _block_sizes(
     patches = grid[0] * grid[1]
     scale = interval(f"{name}_scale", scale, most=1)
     aspect = interval(f"{name}_aspect", aspect)
-    if patches * scale[0] < 1:
+    whole = patches * (1 + _ROUNDING)
+    if whole * scale[0] < 1:
         raise ValueError(
             f"{name}_scale: expected at least one patch, got {scale[0]} of the {patches} patches "
-            f"of a {grid[0]}x{grid[1]} grid; raise {name}_scale to {1 / patches:.3g} or more"
+            f"of a {grid[0]}x{grid[1]} grid; raise {name}_scale to 1/{patches} or more"
         )
     uniform = (torch.arange(_SIZES, dtype=torch.float64, device="cpu") + 0.5) / _SIZES
-    area = (patches * (scale[0] + uniform * (scale[1] - scale[0]))).floor()
+    area = (whole * (scale[0] + uniform * (scale[1] - scale[0]))).floor()
     ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
     heights = (area * ratio).sqrt().round().clamp(1, grid[0]).long().tolist()
     widths = (area / ratio).sqrt().round().clamp(1, grid[1]).long().tolist()
