@@ -224,9 +224,12 @@ def _packed_sequences(lengths: list[int], slack: int, backend: str = "auto") -> 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [4, 4], [1]])
-def test_packed_attention_is_attention_by_sequence(lengths: list[int], backend: str) -> None:
+@pytest.mark.parametrize("slack", [3, 0])
+def test_packed_attention_is_attention_by_sequence(
+    lengths: list[int], slack: int, backend: str
+) -> None:
     g = torch.Generator().manual_seed(0)
-    sequences = _packed_sequences(lengths, 3, backend)
+    sequences = _packed_sequences(lengths, slack, backend)
     device = "cuda" if torch.cuda.is_available() and backend != "auto" else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = (
@@ -257,6 +260,21 @@ def test_packed_attention_is_attention_by_sequence(lengths: list[int], backend: 
     for mine, theirs in zip(got, torch.autograd.grad(want, (q, k, v), upstream), strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
         assert not mine[used:].any()  # slack has no gradient
+    assert out.isfinite().all()
+
+
+def test_slack_that_is_read_changes_no_gradient_of_others() -> None:
+    sequences = _packed_sequences([3, 1], 2, "sdpa")
+    q, k, v = torch.randn(3, 6, 2, 8).requires_grad_().unbind(0)
+    out = attend_packed(q, k, v, sequences)
+    alone = torch.autograd.grad(out[:4].sum(), (q, k, v), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), (q, k, v)), alone)
+
+
+def test_slack_alone() -> None:
+    q, k, v = torch.randn(3, 4, 2, 8).unbind(0)
+    out = attend_packed(q, k, v, _packed_sequences([], 4, "sdpa"))
+    assert out.shape == q.shape
     assert out.isfinite().all()
 
 

@@ -80,8 +80,8 @@ class Sequences:
         """Rows to slots, slots to rows, and which slots hold a token.
 
         Every sequence has a slot more than its longest can fill. It never counts, so whatever
-        slack is put there gets no gradient; and slots without a token read the last of the slack,
-        whose gradient is zero. So one index is the other's transpose, and neither needs sums.
+        slack is put there gets no gradient; and slots without a token read the last row, whatever
+        it is, and give none back. So one index is the other's transpose, and neither needs sums.
         """
         if self._found is not None:  # functools.cached_property has a lock, which is not compiled
             return self._found
@@ -94,8 +94,8 @@ class Sequences:
         token = torch.arange(self.tokens, device=begin.device)
         sequence = torch.searchsorted(self.offsets[1:-1].contiguous(), token.int(), right=True)
         known = sequence < len(begin)
-        sequence = sequence.clamp(max=max(len(begin) - 1, 0))
-        of_token = torch.where(known, sequence * slots + token - begin[sequence], self.longest)
+        first = self.offsets[sequence.clamp(max=max(len(begin) - 1, 0))]
+        of_token = torch.where(known, sequence * slots + token - first, self.longest)
         self._found = row.flatten(), of_token, filled
         return self._found
 
@@ -107,29 +107,34 @@ class Sequences:
     def unpack(self, x: Tensor) -> Tensor:
         """``[T, ...]`` to ``[S, longest + 1, ...]``; slots without a token are finite."""
         row, slot, filled = self._places()
-        return _Rearranged.apply(x, row, slot).unflatten(0, filled.shape)
+        return _Rearranged.apply(x, row, slot, None).unflatten(0, filled.shape)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[S, longest + 1, ...]`` to ``[T, ...]``; slack holds something finite."""
-        row, slot, _ = self._places()
-        return _Rearranged.apply(x.flatten(0, 1), slot, row)
+        row, slot, filled = self._places()
+        if not filled.shape[0]:  # nor is there a slot that slack could read
+            return x.new_zeros(self.tokens, *x.shape[2:])
+        return _Rearranged.apply(x.flatten(0, 1), slot, row, filled.flatten())
 
 
 class _Rearranged(torch.autograd.Function):
-    """`x[index]`, where the gradient is `grad[inverse]`."""
+    """`x[index]`, where the gradient is `grad[inverse]`, 0 where `taken` is False."""
 
     @staticmethod
-    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    def forward(x: Tensor, index: Tensor, inverse: Tensor, taken: Tensor | None) -> Tensor:
         return x.index_select(0, index)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
-        return _Rearranged.apply(grad, inverse, index), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        index, inverse, taken = ctx.saved_tensors
+        grad = _Rearranged.apply(grad, inverse, index, None)
+        if taken is not None:
+            grad.mul_(taken.view(-1, *[1] * (grad.ndim - 1)))
+        return grad, None, None, None
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
