@@ -311,6 +311,23 @@ def test_sequences_that_would_be_mixed_up(offsets: list[int], message: str) -> N
     Sequences(torch.tensor([0, 3, 8, 12], dtype=torch.int32), 12, longest=5)
 
 
+@pytest.mark.parametrize("offsets", [torch.tensor([0, 3, 4]), [0, 3, 4]])
+def test_offsets_are_an_int32_tensor(offsets: Any) -> None:
+    with pytest.raises(TypeError, match=r"offsets: expected an int32 tensor .*use .int\(\)"):
+        Sequences(offsets, 4, 3)
+
+
+def test_sequences_known_from_inference_mode_train() -> None:
+    sequences = _packed_sequences([3, 1], 2)
+    x = torch.randn(6, 2, 8)
+    with torch.inference_mode():
+        attend_packed(x, x, x, sequences)
+        sequences.bounded_offsets()
+    attend_packed(x.requires_grad_(), x, x, sequences).sum().backward()
+    assert x.grad is not None
+    assert not sequences.bounded_offsets()[0].is_inference()
+
+
 def test_bounded_offsets_wait_for_nothing_and_compile() -> None:
     sequences = _packed_sequences([3, 0, 5, 1], 3)
     values = sequences.offsets, sequences.tokens, sequences.longest

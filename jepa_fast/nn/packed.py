@@ -7,7 +7,7 @@ import importlib.util
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Sequences:
         backend: of attention: ``"auto"`` or one of :data:`BACKENDS`.
 
     Raises:
+        TypeError: offsets that are no int32 tensor.
         ValueError: offsets that do not ascend from 0 to T, or a sequence of more than ``longest``
             tokens. On a GPU they are read with ``JEPA_FAST_DEBUG=1`` alone, in compiled code never.
     """
@@ -45,6 +46,9 @@ class Sequences:
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():
             return
+        if not isinstance(self.offsets, Tensor) or self.offsets.dtype != torch.int32:
+            got = getattr(self.offsets, "dtype", type(self.offsets).__name__)
+            raise TypeError(f"offsets: expected an int32 tensor [S + 2], got {got}; use .int()")
         if not may_be_checked(self.offsets):
             return
         offsets = self.offsets.tolist()
@@ -69,7 +73,7 @@ class Sequences:
         alone; those that the slack does not fill are empty.
         """
         most = max(self.longest, 1)
-        if self._bounded is None:
+        if not _serves(self._bounded):
             begin = self.offsets[:-1]
             piece = torch.arange(1, -(-self.tokens // most) + 1, device=begin.device)
             ends = (begin[-1] + most * piece).clamp(max=self.tokens)
@@ -83,7 +87,8 @@ class Sequences:
         slack is put there gets no gradient; and slots without a token read the last row, whatever
         it is, and give none back. So one index is the other's transpose, and neither needs sums.
         """
-        if self._found is not None:  # functools.cached_property has a lock, which is not compiled
+        # Not by functools.cached_property, whose lock is not compiled.
+        if self._found is not None and _serves(self._found[0]):
             return self._found
         begin = self.offsets[:-2].long()
         lengths = self.offsets[1:-1].long() - begin
@@ -115,6 +120,13 @@ class Sequences:
         if not filled.shape[0]:  # nor is there a slot that slack could read
             return x.new_zeros(self.tokens, *x.shape[2:])
         return _Rearranged.apply(x.flatten(0, 1), slot, row, filled.flatten())
+
+
+def _serves(kept: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether there is such a tensor, and not one of inference mode, which autograd now refuses."""
+    if kept is None or torch.compiler.is_compiling():
+        return kept is not None
+    return torch.is_inference_mode_enabled() or not kept.is_inference()
 
 
 class _Rearranged(torch.autograd.Function):
