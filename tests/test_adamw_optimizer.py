@@ -267,6 +267,14 @@ def test_steps_are_on_the_parameters_device_whatever_the_default_is() -> None:
     assert all(map(torch.equal, got, expected))
 
 
+def test_amsgrad_is_refused_wherever_it_is_named() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    assert not AdamWEma([parameter], amsgrad=False).param_groups[0]["amsgrad"]
+    for group in ({"params": [parameter], "amsgrad": True}, {"params": [parameter]}):
+        with pytest.raises(ValueError, match="AdamWEma: amsgrad is not supported"):
+            AdamWEma([group], amsgrad="amsgrad" not in group)
+
+
 def test_amsgrad_is_refused_from_a_state_too() -> None:
     state = _theirs(_Student(), amsgrad=True, lr=0.5).state_dict()
     optimizer = _ours(_Student())

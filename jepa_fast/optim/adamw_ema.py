@@ -44,6 +44,7 @@ class AdamWEma(torch.optim.Optimizer):
         shadows: pairs (teacher's tensor, copy of it in another dtype): for all of them or none.
         momentum: of the EMA, where `step` is given none; a number or a 0-dim tensor. The attribute
             `momentum` may be changed at any time. Not part of `state_dict`, as schedules set it.
+        amsgrad: False, as in calls of AdamW that name it; True is refused.
         rounding_seed: None, or a number: bfloat16 and float16 parameters, targets and shadows are
             rounded stochastically, at every step from other random bits. See `ops.ema_update_`.
         backend: of `ops.adamw_ema_`.
@@ -68,6 +69,7 @@ class AdamWEma(torch.optim.Optimizer):
         targets: Pairs = (),
         shadows: Pairs | None = None,
         momentum: float | Tensor = 0.996,
+        amsgrad: bool = False,
         maximize: bool = False,
         rounding_seed: int | None = None,
         backend: str = "auto",
@@ -77,7 +79,7 @@ class AdamWEma(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "amsgrad": False,
+            "amsgrad": amsgrad,
             "maximize": maximize,
             "foreach": None,
             "capturable": False,
