@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tiny_runs import tiny, trainer_of
 from torch import nn
 
+from jepa_fast import IJepa
+from jepa_fast.masks import BlockMaskSampler, pack_masks
+from jepa_fast.nn.vit import VisionTransformer
 from jepa_fast.optim import AdamWEma
 from jepa_fast.train.distributed import World, average_gradients, join_world, on_any_rank
 from jepa_fast.train.run import pretrain
@@ -84,10 +88,35 @@ def check_shards(world: World) -> None:
         torch.testing.assert_close(got, want)
 
 
+def check_packs(world: World) -> None:
+    """Processes with different numbers of packs make the gradients of one with all images."""
+    sampler = BlockMaskSampler((6, 6), min_context=2)
+    images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+    def model() -> IJepa:
+        torch.manual_seed(0)
+        encoder = VisionTransformer(24, 4, embed_dim=16, depth=1, num_heads=2)
+        return IJepa(encoder, predictor_dim=8, predictor_depth=1, predictor_heads=2)
+
+    alone, shared = model(), model()
+    alone(images, sampler(0, 8)).loss.backward()
+    parallel = nn.parallel.DistributedDataParallel(shared)
+    mine = torch.arange(8).chunk(world.size)[world.rank]
+    masks = sampler(0, mine)
+    packs = pack_masks(masks, int(masks.filled().sum()) + (world.rank == 0))
+    assert (len(packs) > 1) == (world.rank != 0)
+    for number, pack in enumerate(packs, start=1):
+        with parallel.no_sync() if number < len(packs) else nullcontext():
+            (pack.share * parallel(images[mine], pack).loss).backward()
+    for got, want in zip(shared.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
 def main(folder: Path) -> None:
     with join_world("cpu") as world:
         check_collectives(world)
         check_shards(world)
+        check_packs(world)
         check_skips(world, folder)
         for name, overrides in RUNS.items():
             pretrain(tiny(folder / name, *overrides))

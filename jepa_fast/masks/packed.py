@@ -127,6 +127,11 @@ def pack_masks(
     The losses then sum to that of the whole batch (but for VICReg's terms of TI-JEPA, which are of
     the images together).
 
+    Processes may have different numbers of packs. DistributedDataParallel would wait for ever for
+    those of the others: do all passes but the last of a step, forward and backward, within its
+    ``no_sync()``. FSDP communicates in every pass; there take ``tokens`` that hold any batch in one
+    pack, images times ``longest`` and one.
+
     Models take packs where their encoder takes ``sequences``, as ours do and ``TimmEncoder`` and
     ``TransformersEncoder`` of :mod:`jepa_fast.interop` do not: train those with padded masks, or as
     encoders of ours, by ``from_timm`` and ``from_transformers``. Any will do for TI-JEPA and
