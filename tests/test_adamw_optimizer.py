@@ -530,6 +530,12 @@ def test_options_are_refused_when_they_are_given(
         AdamWEma([nn.Parameter(torch.zeros(3))], **options)
 
 
+def test_a_momentum_without_its_name_is_refused() -> None:
+    optimizer: Any = AdamWEma([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(TypeError, match=r"closure must be .* got 0\.996; .*step\(momentum="):
+        optimizer.step(0.996)
+
+
 def test_a_momentum_out_of_range_is_refused_before_anything_moves() -> None:
     first, second, target = (nn.Parameter(torch.ones(3)) for _ in range(3))
     groups = [{"params": [first]}, {"params": [second]}]

@@ -132,9 +132,18 @@ class AdamWEma(torch.optim.Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            TypeError: `closure` is no function, as a momentum that is not named.
+            ValueError: a momentum outside [0, 1].
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"AdamWEma: closure must be None or a function, got {closure!r}; name the "
+                    "momentum: step(momentum=...)"
+                )
             with torch.enable_grad():
                 loss = closure()
         only_state = momentum is None and self._only_makes_state()
