@@ -755,3 +755,25 @@ def test_what_cannot_take_packed_masks_says_so() -> None:
         IJepa(VisionTransformer(20, 4, embed_dim=32, depth=1, num_heads=4), **SMALL)(
             torch.zeros(5, 3, 20, 20), pack
         )
+
+
+@pytest.mark.parametrize("method", ["ijepa", "probijepa", "tcjepa", "tcjepa append", "tijepa"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_parts_that_fsdp_shards(method: str, packed: bool, one_process: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    masks: Any = _sampler()(0, 5)
+    if packed:
+        (masks,) = pack_masks(masks, 500, 20, 36)
+    model, text = _model(method)
+    want, want_grads = _outcome(model, masks, text)
+    sharded, _ = _model(method)
+    for name in ("encoder", "predictor"):  # they gather their parameters when they are called
+        fully_shard(sharded.get_submodule(name))
+    fully_shard(sharded)
+    got, grads = _outcome(sharded, masks, text)
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(grads, want_grads, strict=True):
+        whole: Any = mine
+        torch.testing.assert_close(whole.full_tensor(), theirs)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.device_mesh import init_device_mesh
 from vit_oracle import block_oracle, layer_norm, linear, predictor_oracle, vit_oracle
 
 from jepa_fast import IJepa, TCJepa
 from jepa_fast.data import TextBatch
-from jepa_fast.masks import BlockMasks, pack_masks
+from jepa_fast.masks import BlockMasks
 from jepa_fast.nn import per_caption
 from jepa_fast.nn.text_conditioner import CONDITIONERS
 from jepa_fast.nn.vit import VisionTransformer
@@ -464,18 +463,3 @@ def test_compiles_once_for_all_numbers_of_captions_and_words(
         for one, other in zip([losses[0], *got], [losses[1], *want], strict=True):
             torch.testing.assert_close(one, other)
     assert counter.frame_count <= 2
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["masks", "packed"])
-def test_encoder_and_predictor_can_be_units_of_fsdp(packed: bool, one_process: None) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model, masks = build(), pack_masks(MASKS, 16)[0] if packed else MASKS
-    expected = model(**batch(), masks=masks).loss
-    mesh = init_device_mesh("cpu", (1,))
-    for module in (model.encoder, model.target_encoder, model.predictor, model):
-        fully_shard(module, mesh=mesh)
-    loss = model(**batch(), masks=masks).loss
-    assert torch.equal(loss, expected)
-    loss.backward()
-    assert model.predictor.predictor_proj.weight.grad.to_local().abs().sum() > 0
