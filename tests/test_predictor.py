@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed import device_mesh
 from vit_oracle import predictor_oracle
 
 from jepa_fast.nn.predictor import VisionTransformerPredictor
@@ -89,3 +90,20 @@ def test_compiles_without_a_graph_break(predictor) -> None:
     torch.testing.assert_close(
         compiled(context, CONTEXT, TARGETS, mask), predictor(context, CONTEXT, TARGETS)
     )
+
+
+def test_fsdp_may_narrow_the_weights_of_the_whole(predictor, one_process: None) -> None:
+    """It casts weights and inputs, and leaves buffers, such as positions, as they are."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    context = torch.randn(2, 4, 24)
+    expected = predictor(context, CONTEXT, TARGETS)
+    fully_shard(
+        predictor,
+        mesh=device_mesh.init_device_mesh("cpu", (1,)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+    )
+    prediction = predictor(context, CONTEXT, TARGETS)
+    assert prediction.dtype == torch.bfloat16
+    torch.testing.assert_close(prediction.float(), expected, rtol=0.1, atol=0.1)
+    prediction.sum().backward()

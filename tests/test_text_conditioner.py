@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import device_mesh
 
+from jepa_fast.nn import per_caption
 from jepa_fast.nn.text_conditioner import (
     CONDITIONERS,
     AdaLNConditioner,
@@ -463,3 +465,27 @@ def test_mask_errors() -> None:
         Captions.of(words, torch.ones(2, 3, 4), **sizes)
     with pytest.raises(ValueError, match=r"caption_mask: expected \[2, 3\], got \[2, 4\]"):
         Captions.of(words, None, torch.ones(2, 4, dtype=torch.bool), **sizes)
+
+
+# FSDP
+
+
+@pytest.mark.parametrize("at_once", [0, 2**21], ids=["chunks", "at once"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pool": "attention"}, {"per_caption": True}], ids=lambda o: str(o) or "plain"
+)
+def test_layers_may_be_units_of_fsdp(
+    options: dict[str, Any], at_once: int, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    monkeypatch.setattr(per_caption, "AT_ONCE", at_once)
+    whole, conditioner = build(**options), build(**options)
+    mesh = device_mesh.init_device_mesh("cpu", (1,))
+    for unit in (*conditioner.layers, conditioner.keys_values):
+        fully_shard(unit, mesh=mesh)
+    for each in (whole, conditioner):
+        out, conditioning = run(each, captions(), tokens())
+        (out.square().sum() + conditioning.sparsity() + conditioning.consistency()).backward()
+    grads = zip(whole.parameters(), conditioner.parameters(), strict=True)
+    assert all(torch.equal(p.grad, sharded.grad.full_tensor()) for p, sharded in grads)

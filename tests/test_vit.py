@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import device_mesh
 from vit_oracle import vit_oracle
 
 from jepa_fast.nn.attention import attend
@@ -288,3 +289,21 @@ def test_half_precision_attention_is_as_right_with_gradients_as_without(dtype: t
     got.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == dtype
+
+
+def test_fsdp_may_narrow_the_weights_of_the_whole(one_process: None) -> None:
+    """It casts weights and inputs, and leaves buffers, such as positions, as they are."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    encoder = randomise(VisionTransformer(**TINY))
+    images = torch.randn(2, 3, 16, 16)
+    expected = encoder(images)
+    fully_shard(
+        encoder,
+        mesh=device_mesh.init_device_mesh("cpu", (1,)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+    )
+    tokens = encoder(images)
+    assert tokens.dtype == torch.bfloat16
+    torch.testing.assert_close(tokens.float(), expected, rtol=0.1, atol=0.1)
+    tokens.sum().backward()

@@ -140,7 +140,7 @@ class VisionTransformerPredictor(nn.Module):
         tokens = ops.assemble_predictor_tokens(
             self.predictor_embed(context),
             self.mask_token.flatten(),
-            self.predictor_pos_embed[0],
+            self._positions(),
             context_index,
             target_index,
         )
@@ -162,6 +162,11 @@ class VisionTransformerPredictor(nn.Module):
                 tokens = block(tokens, key_mask, skip=first)
                 first = 0
         return self.predictor_norm(tokens[:, first : first + target_index.shape[2]])
+
+    def _positions(self) -> Tensor:
+        """``[N, predictor_dim]``."""
+        # A buffer stays as wide as it is where FSDP narrows the weights for a forward pass.
+        return self.predictor_pos_embed[0].to(self.mask_token.dtype)
 
     def sequences(self, masks: PackedMasks, backend: str = "auto") -> Sequences:
         """Where the predictor's packed sequences begin; ``backend`` of attention."""
@@ -189,7 +194,7 @@ class VisionTransformerPredictor(nn.Module):
         """
         from jepa_fast import ops
 
-        position = self.predictor_pos_embed[0]
+        position = self._positions()
         seen = self.predictor_embed(context) + ops.gather_packed(
             position, masks.context % position.shape[0]
         )

@@ -352,8 +352,76 @@ class _WordLayer(nn.Module):
         self.mlp_residual = mlp_residual
         self.pool_query = nn.Parameter(torch.zeros(dim)) if pool == "attention" else None
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        word_mask: Tensor,
+        token_mask: Tensor | None,
+        *,
+        per_caption: bool,
+        pool: str,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens with text, their queries and the sparsity: all that uses the layer's weights is in
+        this one call, so that FSDP can shard and gather it by itself.
+        """
+        query = self.query(tokens)
+        arguments = (query, keys, values, tokens, word_mask)
+        if (
+            per_caption
+            and is_worthwhile(tokens, word_mask.shape[1], self.mlp)
+            and need_no_call(self.mlp, self.norm)
+        ):
+            y, sparsity = pool_per_caption(
+                *arguments,
+                token_mask,
+                self.mlp,
+                self.norm,
+                self.pool_query,
+                mlp_residual=self.mlp_residual,
+                pool=pool,
+                **options,
+            )
+            return y, query, sparsity
+        pool_here = per_caption or pool == "attention"
+        y, sparsity = ops.text_cross_attention(
+            *arguments, pool="none" if pool_here else pool, token_mask=token_mask, **options
+        )
+        if per_caption:
+            y = self._normed(y)
+        if pool_here:
+            y = self._pooled(y, word_mask, pool)
+        if not per_caption:
+            y = self._normed(y)
+        return y, query, sparsity
+
+    def _normed(self, y: Tensor) -> Tensor:
         return self.norm(y + self.mlp(y) if self.mlp_residual else self.mlp(y))
+
+    def _pooled(self, y: Tensor, word_mask: Tensor, pool: str) -> Tensor:
+        """``[R, C, T, d]`` over the captions that are there, to ``[R, T, d]``."""
+        present = word_mask.any(2)
+        # Without captions every y_n is the same, and so is any pool over them.
+        present = present | ~present.any(1, keepdim=True)
+        present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
+        if pool == "max":
+            y = y.masked_fill(~present, -torch.inf)
+            if torch.compiler.is_compiling():  # the loop would be compiled anew for every C
+                return y.max(1).values
+            # Not amax, whose gradient is shared out where captions tie: the lowest wins. On a CPU
+            # max takes several times as long.
+            highest, *others = y.unbind(1)
+            for other in others:
+                highest = torch.where((other > highest) | other.isnan(), other, highest)
+            return highest
+        if self.pool_query is None:
+            weights = present.to(y.dtype) / present.sum(1, keepdim=True)
+        else:
+            scores = (y * self.pool_query).sum(-1, keepdim=True)
+            weights = scores.masked_fill(~present, -torch.inf).softmax(1)
+        return (y * weights.to(y.dtype)).sum(1)
 
 
 @dataclass
@@ -384,71 +452,23 @@ class WordConditioning(Conditioning):
         if layer not in c.after:
             return tokens
         layer = c.after.index(layer)
-        of_layer: Any = c.layers[layer]
         width = self.keys[layer].shape[-1]
         if tokens.ndim != 3 or tokens.shape[2] != width:
             raise ValueError(f"tokens: expected [R, T, {width}], got {list(tokens.shape)}")
-        query = of_layer.query(tokens)
-        arguments = (query, self.keys[layer], self.values[layer], tokens, self.word_mask)
-        options: dict[str, Any] = {
-            "num_heads": c.num_heads,
-            "scale": c.scale,
-            "similarity": c.similarity,
-            "tau": c.tau,
-        }
-        if (
-            c.per_caption
-            and is_worthwhile(tokens, self.word_mask.shape[1], of_layer.mlp)
-            and need_no_call(of_layer.mlp, of_layer.norm)
-        ):
-            y, sparsity = pool_per_caption(
-                *arguments,
-                self.token_mask,
-                of_layer.mlp,
-                of_layer.norm,
-                of_layer.pool_query,
-                mlp_residual=of_layer.mlp_residual,
-                pool=c.pool,
-                **options,
-            )
-        else:
-            pool_here = c.per_caption or c.pool == "attention"
-            pool = "none" if pool_here else c.pool
-            y, sparsity = ops.text_cross_attention(
-                *arguments, pool=pool, token_mask=self.token_mask, **options
-            )
-            if c.per_caption:
-                y = of_layer(y)
-            if pool_here:
-                y = self._pooled(y, of_layer.pool_query)
-            if not c.per_caption:
-                y = of_layer(y)
-        self.queries[layer] = query
-        self.sparsities[layer] = sparsity
+        y, self.queries[layer], self.sparsities[layer] = c.layers[layer](
+            tokens,
+            self.keys[layer],
+            self.values[layer],
+            self.word_mask,
+            self.token_mask,
+            per_caption=c.per_caption,
+            pool=c.pool,
+            num_heads=c.num_heads,
+            scale=c.scale,
+            similarity=c.similarity,
+            tau=c.tau,
+        )
         return y
-
-    def _pooled(self, y: Tensor, pool_query: Tensor | None) -> Tensor:
-        """``[R, C, T, d]`` over the captions that are there, to ``[R, T, d]``."""
-        present = self.word_mask.any(2)
-        # Without captions every y_n is the same, and so is any pool over them.
-        present = present | ~present.any(1, keepdim=True)
-        present = present.repeat(y.shape[0] // max(present.shape[0], 1), 1)[:, :, None, None]
-        if self.conditioner.pool == "max":
-            y = y.masked_fill(~present, -torch.inf)
-            if torch.compiler.is_compiling():  # the loop would be compiled anew for every C
-                return y.max(1).values
-            # Not amax, whose gradient is shared out where captions tie: the lowest wins. On a CPU
-            # max takes several times as long.
-            highest, *others = y.unbind(1)
-            for other in others:
-                highest = torch.where((other > highest) | other.isnan(), other, highest)
-            return highest
-        if pool_query is None:
-            weights = present.to(y.dtype) / present.sum(1, keepdim=True)
-        else:
-            scores = (y * pool_query).sum(-1, keepdim=True)
-            weights = scores.masked_fill(~present, -torch.inf).softmax(1)
-        return (y * weights.to(y.dtype)).sum(1)
 
     def sparsity(self) -> Tensor:
         """Mean over captions, tokens and layers of ``sum_w O``.

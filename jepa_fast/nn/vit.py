@@ -301,7 +301,8 @@ class VisionTransformer(nn.Module):
                 f"{images.dtype}; convert them, images.to({weight.dtype}), or call the model under "
                 "torch.autocast"
             )
-        return self.patch_embed(images) + self._positions(images)
+        # A buffer stays as wide as it is where FSDP narrows the weights for a forward pass.
+        return self.patch_embed(images) + self._positions(images).to(weight.dtype)
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = size

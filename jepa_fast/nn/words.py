@@ -84,7 +84,10 @@ def dequantize_words(words: Tensor, scale: Tensor, dtype: torch.dtype = torch.fl
     """
     _check_tensor(words)
     if words.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"words: expected torch.float8_e4m3fn with a scale, got {words.dtype}")
+        raise TypeError(
+            f"words: expected torch.float8_e4m3fn with a scale, got {words.dtype}; others have "
+            "none (FSDP's MixedPrecisionPolicy casts inputs but with cast_forward_inputs=False)"
+        )
     if not isinstance(scale, Tensor):
         raise TypeError(
             f"word_scale: expected a tensor of one a word, got {type(scale).__name__}; "
