@@ -173,3 +173,25 @@ def test_a_vector_is_the_callers_own() -> None:
     words = HashedWords(4, 3)
     words.vector("dog").zero_()
     assert bool(words([["dog"]]).words[0, 0, 0].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_words_are_float32_on_the_cpu_whatever_the_defaults_are(dtype: torch.dtype) -> None:
+    options = {"context": 0.3, "position": 0.2}
+    expected = HashedWords(8, 4, **options)(CAPTIONS)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")  # "cuda", that is; meta tensors have no values to be right by
+    try:
+        words = HashedWords(8, 4, **options)
+        text, vector = words(CAPTIONS), words.vector("seven")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert vector.dtype == torch.float32
+    assert torch.equal(text.words, expected.words)
+    assert torch.equal(text.word_mask, expected.word_mask)
+
+
+def test_a_batch_without_images_may_have_ids() -> None:
+    assert sample_captions([], 2, ids=[]) == []
+    assert HashedWords(8, 4)([], 2, ids=[], step=3).words.shape == (0, 2, 4, 8)

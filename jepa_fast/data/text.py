@@ -23,7 +23,7 @@ _CAPTIONS_KEPT = 200_000
 class TextBatch:
     """The captions of `B` images as word vectors; padding is zero and masked.
 
-    words: [B, C, S, Dt] float32.
+    words: [B, C, S, Dt] float32, or in the dtype of the text encoder.
     word_mask: [B, C, S] bool, True where there is a word.
     caption_mask: [B, C] bool, True where there is a caption (of at least one word).
     """
@@ -68,6 +68,8 @@ def sample_captions(
     if ids.shape != (len(captions),):
         got = len(ids) if ids.ndim == 1 else f"shape {list(ids.shape)}"
         raise ValueError(f"ids must have one entry for each of {len(captions)} images, got {got}")
+    if len(ids) == 0:  # torch takes an empty list for floats
+        return []
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids must be integers, got {ids.dtype}; use .long()")
     seed, step = integer("seed", seed), integer("step", step)
@@ -124,7 +126,8 @@ class HashedWords:
         self.dim, self.max_words, self.seed = dim, max_words, seed
         self.context, self.position = context, position
         self._rows: dict[str, int] = {}
-        self._table = torch.zeros(64, dim)  # row 0 is padding; grows by doubling
+        # Row 0 is padding; grows by doubling. Whatever torch's default dtype and device are.
+        self._table = torch.zeros(64, dim, dtype=torch.float32, device="cpu")
         self._captions: dict[str, np.ndarray] = {}
         self._told_cut = False
         _log.warning(
@@ -168,7 +171,8 @@ class HashedWords:
         mask = index > 0
         words = self._table[index]
         if self.context > 0:
-            total = words.sum(2, keepdim=True) / mask.sum(2).clamp(min=1)[:, :, None, None].sqrt()
+            length = mask.sum(2).clamp(min=1)[:, :, None, None].to(words.dtype)
+            total = words.sum(2, keepdim=True) / length.sqrt()
             words = (1 - self.context) ** 0.5 * words + self.context**0.5 * total
         if self.position > 0:
             words = words + self.position * _sinusoid(self.max_words, self.dim)
@@ -211,6 +215,7 @@ class HashedWords:
 
 def _sinusoid(length: int, dim: int) -> Tensor:
     """Sine and cosine of the place at falling frequencies, [length, dim]."""
-    frequency = 10000 ** (-torch.arange(0, dim, 2) / dim)
-    angle = torch.arange(length)[:, None] * frequency
+    with torch.device("cpu"):
+        frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        angle = torch.arange(length)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
