@@ -218,6 +218,17 @@ def test_autocast(pool: str, chunk: Any) -> None:
         assert error <= 1.5 * bound + 1e-2 * true.norm(), (name, error, bound, true.norm())
 
 
+def test_a_caption_alone_has_all_the_weight_under_autocast() -> None:
+    """Whatever its score is, so that nothing is learned of scores from it."""
+    layer = Layer(pool="attention")
+    alone = WORD_MASK.clone()
+    alone[:, 1:] = False  # and images without captions
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, _ = layer(pool_per_caption, alone, pool="attention")
+    (grad,) = torch.autograd.grad(pooled.float().sin().sum(), [layer.pool_query])
+    assert not grad.any()
+
+
 def test_autocast_of_the_backward_pass_does_not_matter() -> None:
     layer = Layer()
     outside = results(layer, pool_per_caption)

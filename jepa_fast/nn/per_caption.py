@@ -498,6 +498,8 @@ class _Attention:
         score = score.masked_fill(~present[:, some], -torch.inf)
         weight = (score - log_total[:, None]).exp()
         to_score = (grad[:, None] * (z - pooled[:, None])).sum(-1, keepdim=True) * weight
+        # One alone has all the weight; `pooled` may be rounded to half precision, and z is not.
+        to_score = to_score.masked_fill(present.sum(1, keepdim=True) == 1, 0)
         to_z = weight * grad[:, None] + to_score * pool_query
         return to_z, (to_score * z).sum((0, 1, 2))
 
