@@ -10,6 +10,7 @@ import torch
 from test_tcjepa import MASKS, WORD_MASK, batch, build
 from torch import Tensor
 
+from jepa_fast import TIJepa
 from jepa_fast.data import TextBatch
 from jepa_fast.nn.text_conditioner import Captions
 from jepa_fast.nn.words import dequantize_words, quantize_words
@@ -126,6 +127,40 @@ def test_errors() -> None:
         Captions.of(torch.ones(2, 3, 4, 5, dtype=torch.int64), **sizes)
     with pytest.raises(TypeError, match=r"words: expected a dense tensor, got torch\.sparse_coo"):
         Captions.of(torch.ones(2, 3, 4, 5).to_sparse(), **sizes)
+
+
+@pytest.mark.parametrize("masked", ["word_mask", "caption_mask"])
+def test_masks_on_another_device_are_refused_by_name(masked: str) -> None:
+    for read in (_captions_of, _tijepa_of):
+        masks = {masked: torch.ones(2, 3, 4, dtype=torch.bool, device="meta")}
+        if masked == "caption_mask":
+            masks[masked] = masks[masked][..., 0]
+        with pytest.raises(
+            ValueError, match=rf"{masked}: expected a tensor on cpu, .* on meta; use"
+        ):
+            read(torch.ones(2, 3, 4, 5), **masks)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_words_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(3, 4, 5), torch.ones(2, 4, 5)])
+    for read in (_captions_of, _tijepa_of):
+        with pytest.raises(
+            TypeError, match="words: expected a dense tensor, got a nested one; use"
+        ):
+            read(nested)
+
+
+def _captions_of(words: Tensor, **masks: Tensor) -> None:
+    Captions.of(words, **masks, images=2, text_dim=5)
+
+
+def _tijepa_of(words: Tensor, **masks: Tensor) -> None:
+    model = TIJepa(
+        None, image_dim=8, grid=(2, 2), text_dim=5, width=8, depth=1, num_heads=1,
+        predictor_dim=8, predictor_depth=1, predictor_heads=1,
+    )  # fmt: skip
+    model.encode(None, words, **masks, image_features=torch.ones(2, 4, 8))
 
 
 each_conditioning = pytest.mark.parametrize(

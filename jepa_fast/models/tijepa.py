@@ -27,7 +27,12 @@ from jepa_fast.models.vicreg import insured_loss
 from jepa_fast.nn.crosser import CROSSER_SIZES, Crosser
 from jepa_fast.nn.predictor import VisionTransformerPredictor
 from jepa_fast.nn.vit import check_encoder, create_encoder, encode_patches
-from jepa_fast.nn.words import check_word_mask, is_text_batch, word_vectors
+from jepa_fast.nn.words import (
+    check_dense_words,
+    check_word_mask,
+    is_text_batch,
+    word_vectors,
+)
 from jepa_fast.ops.latent_loss import KINDS
 from jepa_fast.ranges import phase
 
@@ -526,14 +531,15 @@ class TIJepa(nn.Module):
                     )
                 text = text.to(self._weight().device)
             vectors, word_mask, caption_mask = text.words, text.word_mask, text.caption_mask
+        check_dense_words(vectors)
         if vectors.ndim not in (3, 4) or vectors.shape[-1] != self.text_dim:
             raise ValueError(
                 f"words: expected [B, S, {self.text_dim}] or [B, C, S, {self.text_dim}], got "
                 f"{list(vectors.shape)}; text_dim= sets the width"
             )
         vectors = word_vectors(vectors, word_scale, self._weight().dtype)
-        check_word_mask("word_mask", word_mask, vectors.shape[:-1])
-        check_word_mask("caption_mask", caption_mask, vectors.shape[:-2])
+        check_word_mask("word_mask", word_mask, vectors.shape[:-1], vectors.device)
+        check_word_mask("caption_mask", caption_mask, vectors.shape[:-2], vectors.device)
         if caption_mask is not None:
             real = caption_mask[..., None].expand(vectors.shape[:-1])
             word_mask = real if word_mask is None else word_mask & real

@@ -206,10 +206,10 @@ class Crosser(nn.Module):
         if words is not None:
             expected = f"[B, S, {self.text_dim}] of {len(tokens)} texts, as images"
             _check_vectors("words", words, expected, self.text_dim, len(tokens))
-            check_word_mask("word_mask", word_mask, words.shape[:2])
+            check_word_mask("word_mask", word_mask, words.shape[:2], words.device)
             if words.shape[1] == 0:
                 words = None
-        check_word_mask("token_mask", token_mask, tokens.shape[:2])
+        check_word_mask("token_mask", token_mask, tokens.shape[:2], tokens.device)
         x = self.vision_norm(self.vision_proj(tokens))
         for block in self.blocks:
             x = block(x, words, word_mask, token_mask)

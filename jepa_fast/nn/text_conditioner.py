@@ -24,7 +24,12 @@ from jepa_fast.nn.initialisation import init_transformer
 from jepa_fast.nn.linear import Linear
 from jepa_fast.nn.per_caption import is_worthwhile, need_no_call, pool_per_caption
 from jepa_fast.nn.ranks import share_of_batch
-from jepa_fast.nn.words import check_word_mask, is_text_batch, word_vectors
+from jepa_fast.nn.words import (
+    check_dense_words,
+    check_word_mask,
+    is_text_batch,
+    word_vectors,
+)
 from jepa_fast.ops.text_cross_attention.api import SIMILARITIES
 
 POOLS = ("max", "mean", "attention")
@@ -69,9 +74,9 @@ class Captions:
                 leaves as it is. None: float8 becomes float32.
 
         Raises:
-            TypeError: the words are no floating tensor, in float8 without a scale or have a scale
-                in another dtype; or a mask is not bool.
-            ValueError: a shape does not fit.
+            TypeError: the words are no dense floating tensor, in float8 without a scale or have a
+                scale in another dtype; or a mask is not bool.
+            ValueError: a shape does not fit, or a mask is not on the words' device.
         """
         if not isinstance(words, Tensor):
             fix = "a text encoder makes it, see jepa_fast.interop"
@@ -81,6 +86,7 @@ class Captions:
                 f"words: expected a tensor [{images}, C, S, {text_dim}], got "
                 f"{type(words).__name__}; {fix}"
             )
+        check_dense_words(words)
         fits = words.ndim == 4 and words.shape[0] == images and words.shape[3] == text_dim
         if not fits or 0 in words.shape[1:3]:
             fix = {
@@ -101,7 +107,7 @@ class Captions:
             ("word_mask", word_mask, words.shape[:3]),
             ("caption_mask", caption_mask, words.shape[:2]),
         ):
-            check_word_mask(name, mask, shape)
+            check_word_mask(name, mask, shape, words.device)
         if caption_mask is not None:
             there = caption_mask[..., None].expand(words.shape[:3])
             word_mask = there if word_mask is None else word_mask & there

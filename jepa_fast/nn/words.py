@@ -124,8 +124,7 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
             f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
             "token ids, see jepa_fast.interop"
         )
-    if words.layout != torch.strided:
-        raise TypeError(f"words: expected a dense tensor, got {words.layout}; use .to_dense()")
+    check_dense_words(words)
     if scale is not None:
         return dequantize_words(words, scale, dtype or torch.float32)
     if words.dtype.itemsize == 1:
@@ -136,8 +135,23 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
     return words if dtype is None else words.to(dtype)
 
 
-def check_word_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
-    """Raises TypeError if a mask is not bool, ValueError if it has not this shape; None is fine."""
+def check_dense_words(words: Tensor) -> None:
+    """Raises TypeError for words that are sparse or nested, of which the latter have no shape."""
+    if words.is_nested:
+        raise TypeError(
+            "words: expected a dense tensor, got a nested one; use .to_padded_tensor(0.0) and pass "
+            "a word_mask"
+        )
+    if words.layout != torch.strided:
+        raise TypeError(f"words: expected a dense tensor, got {words.layout}; use .to_dense()")
+
+
+def check_word_mask(
+    name: str, mask: Tensor | None, shape: torch.Size, device: torch.device
+) -> None:
+    """Raises TypeError if a mask is not bool, ValueError if it has not this shape or is elsewhere;
+    None is fine.
+    """
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -148,3 +162,8 @@ def check_word_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
         raise TypeError(f"{name}: expected bool, got {mask.dtype}; use .bool()")
     if mask.shape != shape:
         raise ValueError(f"{name}: expected {list(shape)}, got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(
+            f"{name}: expected a tensor on {device}, where what it masks is, got one on "
+            f"{mask.device}; use .to({str(device)!r})"
+        )
