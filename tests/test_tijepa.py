@@ -206,6 +206,9 @@ def test_a_text_encoder_takes_captions() -> None:
     assert torch.equal(model(images, MASKS, captions).loss, expected.loss)
     single = model(images, MASKS, ["a dog", "two cats"])
     assert torch.equal(single.loss, model(images, MASKS, [["a dog"], ["two cats"]]).loss)
+    for name in ("word_mask", "caption_mask", "word_scale"):
+        with pytest.raises(ValueError, match=f"{name}: expected None with captions"):
+            model(images, MASKS, captions, **{name: text.word_mask})
 
 
 def test_gradients_reach_crosser_and_predictor_only() -> None:

@@ -215,7 +215,8 @@ class TIJepa(nn.Module):
             words: ``[B, S, Dt]``, or ``[B, C, S, Dt]``, where an image's captions are taken as one
                 text; captions if the model has a text encoder: for each image a sequence of them
                 or a plain string, its one caption.
-            word_mask: bool, of the shape of ``words`` without ``Dt``; False at padding.
+            word_mask: bool, of the shape of ``words`` without ``Dt``; False at padding. None with
+                captions, as are the next two.
             caption_mask: ``[B, C]`` bool, False at padding.
             word_scale: of the shape of ``word_mask``, what words in float8 are multiplied by; both
                 come from :func:`jepa_fast.nn.words.quantize_words`. None for words in other dtypes.
@@ -520,6 +521,16 @@ class TIJepa(nn.Module):
                 "build the model with text_encoder= to pass captions"
             )
         else:
+            for name, given in (
+                ("word_mask", word_mask),
+                ("caption_mask", caption_mask),
+                ("word_scale", word_scale),
+            ):
+                if given is not None:
+                    raise ValueError(
+                        f"{name}: expected None with captions, of which the text encoder makes "
+                        "words and masks, got a tensor; leave captions out of the list instead"
+                    )
             captions = captions_by_image("words", words)
             with phase("frozen text encoder"):
                 text = self.text_encoder(captions)
