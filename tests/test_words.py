@@ -12,10 +12,15 @@ from torch import Tensor
 
 from jepa_fast import TIJepa
 from jepa_fast.data import TextBatch
+from jepa_fast.masks import BlockMasks
 from jepa_fast.nn.text_conditioner import Captions
 from jepa_fast.nn.words import dequantize_words, quantize_words
 
 FP8 = torch.float8_e4m3fn
+
+each_conditioning = pytest.mark.parametrize(
+    "conditioning", ["words", "mean_words", "adaln", "feature", "append"]
+)
 
 
 def words_of_all_sizes() -> Tensor:
@@ -129,6 +134,33 @@ def test_errors() -> None:
         Captions.of(torch.ones(2, 3, 4, 5).to_sparse(), **sizes)
 
 
+@each_conditioning
+@pytest.mark.parametrize("masked", [False, True])
+def test_words_made_in_inference_mode(conditioning: str, masked: bool) -> None:
+    """As frozen encoders are run."""
+    model, given = build(conditioning=conditioning), batch()
+    names = ("words", "word_mask", "caption_mask") if masked else ("words",)
+    with torch.inference_mode():
+        made = {name: given[name].clone() for name in names}
+    losses = []
+    for inputs in ({name: given[name] for name in names}, made):
+        losses.append(model(given["images"], MASKS, **inputs).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("objective", ["masked_image", "cross_modal"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tijepa_reads_what_was_made_in_inference_mode(objective: str, masked: bool) -> None:
+    context, targets = torch.tensor([[0, 1]] * 2), torch.tensor([[[2]]] * 2)
+    model, masks = _tijepa(objective), BlockMasks(context, targets, None, (2, 2))
+    with torch.inference_mode():
+        words, features = torch.randn(2, 4, 5), torch.randn(2, 4, 8)
+        word_mask = torch.ones(2, 4, dtype=torch.bool) if masked else None
+    model(None, masks, words, word_mask, image_features=features).loss.backward()
+    assert all(p.grad is not None for _, p in model.trainable_parameters())
+
+
 @pytest.mark.parametrize("masked", ["word_mask", "caption_mask"])
 def test_masks_on_another_device_are_refused_by_name(masked: str) -> None:
     for read in (_captions_of, _tijepa_of):
@@ -155,17 +187,15 @@ def _captions_of(words: Tensor, **masks: Tensor) -> None:
     Captions.of(words, **masks, images=2, text_dim=5)
 
 
-def _tijepa_of(words: Tensor, **masks: Tensor) -> None:
-    model = TIJepa(
+def _tijepa(objective: str = "masked_image") -> TIJepa:
+    return TIJepa(
         None, image_dim=8, grid=(2, 2), text_dim=5, width=8, depth=1, num_heads=1,
-        predictor_dim=8, predictor_depth=1, predictor_heads=1,
+        predictor_dim=8, predictor_depth=1, predictor_heads=1, objective=objective,
     )  # fmt: skip
-    model.encode(None, words, **masks, image_features=torch.ones(2, 4, 8))
 
 
-each_conditioning = pytest.mark.parametrize(
-    "conditioning", ["words", "mean_words", "adaln", "feature", "append"]
-)
+def _tijepa_of(words: Tensor, **masks: Tensor) -> None:
+    _tijepa().encode(None, words, **masks, image_features=torch.ones(2, 4, 8))
 
 
 @each_conditioning

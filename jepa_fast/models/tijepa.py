@@ -31,6 +31,7 @@ from jepa_fast.nn.words import (
     check_dense_words,
     check_word_mask,
     is_text_batch,
+    outside_inference,
     word_vectors,
 )
 from jepa_fast.ops.latent_loss import KINDS
@@ -498,7 +499,7 @@ class TIJepa(nn.Module):
                 f"image_features: expected [B, {expected[0]}, {expected[1]}] for a grid of "
                 f"{self.grid[0]} x {self.grid[1]} patches, got {list(features.shape)}"
             )
-        return features.to(self._weight().dtype)
+        return outside_inference(features.to(self._weight().dtype))
 
     def _words(
         self,
@@ -557,7 +558,9 @@ class TIJepa(nn.Module):
         if vectors.ndim == 4:
             vectors = vectors.flatten(1, 2)
             word_mask = None if word_mask is None else word_mask.flatten(1)
+        vectors = outside_inference(vectors)
         if word_mask is not None:
+            word_mask = outside_inference(word_mask)
             # Padding may hold anything, also what is not finite.
             vectors = vectors.masked_fill(~word_mask[..., None], 0)
         return vectors, word_mask

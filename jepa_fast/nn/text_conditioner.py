@@ -28,6 +28,7 @@ from jepa_fast.nn.words import (
     check_dense_words,
     check_word_mask,
     is_text_batch,
+    outside_inference,
     word_vectors,
 )
 from jepa_fast.ops.text_cross_attention.api import SIMILARITIES
@@ -112,7 +113,9 @@ class Captions:
             there = caption_mask[..., None].expand(words.shape[:3])
             word_mask = there if word_mask is None else word_mask & there
         if word_mask is None:
-            return cls(words, torch.ones(words.shape[:3], dtype=torch.bool, device=words.device))
+            there = torch.ones(words.shape[:3], dtype=torch.bool, device=words.device)
+            return cls(outside_inference(words), there)
+        word_mask = outside_inference(word_mask)
         # Padding may hold anything, also what is not finite, which factors of 0 would not undo.
         return cls(words.masked_fill(~word_mask[..., None], 0), word_mask)
 

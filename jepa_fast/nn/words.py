@@ -146,6 +146,15 @@ def check_dense_words(words: Tensor) -> None:
         raise TypeError(f"words: expected a dense tensor, got {words.layout}; use .to_dense()")
 
 
+def outside_inference(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it where a frozen encoder made it in inference mode: autograd keeps
+    no such tensors for a backward pass.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 def check_word_mask(
     name: str, mask: Tensor | None, shape: torch.Size, device: torch.device
 ) -> None:
