@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from jepa_fast import CheckpointError
 from jepa_fast.train.checkpoint import load_checkpoint
 from jepa_fast.train.errors import ConfigError
+from jepa_fast.train.lock import FolderLock
 from jepa_fast.train.logs import read_rows
 from jepa_fast.train.run import pretrain
 from jepa_fast.train.trainer import Trainer
@@ -49,6 +51,12 @@ def fit_until_killed(trainer: Trainer, at: int) -> None:
     trainer.prepare = killed
     with pytest.raises(Killed):
         trainer.fit()
+
+
+def folders_open() -> list[str]:
+    """Where this process's descriptors lead."""
+    folder = Path("/proc/self/fd")
+    return [os.readlink(folder / each) for each in os.listdir(folder) if (folder / each).exists()]
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -105,6 +113,23 @@ def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path: Path) -> None
     assert (tmp_path / "two" / "metrics.jsonl").read_text() == before
     pretrain(tiny(tmp_path / "one", "train.steps=12"), resume=kept)  # a copy of its own
     assert [row["step"] for row in read_rows(tmp_path / "one")] == [5, 10, 12]
+
+
+def test_a_folder_is_that_of_one_run_at_a_time(tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path, "train.steps=10"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with FolderLock(tmp_path) as other:
+        other.take()
+        for options in ({"resume": ""}, {"overwrite": True}):
+            with pytest.raises(ConfigError, match="a run that another process is at"):
+                pretrain(tiny(tmp_path, "train.steps=12"), **options)
+        worker = os.fork()  # as of a loader; it lives on where the run itself is killed
+        if worker == 0:
+            os._exit(folders_open().count(str(tmp_path)))
+        assert os.waitpid(worker, 0)[1] == 0
+        assert folders_open().count(str(tmp_path)) == 1
+    pretrain(tiny(tmp_path, "train.steps=10"), resume="")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_rows_that_span_a_checkpoint_are_those_of_the_straight_run(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from jepa_fast.train.checkpoint import find_last, load_checkpoint
 from jepa_fast.train.config import Config, TrainConfig
 from jepa_fast.train.distributed import join_world
 from jepa_fast.train.errors import ConfigError
+from jepa_fast.train.lock import FolderLock
 from jepa_fast.train.logs import Row, read_rows
 from jepa_fast.train.saved import differences
 from jepa_fast.train.trainer import Trainer
@@ -51,8 +52,10 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         NonFiniteError, CheckpointError, Interrupted: it stopped on the way, see `Trainer.fit`.
     """
     folder = Path(config.output)
-    with join_world(config.device) as world:
+    with join_world(config.device) as world, FolderLock(folder) as lock:
         state = None
+        if world.is_main:
+            lock.take()  # where the folder is there already
         if resume is not None:
             state = load_checkpoint(resume or folder)
             if world.is_main and _holds_another_run(folder, Path(resume or folder), state):
@@ -94,6 +97,7 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
             # Not earlier: a run that cannot start must leave the one before it as it was.
             if not world.is_main:
                 return
+            lock.take()
             if state is None:
                 trainer.checkpoints.clear()
             else:
