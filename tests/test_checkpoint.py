@@ -12,7 +12,13 @@ from tiny_runs import tiny, trainer_of
 
 from jepa_fast import CheckpointError
 from jepa_fast.train.build import build_model
-from jepa_fast.train.checkpoint import CheckpointFolder, load_checkpoint, rng_state, set_rng_state
+from jepa_fast.train.checkpoint import (
+    RUN,
+    CheckpointFolder,
+    load_checkpoint,
+    rng_state,
+    set_rng_state,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -138,9 +144,22 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     whole.write_bytes(whole.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(whole)
+    for content, problem in ((b"", "it is empty"), (b"no torch.save", r"\w+Error")):
+        whole.write_bytes(content)
+        for only_config in (False, True):
+            with pytest.raises(CheckpointError, match=rf"cannot be read \({problem}") as refused:
+                load_checkpoint(whole, only_config=only_config)
+            assert "mmap" not in str(refused.value)
     torch.save({"encoder": {}}, tmp_path / "public.pt")
     with pytest.raises(CheckpointError, match=r"another kind of file.*jepa_fast\.interop"):
         load_checkpoint(tmp_path / "public.pt")
+
+
+def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path, keep=0).save({"config": {}, "model": {}}, 1)
+    assert load_checkpoint(path, parts=("config", "model"))["step"] == 1
+    with pytest.raises(CheckpointError, match="got one without frozen, optimizer, ranks; take"):
+        load_checkpoint(path, parts=RUN)
 
 
 def test_damage_that_torch_does_not_see_is_refused(tmp_path: Path) -> None:

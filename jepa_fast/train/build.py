@@ -22,7 +22,13 @@ from jepa_fast.masks import BlockMasks, BlockMaskSampler
 from jepa_fast.nn.attention import Block
 from jepa_fast.nn.vit import create_encoder
 from jepa_fast.ranges import phase
-from jepa_fast.train.checkpoint import check_whole, find_last, load_checkpoint, load_weights
+from jepa_fast.train.checkpoint import (
+    WEIGHTS,
+    check_whole,
+    find_last,
+    load_checkpoint,
+    load_weights,
+)
 from jepa_fast.train.config import Config, DataBase, parse_config
 from jepa_fast.train.distributed import World
 from jepa_fast.train.errors import ConfigError
@@ -80,7 +86,7 @@ def load_model(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Any:
         CheckpointError: there is none, it is damaged, or of another model than it says.
         ConfigError: a configuration of another version, or overrides that do not fit.
     """
-    state = load_checkpoint(checkpoint)
+    state = load_checkpoint(checkpoint, parts=WEIGHTS)
     model = build_model(parse_config(state["config"], overrides, source=str(checkpoint)))
     load_weights(model, state)
     return model.eval()

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,18 @@ def _why_unwritten(error: BaseException) -> BaseException | None:
     return error if by_writer else None
 
 
+WEIGHTS = ("step", "config", "model", "frozen")
+"""What it takes to use a trained model: a checkpoint cut down to this is half as large or less."""
+RUN = (*WEIGHTS, "optimizer", "ranks")
+"""What it takes to go on with a run."""
+
+
 def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", *, only_config: bool = False
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    only_config: bool = False,
+    parts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Read a checkpoint of a run.
 
@@ -170,9 +180,11 @@ def load_checkpoint(
         path: file, or the run's folder.
         device: where its tensors go.
         only_config: leave the tensors on the disk, mapped into memory, and unchecked.
+        parts: keys that it must have, such as `WEIGHTS`.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is not a checkpoint of a run here.
+        CheckpointError: there is none, it is damaged, it is not a checkpoint of a run here, or it
+            lacks one of `parts`.
     """
     path = Path(path)
     if path.is_dir():
@@ -183,10 +195,13 @@ def load_checkpoint(
         raise CheckpointError(
             f"no checkpoint at {path}: expected a file, or the output folder of a run with last.pt"
         )
+    if not path.stat().st_size:
+        raise _unreadable(path, "it is empty")
     if not only_config:
         check_whole(path)
+    mapped = only_config and zipfile.is_zipfile(path)  # torch's old format cannot be
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=only_config)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises almost anything on a damaged file
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
     found = state.get("format") if isinstance(state, dict) else None
@@ -195,6 +210,12 @@ def load_checkpoint(
             f"{path}: expected a checkpoint of `jepa-fast pretrain` (format {FORMAT}), got "
             f"{'another kind of file' if found is None else f'format {found}'}; weights of other "
             "projects are loaded with jepa_fast.interop"
+        )
+    if missing := [name for name in parts if name not in state]:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint with {', '.join(parts)}, as `jepa-fast pretrain` "
+            f"writes it, got one without {', '.join(missing)}; take the original, or an older "
+            "step-*.pt of the run"
         )
     return state
 

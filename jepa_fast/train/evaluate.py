@@ -29,7 +29,7 @@ from jepa_fast.train.build import (
     build_transform,
     naming,
 )
-from jepa_fast.train.checkpoint import load_checkpoint, load_weights
+from jepa_fast.train.checkpoint import WEIGHTS, load_checkpoint, load_weights
 from jepa_fast.train.config import Config, overridden, parse_config
 from jepa_fast.train.distributed import resolve_device
 from jepa_fast.train.errors import ConfigError
@@ -86,7 +86,7 @@ def evaluate(
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
     results_path = Path(output) if output else folder / "eval.json"
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, parts=WEIGHTS)
     if results_path.is_dir() or not results_path.parent.is_dir():
         raise ConfigError(f"output: expected a file in a folder that exists, got {results_path}")
     _check_writable(results_path, "name another with --output")
@@ -123,7 +123,7 @@ def evaluate(
     results_path.write_text(json.dumps(results, indent=2) + "\n")
     if report:
         trained = SkipLog()
-        for rank in state["ranks"]:
+        for rank in state.get("ranks", ()):
             trained.reasons.update(rank["loader"]["skipped"])
         skips = {
             "Training": trained,

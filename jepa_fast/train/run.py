@@ -21,7 +21,7 @@ from jepa_fast.train.build import (
     build_text,
     check_data_paths,
 )
-from jepa_fast.train.checkpoint import find_last, load_checkpoint
+from jepa_fast.train.checkpoint import RUN, find_last, load_checkpoint
 from jepa_fast.train.config import Config, TrainConfig
 from jepa_fast.train.distributed import join_world
 from jepa_fast.train.errors import ConfigError
@@ -57,7 +57,7 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         if world.is_main:
             lock.take()  # where the folder is there already
         if resume is not None:
-            state = load_checkpoint(resume or folder)
+            state = load_checkpoint(resume or folder, parts=RUN)
             if world.is_main and _holds_another_run(folder, Path(resume or folder), state):
                 raise ConfigError(
                     f"output: {folder} holds another run than {resume}, which would be mixed with "

@@ -38,7 +38,7 @@ def resumed_config(
         ConfigError: overrides that do not fit the run's configuration, a recipe of another method
             or kind of data, or code that the checkpoint would run and `given` does not ask for.
     """
-    saved = load_checkpoint(checkpoint, only_config=True)["config"]
+    saved = load_checkpoint(checkpoint, only_config=True, parts=("config",))["config"]
     config = parse_config(
         {**saved, "output": given.output}, overrides, source=f"{checkpoint}, with the overrides"
     )
