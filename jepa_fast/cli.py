@@ -178,6 +178,11 @@ def _pretrain(options: argparse.Namespace) -> int:
         from jepa_fast.eval.report import require_for_reports
 
         require_for_reports()
+        if getattr(config.data, "val", "digits have theirs") is None:
+            raise ConfigError(
+                "data.val: expected images that --report tests the encoder on, got none; "
+                "data.val=... names them, and without --report none are needed"
+            )
     from jepa_fast.train.run import pretrain
 
     problems = pretrain(config, resume=resume, overwrite=options.overwrite)

@@ -124,6 +124,32 @@ def test_eval_says_what_it_probed_and_warns_of_probes_that_say_nothing(
     assert "classes: 1; results in runs/eval.json and runs/report.html" in caplog.text
 
 
+def test_an_evaluation_that_fails_says_why_and_what_it_found(
+    recipe: str, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    data = "data={kind: folder, train: images, val: images}"
+    Path("images/a").mkdir(parents=True)
+    for name in ("images/0.png", "images/a/1.png"):
+        Image.new("RGB", (32, 32)).save(name)
+    assert main(["eval", "runs", data]) == WRONG
+    told = "runs cannot be probed: features must be at least 2 labelled ones, got 1"
+    assert told in capsys.readouterr().err
+    Image.new("RGB", (32, 32)).save("images/a/2.png")
+    assert main(["eval", "runs", data, "--output", "/dev/full"]) == FAILED
+    assert "No space left on device: '/dev/full'" in capsys.readouterr().err
+    assert caplog.text.count("100.00%") == 2
+
+
+def test_a_report_without_images_to_be_tested_on_is_refused_before_the_training(
+    recipe: str, capsys: Capture
+) -> None:
+    Path("images").mkdir()
+    data = "data={kind: folder, train: images}"
+    assert main(["pretrain", recipe, data, "--report"]) == WRONG
+    assert "data.val: expected images that --report tests the encoder on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib.figure"])
 def test_a_report_that_cannot_be_made_is_no_surprise_after_the_training(
     recipe: str, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture

@@ -28,6 +28,15 @@ def test_rows_come_back(tmp_path: Path) -> None:
         assert list(csv.reader(file)) == [["step", "loss"], ["2", "0.5"], ["4", "0.25"]]
 
 
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, 0, tensorboard=False)
+    logs.write(*rows(2))
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.csv"):
+        logs.write(*rows(4))
+
+
 def test_a_resumed_run_replaces_the_rows_after_its_start(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, 4, 6)
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -33,7 +33,7 @@ from jepa_fast.train.checkpoint import WEIGHTS, load_checkpoint, load_weights
 from jepa_fast.train.config import Config, overridden, parse_config
 from jepa_fast.train.distributed import resolve_device
 from jepa_fast.train.errors import ConfigError
-from jepa_fast.train.logs import read_rows
+from jepa_fast.train.logs import naming_file, read_rows
 from jepa_fast.train.run import failures, summary
 from jepa_fast.train.saved import refuse_foreign_code
 
@@ -104,7 +104,10 @@ def evaluate(
 
     started = time.perf_counter()
     learned, tested = _Labels(known), _Labels(question or asked)
-    probes = _probe(config, model, learned, tested, device, untrained_seeds)
+    try:
+        probes = _probe(config, model, learned, tested, device, untrained_seeds)
+    except ValueError as error:  # what only the features, or all labels, show
+        raise ConfigError(f"{checkpoint} cannot be probed: {error}") from error
     head = question.scores(model, device) if question else None
     if not probes and head is None:
         raise ConfigError(
@@ -120,7 +123,13 @@ def evaluate(
         "probes": {p.name: {"trained": p.trained, "untrained": p.untrained} for p in probes},
         **({} if head is None else {"head": asdict(head)}),
     }
-    results_path.write_text(json.dumps(results, indent=2) + "\n")
+    found = Evaluation(probes, head)
+    try:
+        with naming_file(results_path):
+            results_path.write_text(json.dumps(results, indent=2) + "\n")
+    except OSError:
+        _log.error("%s", found)  # perhaps the work of hours
+        raise
     if report:
         trained = SkipLog()
         for rank in state.get("ranks", ()):
@@ -139,7 +148,7 @@ def evaluate(
         "%d images to learn from, %d to test on, classes: %d; results in %s",
         *(learned.images, tested.images, len(learned.classes | tested.classes), written),
     )
-    return Evaluation(probes, head)
+    return found
 
 
 def _check_writable(path: Path, fix: str) -> None:

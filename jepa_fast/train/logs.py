@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,16 @@ def read_rows(folder: str | Path) -> list[Row]:
         elif number < len(lines):
             _log.warning("%s, line %d: no logged row, left out: %.80r", path, number, line)
     return rows
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """An OSError of writing, as on a full disk, does not say of which file it is."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class Logs:
@@ -86,9 +98,11 @@ class Logs:
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def _write_files(self, row: Row, suffix: str = "") -> None:
-        with (self.folder / f"{_JSONL}{suffix}").open("a") as file:
+        path = self.folder / f"{_JSONL}{suffix}"
+        with naming_file(path), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        with (self.folder / f"{_CSV}{suffix}").open("a", newline="") as file:
+        path = self.folder / f"{_CSV}{suffix}"
+        with naming_file(path), path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             if file.tell() == 0:
                 writer.writeheader()

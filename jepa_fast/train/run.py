@@ -26,7 +26,7 @@ from jepa_fast.train.config import Config, TrainConfig
 from jepa_fast.train.distributed import join_world
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.lock import FolderLock
-from jepa_fast.train.logs import Row, read_rows
+from jepa_fast.train.logs import Row, naming_file, read_rows
 from jepa_fast.train.saved import differences
 from jepa_fast.train.trainer import Trainer
 
@@ -104,7 +104,9 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
                 trainer.checkpoints.drop_unfinished()
                 if _is_of(folder, Path(resume or folder)):
                     trainer.checkpoints.rewind(trainer.step)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+            described = folder / "config.yaml"
+            with naming_file(described):
+                described.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
 
         trainer.fit(begin)
         if trainer.loader.skipped:
