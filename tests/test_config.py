@@ -83,6 +83,7 @@ def test_a_configuration_survives_being_written(name: str) -> None:
         ("batch_size=8", "batch_size: unknown key; nearest: train.batch_size"),
         ("model.predictor_dm=8", "model.predictor_dm: unknown key; nearest: model.predictor_dim"),
         ("masks.min_contxt=8", "masks.min_contxt: unknown key; nearest: masks.min_context"),
+        ("model.patch_size=8", "model.patch_size: unknown key, it is part of the encoder's name"),
         ("model.method=ijeppa", "got 'ijeppa'; nearest: ijepa"),
         ("data.kind=imagenet", "data.kind: expected one of ['shards', 'folder', 'coco', 'digits']"),
         ("data.kind=webdataset", "got 'webdataset'; nearest: shards"),
@@ -111,6 +112,19 @@ def test_a_configuration_survives_being_written(name: str) -> None:
 )
 def test_a_bad_override_is_named(override: str, problem: str) -> None:
     assert problem in message(override)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse_config(
+        {
+            "output": "~/run",
+            "model": {"method": "tijepa", "encoder_weights": "~/ijepa"},
+            "data": {"kind": "shards", "train": "~/a-{0..3}.tar", "val": "b~.tar"},
+        }
+    )
+    assert (config.output, config.model.encoder_weights) == ("/home/me/run", "/home/me/ijepa")
+    assert (config.data.train, config.data.val) == ("/home/me/a-{0..3}.tar", "b~.tar")
 
 
 def test_every_problem_is_listed() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import os
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from typing import (
 try:
     import yaml
     from pydantic import (
+        AfterValidator,
         BaseModel,
         BeforeValidator,
         ConfigDict,
@@ -78,6 +80,8 @@ PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
+# No shell expands the tilde of `data.train=~/images`, nor of a YAML file.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -157,7 +161,7 @@ TCJepaSection = _model_section(TCJepa, skip=("text_dim",))
 TIJepaSection = _model_section(
     TIJepa,
     skip=("text_encoder", "image_dim", "grid", "text_dim", "save_frozen"),
-    encoder_weights=(str | None, None),
+    encoder_weights=(PathText | None, None),
     cache_features=(bool, False),
 )
 """Also `encoder_weights`, a checkpoint of an I-JEPA run or of the public code whose teacher becomes
@@ -195,8 +199,8 @@ class ShardData(DataBase):
     """WebDataset shards; `train_length` and `val_length` where counting them would take long."""
 
     kind: Literal["shards"]
-    train: str
-    val: str | None = None
+    train: PathText
+    val: PathText | None = None
     train_length: Positive | None = None
     val_length: Positive | None = None
 
@@ -205,8 +209,8 @@ class FolderData(DataBase):
     """A folder with one sub-folder a class; `captions` is a text with `{}` for the class."""
 
     kind: Literal["folder"]
-    train: str
-    val: str | None = None
+    train: PathText
+    val: PathText | None = None
     captions: str | None = None
 
 
@@ -214,10 +218,10 @@ class CocoData(DataBase):
     """COCO caption files (`train`, `val`) and the folders of their images."""
 
     kind: Literal["coco"]
-    train: str
-    train_images: str
-    val: str | None = None
-    val_images: str | None = None
+    train: PathText
+    train_images: PathText
+    val: PathText | None = None
+    val_images: PathText | None = None
 
 
 DigitData = _section_of(
@@ -400,7 +404,7 @@ class Config(Section):
     tensorboard: also write TensorBoard events.
     """
 
-    output: str
+    output: PathText
     seed: Seed = 0
     device: str = "auto"
     tensorboard: bool = True
@@ -671,6 +675,10 @@ _UNKNOWN = {
         "the file that data.train names"
     ),
 }
+_UNKNOWN |= dict.fromkeys(
+    ("model.patch_size", "model.patch", "patch_size"),
+    ", it is part of the encoder's name, such as model.encoder=vit_small_patch8",
+)
 _ALSO_CALLED = {
     "webdataset": "shards",
     "wds": "shards",
