@@ -322,6 +322,11 @@ def test_brackets_and_braces_in_the_name_of_a_shard(tmp_path: Path) -> None:
     assert len(ShardSource(str(tmp_path / "br[1]" / "{a,b}.tar"))) == 2
 
 
+def test_paths_of_shards(shards: Path) -> None:
+    assert len(ShardSource(shards / "part-0.tar")) == len(ShardSource(str(shards / "part-0.tar")))
+    assert len(ShardSource(shards / "part-*.tar")) == len(ShardSource(sorted(shards.glob("*.tar"))))
+
+
 def test_shards_through_a_pipe(shards: Path) -> None:
     source = ShardSource(f"pipe:cat {shards / 'part-0.tar'}", length=4)
     assert values(Loader(source, 2, train=False)) == [0, 1, 2, 3]

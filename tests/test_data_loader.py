@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import get_worker_info
@@ -368,6 +369,11 @@ def test_patch_labels_survive_and_forbid_crops() -> None:
 
 
 def test_errors_name_the_argument() -> None:
+    for name in ("batch_size", "num_workers", "shuffle_buffer", "seed", "rank", "world_size"):
+        with pytest.raises(TypeError, match=f"^{name}: expected an int, got str"):
+            Loader(Numbers(4), **{"batch_size": 1, "train": True, name: "2"})
+    whole = Loader(Numbers(4), np.int64(2), train=True, transform=Transform(np.int64(2)))
+    assert next(iter(whole)).images.shape == (2, 3, 2, 2)
     with pytest.raises(ValueError, match="batch_size and shuffle_buffer must be at least 1"):
         Loader(Numbers(4), 0, train=True)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):

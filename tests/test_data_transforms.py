@@ -102,7 +102,7 @@ def test_normalise_and_back() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0"),
+        ({"size": 0}, r"size: expected \(height, width\), both at least 1, got \(0, 0\)"),
         ({"crop_scale": (0.5, 1.5)}, "crop_scale must be 0 < low <= high <= 1"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be"),
         ({"flip": 2.0}, "centre and flip must be shares"),

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from jepa_fast._arguments import integer
 from jepa_fast.data import counter
 from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
@@ -53,8 +54,8 @@ class Loader:
 
     Corrupt samples are counted in `skipped` and reported in the log.
 
-    Raises ValueError naming the argument if a value is out of range, and, on iteration, DataError
-    if no sample of the source can be read.
+    Raises TypeError or ValueError naming the argument if a value is no integer or out of range,
+    and, on iteration, DataError if no sample of the source can be read.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class Loader:
         shuffle_buffer: int = 2048,
         pin_memory: bool = False,
     ) -> None:
+        batch_size = integer("batch_size", batch_size)
+        num_workers = integer("num_workers", num_workers)
+        shuffle_buffer = integer("shuffle_buffer", shuffle_buffer)
+        seed, rank = integer("seed", seed), integer("rank", rank)
+        world_size = integer("world_size", world_size)
         if batch_size < 1 or num_workers < 0 or shuffle_buffer < 1:
             raise ValueError(
                 "batch_size and shuffle_buffer must be at least 1 and num_workers at least 0, got "

@@ -18,6 +18,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from jepa_fast.data import counter
@@ -53,8 +54,8 @@ class ShardSource:
     that is a folder, ValueError if remote shards come without `length`.
     """
 
-    def __init__(self, urls: str | Sequence[str], length: int | None = None) -> None:
-        patterns = [urls] if isinstance(urls, str) else list(urls)
+    def __init__(self, urls: str | Path | Sequence[str | Path], length: int | None = None) -> None:
+        patterns = [str(url) for url in ([urls] if isinstance(urls, (str, Path)) else urls)]
         self.shards = sorted(itertools.chain.from_iterable(map(find_shards, patterns)))
         if not self.shards:
             raise FileNotFoundError(f"urls must match at least one shard, got {patterns}")

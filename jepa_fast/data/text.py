@@ -190,7 +190,7 @@ class HashedWords:
             if not self._told_cut and len(_WORD.findall(caption)) > self.max_words:
                 self._told_cut = True
                 _log.warning(
-                    "captions longer than max_words=%d are cut, the first is %r",
+                    "captions longer than max_words=%d are cut, the first is %.80r",
                     self.max_words,
                     caption,
                 )

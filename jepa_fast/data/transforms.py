@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from jepa_fast._arguments import height_and_width
 from jepa_fast.data import counter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,9 +51,7 @@ class Transform:
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         seed: int = 0,
     ) -> None:
-        self.height, self.width = (size, size) if isinstance(size, int) else size
-        if min(self.height, self.width) < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        self.height, self.width = height_and_width("size", size, 1)
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be 0 < low <= high <= 1, got {crop_scale}")
         if not 0 < crop_ratio[0] <= crop_ratio[1]:
