@@ -372,6 +372,8 @@ def test_errors_name_the_argument() -> None:
     for name in ("batch_size", "num_workers", "shuffle_buffer", "seed", "rank", "world_size"):
         with pytest.raises(TypeError, match=f"^{name}: expected an int, got str"):
             Loader(Numbers(4), **{"batch_size": 1, "train": True, name: "2"})
+    with pytest.raises(TypeError, match="source: expected samples as dicts with captions, id, ima"):
+        next(iter(Loader([(torch.zeros(3, 4, 4), 0)] * 4, 2, train=True)))
     whole = Loader(Numbers(4), np.int64(2), train=True, transform=Transform(np.int64(2)))
     assert next(iter(whole)).images.shape == (2, 3, 2, 2)
     with pytest.raises(ValueError, match="batch_size and shuffle_buffer must be at least 1"):

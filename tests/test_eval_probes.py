@@ -180,8 +180,46 @@ def test_what_a_comparison_says() -> None:
     assert not ProbeComparison("knn", 0.5, (0.5,)).beyond_spread
 
 
+def test_any_data_set_of_images_and_labels_can_be_probed() -> None:
+    train, val = loaders()
+    encoder = Patchwise()
+    plain = [[(batch.images, batch.labels) for batch in each] for each in (train, val)]
+    expected = probe_all(encoder, train, val, patches_per_image=0)
+    assert probe_all(encoder, *plain) == expected
+    images, labels = plain[0][0]
+    for given, error, message in (
+        (
+            {"image": images},
+            TypeError,
+            r"expected jepa_fast.data.Batch or \(images, labels\), got d",
+        ),
+        ((images, labels, labels), ValueError, "expected pairs of images"),
+        ((images, labels[1:]), ValueError, "expected pairs of images"),
+        ((images, labels.float()), TypeError, "labels: expected integers, got torch.float32"),
+    ):
+        with pytest.raises(error, match=f"^batches: {message}"):
+            extract(encoder, [given])
+
+
 def test_errors_name_the_argument() -> None:
     x, y = blobs(6, 1.0, 0)
+    for bad, error, message in (
+        ((x, y[:3]), ValueError, r"\[n, D\] and labels \[n\], got \[6, 8\] and \[3\]"),
+        ((x[0], y), ValueError, r"\[n, D\] and labels \[n\], got \[8\] and \[6\]"),
+        ((x, y.float()), TypeError, "labels: expected integers, got torch.float32; use .long()"),
+        ((x.numpy(), y), TypeError, "got ndarray and Tensor; use torch.as_tensor"),
+    ):
+        for name, probe, arguments in (
+            ("train", knn_accuracy, (*bad, x, y)),
+            ("val", knn_accuracy, (x, y, *bad)),
+            ("features", fit_linear_probe, bad),
+        ):
+            with pytest.raises(error, match=f"^{name}: .*{message}"):
+                probe(*arguments)
+    with pytest.raises(ValueError, match="val: expected features of the width of train, 8, got 3"):
+        knn_accuracy(x, y, x[:, :3], y)
+    with pytest.raises(TypeError, match="k: expected an int, got float"):
+        knn_accuracy(x, y, x, y, k=2.5)
     with pytest.raises(ValueError, match="k and temperature must be positive"):
         knn_accuracy(x, y, x, y, k=0)
     with pytest.raises(ValueError, match="train and val must hold labelled features"):

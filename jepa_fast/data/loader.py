@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -406,6 +406,12 @@ def _assemble(samples: list[Sample], transform: Transform | None, epoch: int) ->
     """A transformed batch of these samples, or None if there are none."""
     if not samples:
         return None
+    if not isinstance(samples[0], Mapping) or not samples[0].keys() >= Sample.__required_keys__:
+        raise TypeError(
+            f"source: expected samples as dicts with {', '.join(sorted(Sample.__required_keys__))} "
+            f"(jepa_fast.data.Sample), got {type(samples[0]).__name__}; a data set of others "
+            "goes into a torch.utils.data.DataLoader, and models take what that gives"
+        )
     if transform is None:
         return collate(samples)
     ids = torch.tensor([sample["id"] for sample in samples])

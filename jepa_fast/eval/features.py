@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from jepa_fast.data.batch import UNKNOWN, Batch
 
 Encode = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] to tokens [B, N, D]: an encoder, or a model's `encode`."""
+Labelled = Batch | Sequence[Tensor]
+"""A batch, or its (images, labels), as data sets of others give them; -1 where unknown."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,22 @@ class Features:
 @torch.no_grad()
 def extract(
     encode: Encode,
-    batches: Iterable[Batch],
+    batches: Iterable[Labelled],
     *,
     device: torch.device | str = "cpu",
     patches_per_image: int = 8,
 ) -> Features:
     """Encodes every batch, a module in evaluation mode.
 
+    batches: a `Loader`, or any `DataLoader` of (images, labels).
     patches_per_image: labelled patches kept an image, drawn by the image's id; 0 for none.
 
-    Raises ValueError if there are no batches, if the tokens do not fit the patch labels, or if they
-    are not finite.
+    Raises TypeError if a batch is neither, ValueError if there are no batches, if the tokens do not
+    fit the patch labels, or if they are not finite.
     """
     pooled, labels, patches, patch_labels = [], [], [], []
     with _evaluating(encode):
-        for batch in batches:
+        for batch in map(_as_batch, batches):
             tokens = encode(batch.images.to(device)).float()
             if tokens.ndim != 3:
                 raise ValueError(f"encode must give tokens [B, N, D], got {list(tokens.shape)}")
@@ -70,6 +73,44 @@ def extract(
         patches=torch.cat(patches) if patches else None,
         patch_labels=torch.cat(patch_labels).to(device) if patches else None,
     )
+
+
+def _as_batch(given: Labelled) -> Batch:
+    if isinstance(given, Batch):
+        return given
+    if not isinstance(given, Sequence) or not all(isinstance(each, Tensor) for each in given[:2]):
+        raise TypeError(
+            "batches: expected jepa_fast.data.Batch or (images, labels), got "
+            f"{type(given).__name__}"
+        )
+    if len(given) != 2 or given[1].shape != given[0].shape[:1]:
+        raise ValueError(
+            "batches: expected pairs of images [B, 3, H, W] and labels [B], got shapes "
+            f"{[list(each.shape) for each in given if isinstance(each, Tensor)]}"
+        )
+    images, labels = given
+    _check_integers("batches: labels", labels)
+    return Batch(images, labels, torch.arange(len(labels)), [[]] * len(labels))
+
+
+def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
+    """Raises TypeError or ValueError naming the set unless it is [n, D] with integers [n]."""
+    if not isinstance(features, Tensor) or not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name}: expected tensors of features and labels, got {type(features).__name__} and "
+            f"{type(labels).__name__}; use torch.as_tensor"
+        )
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{name}: expected features [n, D] and labels [n], got {list(features.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    _check_integers(f"{name}: labels", labels)
+
+
+def _check_integers(name: str, labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {labels.dtype}; use .long()")
 
 
 def check_finite(name: str, features: Tensor) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jepa_fast.eval.features import check_finite
+from jepa_fast._arguments import integer
+from jepa_fast.eval.features import check_finite, check_labelled
 
 _ROWS = 1024  # validation images compared with all training images at a time
 
@@ -28,12 +29,20 @@ def knn_accuracy(
     temperature: a vote weighs exp(similarity / temperature) (Wu et al., arXiv 1805.01978); None
         gives every vote the same weight. Of equal sums the smallest label wins.
 
-    Raises ValueError if k or temperature is not positive, or if a set is empty or not finite.
+    Raises TypeError or ValueError naming the argument if k or temperature is not positive, or if a
+    set is of other types or shapes, empty or not finite.
     """
+    k = integer("k", k)
     if k < 1 or (temperature is not None and temperature <= 0):
         raise ValueError(f"k and temperature must be positive, got {k} and {temperature}")
     if len(train) == 0 or len(val) == 0:
         raise ValueError(f"train and val must hold labelled features, got {len(train)}, {len(val)}")
+    check_labelled("train", train, train_labels)
+    check_labelled("val", val, val_labels)
+    if train.shape[1] != val.shape[1]:
+        raise ValueError(
+            f"val: expected features of the width of train, {train.shape[1]}, got {val.shape[1]}"
+        )
     check_finite("train", train)
     check_finite("val", val)
     classes, train_labels = train_labels.unique(return_inverse=True)  # labels may have large gaps

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_fast.data import counter
-from jepa_fast.eval.features import check_finite
+from jepa_fast.eval.features import check_finite, check_labelled
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 _HELD_OUT = 5  # every fifth training feature decides on the penalty
@@ -54,9 +54,10 @@ def fit_linear_probe(
     features: [n, D]; labels: [n] int64 from 0.
     seed: of the held-out fifth.
 
-    Raises ValueError if there are fewer than two features, if they are not finite, or a penalty is
-    not positive.
+    Raises TypeError or ValueError naming the argument if there are fewer than two features, if they
+    are of another type or shape or not finite, or a penalty is not positive.
     """
+    check_labelled("features", features, labels)
     if len(features) < 2:
         raise ValueError(f"features must be at least 2 labelled ones, got {len(features)}")
     if not penalties or min(penalties) <= 0:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jepa_fast.data.batch import Batch
-from jepa_fast.eval.features import Encode, extract
+from jepa_fast.eval.features import Encode, Labelled, extract
 from jepa_fast.eval.knn import knn_accuracy
 from jepa_fast.eval.linear import fit_linear_probe
 from jepa_fast.eval.patches import patch_accuracy
@@ -17,8 +16,8 @@ from jepa_fast.eval.patches import patch_accuracy
 
 def probe_all(
     encode: Encode,
-    train: Iterable[Batch],
-    val: Iterable[Batch],
+    train: Iterable[Labelled],
+    val: Iterable[Labelled],
     *,
     device: torch.device | str = "cpu",
     k: int = 20,
@@ -27,7 +26,8 @@ def probe_all(
     """Accuracies of an encoder's frozen features.
 
     encode: images [B, 3, H, W] to tokens [B, N, D].
-    train, val: batches, such as a `Loader(..., train=False)`; images without a label do not count.
+    train, val: batches, such as a `Loader(..., train=False)`, or any `DataLoader` of (images,
+        labels); images without a label (-1) do not count.
     k, patches_per_image: see `knn_accuracy` and `extract`.
 
     Returns "knn" and "linear" if there are labels, "patch" if there are patch labels.
@@ -91,8 +91,8 @@ class ProbeComparison:
 def compare_with_untrained(
     encode: Encode,
     make_untrained: Callable[[], Encode],
-    train: Iterable[Batch],
-    val: Iterable[Batch],
+    train: Iterable[Labelled],
+    val: Iterable[Labelled],
     *,
     seeds: Sequence[int] = (0, 1, 2),
     device: torch.device | str = "cpu",
