@@ -1,8 +1,8 @@
 """The command `jepa-fast`.
 
 Exit codes: 0 done; 1 the run failed (collapsed, did not learn, not finite) or something is missing;
-2 the command, recipe or an override is wrong; 128 + n stopped by signal n after saving (SIGTERM:
-143), so that `jepa-fast pretrain ... && next` does not go on with half a run.
+2 the command, recipe or an override is wrong; 128 + n stopped by signal n, a training after saving
+(SIGTERM: 143), so that `jepa-fast pretrain ... && next` does not go on with half a run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"jepa-fast: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
+    except KeyboardInterrupt:  # before or after a training, or for the second time
+        print("jepa-fast: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (
         BackendError,
         CheckpointError,

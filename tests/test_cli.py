@@ -336,6 +336,17 @@ def test_a_report_tells_of_skipped_samples(recipe: str) -> None:
         assert f"{name}: 1 samples skipped: 1 x image cannot be decoded" in html
 
 
+def test_ctrl_c_is_no_traceback(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jepa_fast.train.run.build_model", interrupted)
+    assert main(["pretrain", recipe]) == 130
+    assert capsys.readouterr().err.endswith("jepa-fast: stopped by SIGINT\n")
+
+
 def test_an_unknown_command_is_refused(capsys: Capture) -> None:
     for command in (
         ["pretrian"],

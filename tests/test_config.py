@@ -187,6 +187,19 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load_config(str(tmp_path / "x.yaml"))
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: demo\ntrain: {epochs: 2}\nseed: 1\ntrain:\n  batch_size: 8\n")
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml: not valid YAML: 'train' is there already, in"
+    ):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="is not valid YAML: 'peak' is there already"):
+        parse_config(VALUES, ["train.lr={peak: 1, peak: 2}"])
+    path.write_text("extends: demo\ntrain: {<<: &twice {epochs: 2}, batch_size: 8}\n")
+    assert load_config(str(path)).train.epochs == 2
+
+
 def test_what_is_missing_is_named() -> None:
     assert "model: missing 'method'" in message(model={"predictor_dim": 8})
     assert "data.train: missing" in message(data={"kind": "shards"})

@@ -40,6 +40,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 def test_a_resumed_run_replaces_the_rows_after_its_start(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, 4, 6)
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": "1"}\n')
         file.write('{"step": 8, "lo')  # killed while writing
     write(tmp_path, 4, 6, 8)
     assert read_rows(tmp_path) == rows(2, 4, 6, 8)

@@ -535,6 +535,24 @@ _Yaml.add_implicit_resolver(
 )
 
 
+def _without_duplicates(loader: _Yaml, node: yaml.MappingNode) -> dict[Any, Any]:
+    """YAML forbids a key that is there twice; PyYAML drops what the first one has."""
+    lines: dict[Any, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+            continue
+        if key.value in lines:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{key.value!r} is there already, in line {lines[key.value] + 1}",
+                problem_mark=key.start_mark,
+            )
+        lines[key.value] = key.start_mark.line
+    return loader.construct_mapping(node, deep=True)
+
+
+_Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _without_duplicates)
+
+
 def _from_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Yaml)
 

@@ -35,7 +35,7 @@ def read_rows(folder: str | Path) -> list[Row]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and _all_numbers(row):
             rows.append(row)
         elif number < len(lines):
             _log.warning("%s, line %d: no logged row, left out: %.80r", path, number, line)
@@ -107,6 +107,10 @@ class Logs:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def _all_numbers(row: dict[str, Any]) -> bool:
+    return all(value is None or isinstance(value, (int, float)) for value in row.values())
 
 
 def _finite(value: float) -> float | None:
