@@ -125,3 +125,17 @@ def test_bad_arguments() -> None:
     unlabelled = [Batch(torch.randn(1, 3, 8, 8), torch.tensor([-1]), torch.tensor([0]), [["a"]])]
     with pytest.raises(ValueError, match="at least one labelled pair, got none"):
         fit_text_image_classifier(build(), unlabelled)
+    with pytest.raises(ValueError, match="at least one labelled pair, got none in epoch 0"):
+        fit_text_image_classifier(build(), unlabelled, fine_tune=True)
+    with pytest.raises(ValueError, match="got none in epoch 1; with fine_tune they are iterated"):
+        fit_text_image_classifier(build(), iter(pairs(4, 0)), fine_tune=True)
+    for fine_tune in (False, True):
+        with pytest.raises(ValueError, match="expected labels below the 2 of num_classes, got 2"):
+            fit_text_image_classifier(build(), pairs(20, 0), num_classes=2, fine_tune=fine_tune)
+    with pytest.raises(ValueError, match="expected labels below the 2 of num_classes, got 2"):
+        score_text_image_classifier(TextImageClassifier(build(), 2), pairs(20, 0))
+    with pytest.raises(TypeError, match="model: expected a TIJepa, got Linear"):
+        fit_text_image_classifier(nn.Linear(2, 2), unlabelled)
+    for option, given in (("epochs", 0), ("batch_size", 0), ("num_classes", 0)):
+        with pytest.raises(ValueError, match=f"{option}: expected at least 1, got 0"):
+            fit_text_image_classifier(build(), unlabelled, **{option: given})

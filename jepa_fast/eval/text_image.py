@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_fast._arguments import integer
 from jepa_fast.data.batch import Batch
 from jepa_fast.models.tijepa import TIJepa, Words
 
@@ -34,11 +35,14 @@ class TextImageClassifier(nn.Module):
     num_classes: 3 for MVSA (negative, neutral, positive).
     fine_tune: train the copied crosser too, not the linear layer alone.
 
-    Raises ValueError if the model has another objective.
+    Raises TypeError if the model is no TI-JEPA, ValueError if it has another objective.
     """
 
     def __init__(self, model: TIJepa, num_classes: int = 3, *, fine_tune: bool = False) -> None:
         super().__init__()
+        if not isinstance(model, TIJepa):
+            raise TypeError(f"model: expected a TIJepa, got {type(model).__name__}")
+        num_classes = integer("num_classes", num_classes, 1)
         if model.objective != "masked_image":
             raise ValueError(
                 f"model must have objective='masked_image', got {model.objective!r}, which has no "
@@ -110,8 +114,11 @@ def fit_text_image_classifier(
     lr, decay: the learning rate is `lr * decay ** epoch`.
     seed: of the linear layer's weights and of the shuffling.
 
-    Raises ValueError if there is no labelled pair.
+    Raises TypeError or ValueError naming the argument if there is no labelled pair (with
+    `fine_tune`, in one of the epochs), a label is not below `num_classes`, or an option is out of
+    range.
     """
+    epochs, batch_size = integer("epochs", epochs, 1), integer("batch_size", batch_size, 1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = TextImageClassifier(model, num_classes, fine_tune=fine_tune)
@@ -125,9 +132,16 @@ def fit_text_image_classifier(
         optimizer.step()
 
     if fine_tune:
-        for _ in range(epochs):
+        for epoch in range(epochs):
+            labelled = 0
             for images, captions, labels in _labelled(classifier, train):
                 step(classifier(images, captions), labels)
+                labelled += len(labels)
+            if not labelled:
+                raise ValueError(
+                    f"batches must hold at least one labelled pair, got none in epoch {epoch}; "
+                    "with fine_tune they are iterated once an epoch, which a generator is not"
+                )
             schedule.step()
         return classifier
 
@@ -145,7 +159,7 @@ def fit_text_image_classifier(
 def score_text_image_classifier(classifier: TextImageClassifier, val: Iterable[Batch]) -> Scores:
     """Accuracy and weighted F1 on the labelled pairs of `val`.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, or a label is none of the classifier's.
     """
     pooled, labels = _pooled(classifier, val)
     predicted = classifier.head(pooled).argmax(1)
@@ -184,8 +198,13 @@ def _labelled(
     classifier: TextImageClassifier, batches: Iterable[Batch]
 ) -> Iterable[tuple[Tensor, list[list[str]], Tensor]]:
     """Images, captions and labels of the labelled pairs of every batch, on the head's device."""
-    device = classifier.head.weight.device
+    device, classes = classifier.head.weight.device, classifier.head.out_features
     for batch in batches:
+        if len(batch) and (largest := int(batch.labels.max())) >= classes:
+            raise ValueError(
+                f"batches: expected labels below the {classes} of num_classes, got {largest}; "
+                "labels count from 0, and -1 is an unknown one"
+            )
         keep = (batch.labels >= 0).nonzero()[:, 0]
         if len(keep):
             captions = [batch.captions[i] for i in keep.tolist()]
