@@ -384,6 +384,13 @@ def test_errors_name_the_argument() -> None:
         Loader(Numbers(4), 3, train=True, world_size=2)
     with pytest.raises(ValueError, match="source must have at least one sample"):
         Loader(Numbers(0), 3, train=False)
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    batch = MemorySource(pictures, [4, 5], ids=[7, 8]).batch(torch.tensor([1]))
+    assert (batch.labels.tolist(), batch.ids.tolist()) == ([5], [8])
+    with pytest.raises(TypeError, match=r"^labels: expected integers, got torch.float32"):
+        MemorySource(pictures, [0.5, 1])
+    with pytest.raises(TypeError, match=r"^images: expected a tensor, got ndarray"):
+        MemorySource(pictures.numpy())
     with pytest.raises(ValueError, match="images must be uint8"):
         MemorySource(torch.zeros(2, 3, 4, 4))
     with pytest.raises(ValueError, match="labels must have one entry for each of 2 images, got 1"):

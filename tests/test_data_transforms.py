@@ -103,8 +103,10 @@ def test_normalise_and_back() -> None:
     ("arguments", "message"),
     [
         ({"size": 0}, r"size: expected \(height, width\), both at least 1, got \(0, 0\)"),
-        ({"crop_scale": (0.5, 1.5)}, "crop_scale must be 0 < low <= high <= 1"),
-        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be"),
+        ({"crop_scale": (0.5, 1.5)}, "crop_scale: expected 0 < low <= high <= 1"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio: expected 0 < low <= high"),
+        ({"mean": 0.5}, "mean and std must be 3 values"),
+        ({"std": ("1", "1", "1")}, "mean and std must be 3 values"),
         ({"flip": 2.0}, "centre and flip must be shares"),
         ({"std": (1.0, 0.0, 1.0)}, "std positive"),
         ({"interpolation": "nearest"}, "interpolation must be"),
@@ -113,3 +115,21 @@ def test_normalise_and_back() -> None:
 def test_errors_name_the_argument(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Transform(**{"size": 8, **arguments})
+
+
+def test_what_is_no_picture_is_refused() -> None:
+    for size in (8, 9):  # as it is, and resized
+        with pytest.raises(
+            TypeError, match=r"images: expected uint8 .*, got torch.float32; of ima"
+        ):
+            Transform(size)(torch.rand(2, 3, 8, 8), torch.arange(2))
+    with pytest.raises(
+        TypeError, match="images: expected uint8 tensors from 0 to 255, got ndarray"
+    ):
+        Transform(8)([np.zeros((3, 8, 8), np.uint8)], torch.arange(1))
+    with pytest.raises(ValueError, match="ids: expected one for each of 2 images, got 3"):
+        Transform(8)(pictures(2, 8, 8), torch.arange(3))
+    for options in ({"crop_scale": 0.3}, {"crop_ratio": None}, {"flip": "x"}, {"centre": None}):
+        (name,) = options
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            Transform(8, **options)

@@ -83,21 +83,23 @@ class MemorySource:
     def __init__(
         self,
         images: Tensor,
-        labels: Tensor | None = None,
+        labels: Tensor | Sequence[int] | None = None,
         captions: Sequence[list[str]] | None = None,
-        ids: Tensor | None = None,
+        ids: Tensor | Sequence[int] | None = None,
         patch_labels: Tensor | None = None,
         skipped: dict[str, str] | None = None,
     ) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         n = len(images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"images must be uint8 [n, 3, H, W], got {images.dtype} {list(images.shape)}"
             )
         self.images = images
-        self.labels = torch.full((n,), -1) if labels is None else labels
+        self.labels = torch.full((n,), -1) if labels is None else torch.as_tensor(labels)
         self.captions = [[] for _ in range(n)] if captions is None else list(captions)
-        self.ids = torch.arange(n) if ids is None else ids
+        self.ids = torch.arange(n) if ids is None else torch.as_tensor(ids)
         self.patch_labels = patch_labels
         self.has_captions = any(self.captions)
         self.skipped = dict(skipped or {})
@@ -110,6 +112,9 @@ class MemorySource:
                 raise ValueError(
                     f"{name} must have one entry for each of {n} images, got {len(value)}"
                 )
+        for name, numbers in (("labels", self.labels), ("ids", self.ids)):
+            if numbers.is_floating_point() or numbers.dtype == torch.bool:
+                raise TypeError(f"{name}: expected integers, got {numbers.dtype}")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from jepa_fast._arguments import height_and_width
+from jepa_fast._arguments import check_number, height_and_width, interval
 from jepa_fast.data import counter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -52,13 +53,13 @@ class Transform:
         seed: int = 0,
     ) -> None:
         self.height, self.width = height_and_width("size", size, 1)
-        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must be 0 < low <= high <= 1, got {crop_scale}")
-        if not 0 < crop_ratio[0] <= crop_ratio[1]:
-            raise ValueError(f"crop_ratio must be 0 < low <= high, got {crop_ratio}")
-        if not 0 < centre <= 1 or not 0 <= flip <= 1:
+        crop_scale = None if crop_scale is None else interval("crop_scale", crop_scale, 1)
+        crop_ratio = interval("crop_ratio", crop_ratio)
+        check_number("centre", centre)
+        check_number("flip", flip, zero=True)
+        if centre > 1 or flip > 1:
             raise ValueError(f"centre and flip must be shares, got {centre} and {flip}")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if not _are_three(mean) or not _are_three(std) or min(std) <= 0:
             raise ValueError(f"mean and std must be 3 values, std positive, got {mean} and {std}")
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(
@@ -77,12 +78,23 @@ class Transform:
         ids: [B] int64.
 
         Returns [B, 3, height, width] float32.
+
+        Raises TypeError if an image is no uint8 tensor, ValueError if not every one has an id.
         """
         return self.normalise(self.crop(images, ids, epoch))
 
     def crop(self, images: Tensor | Sequence[Tensor], ids: Tensor, epoch: int = 0) -> Tensor:
         """Everything but the normalisation, [B, 3, height, width] uint8."""
-        keys = ids.numpy()
+        for image in [images] if isinstance(images, Tensor) else images:
+            if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+                got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+                raise TypeError(
+                    f"images: expected uint8 tensors from 0 to 255, got {got}; of images in [0, 1]"
+                    ", (255 * images).round().to(torch.uint8)"
+                )
+        if len(ids) != len(images):
+            raise ValueError(f"ids: expected one for each of {len(images)} images, got {len(ids)}")
+        keys = torch.as_tensor(ids).cpu().numpy()
         whole = self.crop_scale is None and self.centre == 1
         if isinstance(images, Tensor) and whole and images.shape[2:] == (self.height, self.width):
             result = images
@@ -155,3 +167,10 @@ class Transform:
         top = (u_top * (height - h + 1)).astype(np.int64)
         left = (u_left * (width - w + 1)).astype(np.int64)
         return np.stack([top, left, h, w], 1).tolist()
+
+
+def _are_three(values: Any) -> bool:
+    try:
+        return len(values) == 3 and all(isinstance(value, Real) for value in values)
+    except TypeError:
+        return False

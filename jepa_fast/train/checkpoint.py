@@ -203,7 +203,9 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+        # Its first sentence alone: others advise to try it without weights_only.
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise _unreadable(path, f"{type(error).__name__}: {why}") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise CheckpointError(
