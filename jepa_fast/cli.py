@@ -164,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 def _pretrain(options: argparse.Namespace) -> int:
     from jepa_fast.train.config import load_config
 
+    _check_backend()
     resume = options.resume
     if resume and "=" in resume and not os.path.exists(resume):
         # `--resume key=value`: argparse takes the override for the flag's optional value.
@@ -198,6 +199,17 @@ def _pretrain(options: argparse.Namespace) -> int:
     return FAILED if problems else DONE
 
 
+def _check_backend() -> None:
+    """Raises ConfigError, as the first operator would, but before anything is read."""
+    from jepa_fast.ops import BACKENDS
+
+    backend = os.environ.get("JEPA_FAST_BACKEND") or "auto"
+    if backend not in ("auto", *BACKENDS):
+        raise ConfigError(
+            f"JEPA_FAST_BACKEND: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}"
+        )
+
+
 def _dry_run(config: Config) -> int:
     """Print the configuration, having built the model without its weights."""
     import torch
@@ -218,6 +230,7 @@ def _dry_run(config: Config) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    _check_backend()
     seeds = options.untrained_seeds
     if seeds is None:
         seeds = REPORT_SEEDS if options.report else 0

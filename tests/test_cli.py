@@ -336,6 +336,15 @@ def test_a_report_tells_of_skipped_samples(recipe: str) -> None:
         assert f"{name}: 1 samples skipped: 1 x image cannot be decoded" in html
 
 
+def test_a_backend_that_does_not_exist_is_named(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("JEPA_FAST_BACKEND", "tritn")
+    for command in (["pretrain", recipe], ["eval", "runs"]):
+        assert main(command) == WRONG
+        assert "JEPA_FAST_BACKEND: expected auto or one of cuda, " in capsys.readouterr().err
+
+
 def test_ctrl_c_is_no_traceback(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

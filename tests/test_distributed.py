@@ -84,6 +84,22 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
         resolve_device("cuda")
     with pytest.raises(ConfigError, match="device: expected auto, cpu or cuda, got 'tpu'"):
         resolve_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [resolve_device(each) for each in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    with pytest.raises(ConfigError, match="device: expected cuda:0 to cuda:1, got 'cuda:2'"):
+        resolve_device("cuda:2")
+
+
+def test_variables_that_torchrun_did_not_set_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE: expected a number of processes, got 'two'"):
+        join_world("cpu").__enter__()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but .*RANK expected.*by torchrun"):
+        join_world("cpu").__enter__()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:

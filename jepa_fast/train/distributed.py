@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from jepa_fast.train.errors import ConfigError
 
 _BUCKET_ELEMENTS = 16 * 2**20
+_BY_TORCHRUN = (
+    "start several processes by torchrun --nproc-per-node N -m jepa_fast.cli pretrain ..., or "
+    "unset WORLD_SIZE for a single one"
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ def resolve_device(device: str) -> str:
         raise ConfigError(f"device: expected auto, cpu or cuda, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: got {device!r}, but no CUDA device is visible; use cpu")
+    number = device.removeprefix("cuda").removeprefix(":")
+    if number.isdecimal() and int(number) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, got {device!r}"
+        )
     return device
 
 
@@ -71,10 +80,10 @@ def join_world(device: str) -> Iterator[World]:
         device: as `resolve_device` takes it. Under torchrun every process has its own GPU.
 
     Raises:
-        ConfigError: as `resolve_device`.
+        ConfigError: as `resolve_device`; `WORLD_SIZE` and its like are not as torchrun sets them.
     """
     device = resolve_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world_size()
     if size == 1:
         yield World(torch.device(device))
         return
@@ -84,13 +93,24 @@ def join_world(device: str) -> Iterator[World]:
     inside = dist.is_initialized()
     if not inside:
         # gloo serves the CPU tensors that decide when to stop, NCCL the gradients.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        try:
+            dist.init_process_group(backends)
+        except ValueError as error:  # of a variable that is missing; a scheduler may set some
+            raise ConfigError(f"WORLD_SIZE is {size}, but {error}; {_BY_TORCHRUN}") from error
     try:
         yield World(torch.device(device), dist.get_rank(), size)
         dist.barrier()  # nobody leaves while another one still writes
     finally:
         if not inside:
             dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"WORLD_SIZE: expected a number of processes, got {given!r}")
+    return int(given)
 
 
 def broadcast_state(model: nn.Module, world: World) -> None:
