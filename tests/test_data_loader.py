@@ -185,6 +185,14 @@ def test_another_number_of_processes_goes_on_where_one_has_stopped() -> None:
         Loader(Streams(50), 3, train=True, world_size=2).load_state_dict(streamed)
 
 
+def test_a_rank_without_a_share_has_no_batch() -> None:
+    for source in (Numbers(5), Streams(2)):
+        ranks = [Loader(source, 4, train=False, rank=rank, world_size=3) for rank in range(3)]
+        for _ in range(2):
+            found = [number for rank in ranks for batch in ids(rank) for number in batch]
+            assert sorted(found) == list(range(len(source)))
+
+
 def test_workers_change_nothing_for_indexed_sources() -> None:
     transform = Transform(2, crop_scale=(0.3, 1), flip=0.5)
     loaders = [
