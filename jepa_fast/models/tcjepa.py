@@ -77,8 +77,9 @@ class TCJepa(IJepa):
         loss: prediction loss; ``"l2_norm"`` is the paper's, others as in ``IJepa``.
         normalize_target: LayerNorm on the teacher's tokens (the paper does not say).
 
-    With FSDP2, ``encoder``, ``target_encoder``, ``predictor`` or their blocks can be units of their
-    own beside the whole model. ``conditioner`` cannot: it works between the predictor's blocks.
+    With FSDP2, ``encoder``, ``target_encoder``, ``predictor``, their blocks and the conditioner's
+    ``layers`` can be units of their own beside the whole model. All of ``conditioner`` cannot: it
+    works between the predictor's blocks.
 
     Raises:
         TypeError, ValueError: as ``IJepa``; an option of the wrong type, an unknown name, a number
