@@ -530,6 +530,15 @@ def test_options_are_refused_when_they_are_given(
         AdamWEma([nn.Parameter(torch.zeros(3))], **options)
 
 
+def test_pairs_the_wrong_way_round_are_refused() -> None:
+    student, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"AdamWEma: targets must be pairs .*; swap them"):
+        AdamWEma(student.parameters(), targets=pairs)
+    both = [*student.parameters(), *teacher.requires_grad_(False).parameters()]
+    AdamWEma(both, targets=[(mine, theirs) for theirs, mine in pairs])
+
+
 def test_a_momentum_without_its_name_is_refused() -> None:
     optimizer: Any = AdamWEma([nn.Parameter(torch.zeros(3))])
     with pytest.raises(TypeError, match=r"closure must be .* got 0\.996; .*step\(momentum="):

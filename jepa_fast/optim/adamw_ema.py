@@ -52,7 +52,7 @@ class AdamWEma(torch.optim.Optimizer):
     Raises:
         TypeError: a complex parameter.
         ValueError: options out of range, a target of another shape than its parameter or listed
-            twice, shadows that are not of all targets, or `amsgrad`.
+            twice, pairs the wrong way round, shadows that are not of all targets, or `amsgrad`.
     """
 
     # A GradScaler leaves division and skipping to the step, which so need not wait for the device.
@@ -105,6 +105,7 @@ class AdamWEma(torch.optim.Optimizer):
         self._shadows = _pairs("shadows", shadows or ())
         _check_targets(self._targets, self._shadows)
         super().__init__(params, defaults)
+        _check_order(self._targets, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`. Raises as the class."""
@@ -324,6 +325,16 @@ def _check_targets(targets: dict[Tensor, Tensor], shadows: dict[Tensor, Tensor])
         raise ValueError(
             f"AdamWEma: shadows must be of all targets and of nothing else, or none, got "
             f"{len(shadows)} of {len(targets)} targets"
+        )
+
+
+def _check_order(targets: dict[Tensor, Tensor], groups: list[dict[str, Any]]) -> None:
+    """Refuses pairs the wrong way round, which would silently draw the student to its teacher."""
+    trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    if any(id(b) in trained and id(a) not in trained for a, b in targets.items()):
+        raise ValueError(
+            "AdamWEma: targets must be pairs (parameter, teacher's tensor that follows it), got "
+            "one whose second is trained and whose first is not; swap them"
         )
 
 
