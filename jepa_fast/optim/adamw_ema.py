@@ -31,7 +31,8 @@ class AdamWEma(torch.optim.Optimizer):
 
     State and parameter groups have the form of `torch.optim.AdamW(fused=True)`, and load into it
     and from it. Schedulers, `GradScaler` and `clip_grad_norm_` work as with it. So do DTensors
-    (FSDP2), every rank on its shards.
+    (FSDP2), every rank on its shards. Within `ZeroRedundancyOptimizer`, where the parameters of
+    other ranks arrive after the step, give it no targets, and call `ops.ema_update_` then.
 
     Args:
         params: parameters or groups of them, as for `torch.optim.AdamW`.
