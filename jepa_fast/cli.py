@@ -71,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:
         print(f"jepa-fast: {error}", file=sys.stderr)
         return getattr(options, "failed", FAILED)
+    except RuntimeError as error:  # torch raises it wherever the main process just is
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        from jepa_fast.data.loader import SHORT
+
+        print(f"jepa-fast: {str(error).strip().rstrip('.')}, {SHORT}", file=sys.stderr)
+        return FAILED
 
 
 def _is_first() -> bool:

@@ -12,4 +12,4 @@ class CheckpointError(RuntimeError):
 
 
 class DataError(ValueError):
-    """A source of data of which no sample can be read; says why."""
+    """A source of data of which no sample can be read, or what reads it was killed; says why."""

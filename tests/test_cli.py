@@ -345,15 +345,31 @@ def test_a_backend_that_does_not_exist_is_named(
         assert "JEPA_FAST_BACKEND: expected auto or one of cuda, " in capsys.readouterr().err
 
 
-def test_ctrl_c_is_no_traceback(
-    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "jepa-fast: stopped by SIGINT"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            FAILED,
+            "jepa-fast: DataLoader worker (pid 7) is killed by signal: Killed, as where memory, or",
+        ),
+    ],
+)
+def test_what_stops_a_run_from_outside_is_no_traceback(
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    error: BaseException,
+    code: int,
+    told: str,
 ) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+    def stopped(*arguments: object, **options: object) -> None:
+        raise error
 
-    monkeypatch.setattr("jepa_fast.train.run.build_model", interrupted)
-    assert main(["pretrain", recipe]) == 130
-    assert capsys.readouterr().err.endswith("jepa-fast: stopped by SIGINT\n")
+    monkeypatch.setattr("jepa_fast.train.run.build_model", stopped)
+    assert main(["pretrain", recipe]) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
 
 
 def test_an_unknown_command_is_refused(capsys: Capture) -> None:

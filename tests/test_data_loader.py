@@ -302,6 +302,22 @@ def test_workers_leave_signals_to_the_main_process() -> None:
     assert flat(ids(loader)) == list(range(8))
 
 
+class Killed(Numbers):
+    """Its reader is killed, as by a system that is short of memory."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 6 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_is_killed_is_an_error_that_says_so() -> None:
+    # torch's handler of SIGCHLD raises wherever the process is, perhaps outside the loader.
+    told = r"that reads data was ended \(SIGKILL\), as where memory|is killed by signal: Killed"
+    with pytest.raises((DataError, RuntimeError), match=told):
+        list(Loader(Killed(8), 2, train=False, num_workers=1))
+
+
 @pytest.mark.parametrize("error", ["", "raise RuntimeError('as of a full GPU')"])
 def test_a_process_with_workers_left_over_ends(error: str) -> None:
     script = f"""

@@ -15,7 +15,9 @@ import random
 import signal
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -29,9 +31,11 @@ from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
 from jepa_fast.data.sources import BatchSource, IndexedSource, Source, StreamedSource
 from jepa_fast.data.transforms import Transform
+from jepa_fast.errors import DataError
 
 _log = logging.getLogger("jepa_fast.data")
 _ORDER, _SUBSTITUTE, _BUFFER = range(3)
+SHORT = "as where memory, or that of /dev/shm, is short; try fewer workers, or smaller images"
 _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 """What has workers that still may read."""
 
@@ -55,7 +59,7 @@ class Loader:
     Corrupt samples are counted in `skipped` and reported in the log.
 
     Raises TypeError or ValueError naming the argument if a value is no integer or out of range,
-    and, on iteration, DataError if no sample of the source can be read.
+    and, on iteration, DataError if no sample of the source can be read or a worker is killed.
     """
 
     def __init__(
@@ -195,8 +199,11 @@ class Loader:
         self._consumed = [0] * max(self.num_workers, 1)
 
     def _workers(self, dataset: Dataset[Any], sampler: Any = None) -> Iterator[Any]:
-        """What worker processes make of `dataset`, without touching the global random state."""
-        reading = iter(
+        """What worker processes make of `dataset`, without touching the global random state.
+
+        Raises DataError if one of them is killed, as the system does where memory is short.
+        """
+        reading: Any = iter(
             DataLoader(
                 dataset,
                 batch_size=None,
@@ -207,9 +214,28 @@ class Loader:
                 worker_init_fn=_leave_signals_to_the_main_process,
             )
         )
-        if self.num_workers > 0:
-            _with_workers.add(reading)
-        return reading
+        if self.num_workers == 0:
+            yield from reading
+            return
+        _with_workers.add(reading)
+        while True:
+            try:
+                found = next(reading)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:  # what torch says, or a pipe
+                # A pipe may tell before the system does, at whose signal torch raises.
+                with suppress(RuntimeError):
+                    ended = wait([worker.sentinel for worker in reading._workers], 1)
+                    for worker in reading._workers:
+                        if worker.sentinel in ended:
+                            worker.join(1)
+                codes = {worker.exitcode for worker in reading._workers} - {None, 0}
+                if not codes:
+                    raise
+                told = ", ".join(signal.Signals(-c).name if c < 0 else str(c) for c in codes)
+                raise DataError(f"a worker that reads data was ended ({told}), {SHORT}") from error
+            yield found
 
     def _indexed(self, source: BatchSource | IndexedSource) -> Iterator[Batch]:
         n, size = len(source), self.batch_size
