@@ -114,7 +114,7 @@ def test_a_bad_override_is_named(override: str, problem: str) -> None:
     assert problem in message(override)
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config = parse_config(
         {
@@ -125,6 +125,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (config.output, config.model.encoder_weights) == ("/home/me/run", "/home/me/ijepa")
     assert (config.data.train, config.data.val) == ("/home/me/a-{0..3}.tar", "b~.tar")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("extends: demo\nseed: 7\n")
+    (tmp_path / "mine.yaml").write_text("extends: ~/base.yaml\n")
+    assert load_config("~/mine.yaml").seed == 7
 
 
 def test_every_problem_is_listed() -> None:

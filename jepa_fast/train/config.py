@@ -559,7 +559,7 @@ def _from_yaml(text: str) -> Any:
 
 def _find(recipe: str, folder: Path = Path()) -> Path:
     """The file; a relative path starts at `folder`."""
-    path = folder / recipe
+    path = folder / os.path.expanduser(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"recipe: no file {path}")
