@@ -461,8 +461,9 @@ def test_a_bad_entry_of_a_coco_file_costs_itself_alone(
 )
 def test_a_file_of_another_kind_is_no_coco_captions(tmp_path: Path, content: str) -> None:
     (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(ValueError, match="annotations must be COCO captions"):
+    with pytest.raises(ValueError, match="annotations must be COCO captions") as refused:
         CocoCaptions(tmp_path / "captions.json", tmp_path)
+    assert "no sample skipped" not in str(refused.value)
 
 
 def test_coco_captions(tmp_path: Path) -> None:

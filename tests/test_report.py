@@ -145,3 +145,5 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         WordMap(torch.rand(3, 4, 4), ["a", "b"], torch.rand(4, 3), (2, 2))
     with pytest.raises(ValueError, match='rows must each have a "step"'):
         write_report(tmp_path / "r.html", title="x", rows=[{"loss": 1.0}])
+    with pytest.raises(ValueError, match=r"probes: expected them beside .*, got knn alone"):
+        write_report(tmp_path / "r.html", title="x", probes=[ProbeComparison("knn", 0.5, ())])

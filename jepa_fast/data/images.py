@@ -197,7 +197,7 @@ class CocoCaptions:
             self._captions[number].append(caption.strip())
         self.has_captions = any(self._captions.values())
         if not self._files or (told and not self.has_captions):
-            raise ValueError(expected + skips.summary())
+            raise ValueError(expected + (skips.summary() if skips else "it has no images"))
         self.skipped = skips.reasons
         if self.skipped:
             _log.warning("%s", skips.summary())

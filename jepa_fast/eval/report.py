@@ -89,10 +89,15 @@ def write_report(
     Returns the path.
 
     Raises ImportError naming the extra if matplotlib or jinja2 is missing, ValueError if a row has
-    no step.
+    no step or a probe no untrained encoder beside it.
     """
     if any("step" not in row for row in rows):
         raise ValueError('rows must each have a "step", got one without')
+    if alone := [probe.name for probe in probes if not probe.untrained]:
+        raise ValueError(
+            "probes: expected them beside untrained encoders, as compare_with_untrained gives them, "
+            f"got {', '.join(alone)} alone"
+        )
     jinja2 = require_for_reports()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
