@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from jepa_fast import ops  # noqa: F401  (registers the operators)
-from jepa_fast.ops import _build, _launch
+from jepa_fast.ops import _build, _configs, _launch
 from jepa_fast.ops._compile import ARCHITECTURES, CompileCase, all_cases
 from jepa_fast.ops._traffic import all_traffic_cases
 from jepa_fast.perf.audit_report import CompiledKernel, Report
@@ -25,7 +27,16 @@ from jepa_fast.perf.errors import BaselineMissing
 triton = pytest.importorskip("triton", reason="needs triton to compile its kernels")
 import triton.language as tl  # noqa: E402
 
+from jepa_fast.ops.affine_coupling import triton as coupling  # noqa: E402
+from jepa_fast.ops.assemble_predictor_tokens import triton as assembly  # noqa: E402
+from jepa_fast.ops.gather_patches import triton as gather  # noqa: E402
+from jepa_fast.ops.latent_loss import triton as latent  # noqa: E402
+from jepa_fast.ops.masked_linear import triton as masked  # noqa: E402
+from jepa_fast.ops.mixture_nll import triton as mixture  # noqa: E402
 from jepa_fast.ops.patch_word_consistency import triton as consistency  # noqa: E402
+from jepa_fast.ops.q_sample import triton as noised  # noqa: E402
+from jepa_fast.ops.text_cross_attention import triton as attention  # noqa: E402
+from jepa_fast.ops.text_cross_attention import triton_backward as attention_backward  # noqa: E402
 from jepa_fast.perf.kernel_audit import compile_all  # noqa: E402
 from jepa_fast.perf.operator_audit import (  # noqa: E402
     CUDA,
@@ -207,3 +218,68 @@ def test_an_address_has_64_bits_wherever_it_lies() -> None:
     arguments = {"table": torch.empty(24, dtype=torch.int64), **addresses}
     case = _launch._case(consistency.addresses_kernel, arguments, {"COUNT": 24}, 1)
     assert {case.signature[name] for name in addresses} == {"i64"}
+
+
+def _calls_of_ones() -> dict[str, Callable[[], object]]:
+    """Launchers where every size, and with it every stride, is 1."""
+    brain, index = torch.bfloat16, torch.zeros(1, 1, 1, dtype=torch.int64)
+    row, rows, scalar = torch.empty(1, 1), torch.empty(1, 1, 1), torch.empty(())
+    half, halves, words = row.to(brain), rows.to(brain), torch.empty(1, 1, 1, 1, dtype=brain)
+    degree, mask, seed = index[0, 0], torch.zeros(1, dtype=torch.bool), index[0, 0]
+    coupled = (row, row, row, mask, 2.0, False)
+    density = (row, rows, rows, rows, "gaussian", "coordinate", 1e-3, "exp")
+    wide = (None, None, None, 1, None, "max", "relu", 0.1)
+    narrow = (None, None, None, 1, "relu", 0.1)
+    winner = torch.zeros(halves.shape, dtype=torch.uint8)
+    return {
+        "coupling": partial(coupling.affine_coupling, *coupled),
+        "coupling-backward": partial(
+            coupling.affine_coupling_backward, row, row[0], *coupled, (True,) * 3
+        ),
+        "assembly": partial(assembly.assemble_predictor_tokens, rows, row[0], row, index[0], index),
+        "assembly-backward": partial(
+            assembly.assemble_predictor_tokens_backward,
+            torch.empty(1, 2, 1),
+            index[0],
+            index,
+            1,
+            (True,) * 3,
+        ),
+        "gather": partial(gather.gather_patches, rows, index[0]),
+        "gather-backward": partial(gather.gather_patches_backward, rows, index[0], 1),
+        "latent": partial(
+            latent.latent_loss, rows, rows, index, None, "smooth_l1", True, 1.0, 1e-5, True
+        ),
+        "masked": partial(masked.masked_linear, half, half, half[0], degree, degree, False),
+        "masked-backward": partial(
+            masked.masked_linear_backward,
+            *(half, half, half, half[0], degree, degree, False),
+            (True,) * 3,
+        ),
+        "mixture": partial(mixture.nll_and_posterior, *density),
+        "mixture-backward": partial(
+            mixture.mixture_nll_backward, row[0], *density[:4], row, *density[4:], (True,) * 4
+        ),
+        "consistency": partial(consistency.patch_word_consistency, [halves], [words], *narrow),
+        "consistency-backward": partial(
+            consistency.patch_word_consistency_backward, scalar, [halves], [words], *narrow
+        ),
+        "noised": partial(noised.q_sample, row, row, row, seed, 1),
+        "denoised": partial(noised.denoising_loss, rows, row, seed, 1, True),
+        "attention": partial(attention.text_cross_attention, halves, words, words, halves, *wide),
+        "attention-backward": partial(
+            attention_backward.text_cross_attention_backward,
+            *(halves, scalar, winner, halves, words, words),
+            *wide,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _calls_of_ones())
+def test_sizes_of_one_compile(name: str) -> None:
+    """Triton makes constants of them, which have no methods; its interpreter does not."""
+    with _configs.pretend("default"), _launch._recording() as cases:
+        _calls_of_ones()[name]()
+    assert cases
+    for case in cases:
+        case.compile(90)

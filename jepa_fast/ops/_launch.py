@@ -160,17 +160,22 @@ def _recording() -> Iterator[list[CompileCase]]:
 def _case(
     kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], num_warps: int
 ) -> CompileCase:
-    """As Triton specialises the launch: 16s and what they divide are known, other numbers not.
+    """As Triton specialises the launch: 1 is a constant, 16s and what they divide are known, other
+    numbers not.
 
     A kernel declares what is an address as `tl.int64`: those of a CPU may fit into 32 bits.
     """
-    constants = {
-        **{name: None for name, value in arguments.items() if value is None},
-        **constants,
+    declared, any_number = kernel.fn.__annotations__, kernel.do_not_specialize or ()
+    known = {
+        name: value
+        for name, value in arguments.items()
+        if value is None
+        or (type(value) is int and value == 1 and name not in (*declared, *any_number))
     }
+    constants = {**known, **constants}
     signature, divisible = {}, []
     for name, value in arguments.items():
-        if value is None:
+        if name in known:
             signature[name], aligned = "constexpr", False
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -178,9 +183,9 @@ def _case(
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            is_wide = value >= 2**31 or kernel.fn.__annotations__.get(name) == "tl.int64"
+            is_wide = value >= 2**31 or declared.get(name) == "tl.int64"
             signature[name] = "i64" if is_wide else "i32"
-            aligned = value % _ALIGNED == 0
+            aligned = value % _ALIGNED == 0 and name not in any_number
         if aligned:
             divisible.append(name)
     signature |= dict.fromkeys(constants, "constexpr")

@@ -53,7 +53,7 @@ def latent_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK)
-    columns = width.to(COMPUTE)
+    columns = tl.cast(width, COMPUTE)  # a width of 1 is a constant, without methods
     of_tokens = 1.0 / tl.load(count)
     of_elements = (of_tokens / width).to(COMPUTE)
     of_tokens = of_tokens.to(COMPUTE)

@@ -166,7 +166,9 @@ def masked_weight_gradient_kernel(
     t = tl.arange(0, TOKENS)
     left = grad + o[:, None] + t[None, :].to(tl.int64) * grad_stride
     right = x + i[None, :] + t[:, None].to(tl.int64) * x_stride
-    left_step, right_step = grad_stride.to(tl.int64) * TOKENS, x_stride.to(tl.int64) * TOKENS
+    # Strides of 1 are constants, without methods.
+    left_step = tl.cast(grad_stride, tl.int64) * TOKENS
+    right_step = tl.cast(x_stride, tl.int64) * TOKENS
     remaining = tokens
     for step in range(steps if STEPS < 0 else STEPS):
         if STEPS >= 0:
