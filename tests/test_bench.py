@@ -1437,7 +1437,7 @@ def test_the_checkouts_own_benchmarks_run_under_pytest() -> None:
 # make gpu
 
 FAKE_PYTHON = """#!/bin/sh
-echo "$(basename "$0") $*" >>"$CALLS"
+echo "${PYTORCH_NO_CUDA_MEMORY_CACHING:+uncached }$(basename "$0") $*" >>"$CALLS"
 case "$*" in
   *"$FAILS"*) echo "it broke"; exit 3;;
 esac
@@ -1472,11 +1472,11 @@ def test_make_gpu_runs_every_part_even_if_one_fails(tmp_path: Path) -> None:
     _, *parts = calls  # the first asks for a GPU, in two lines
     text = "\n".join(parts)
     assert "jepa_fast.cli build" in text
-    assert "-m pytest -q -m tier3 tests/test_" in text
+    assert "-m pytest -q -n auto --maxprocesses 8 -m tier3 tests/test_" in text
     bench = next(line for line in parts if "jepa_fast.cli bench" in line)
     assert "--check-floors --allow-dirty --commit abc" in bench
     assert f"--output {tmp_path}/out" in bench
-    assert "compute-sanitizer --error-exitcode 1" in text
+    assert "uncached compute-sanitizer --error-exitcode 1" in text
     assert "pip" not in text
     assert 0 < int(bench.partition("--budget ")[2].split()[0]) <= 420
     report = (tmp_path / "out/gpu.md").read_text()
@@ -1496,6 +1496,12 @@ def test_make_gpu_passes_where_all_parts_do_and_needs_no_sanitizer(tmp_path: Pat
     assert "failed" not in report
     if shutil.which("compute-sanitizer", path="/usr/bin:/bin") is None:
         assert "| sanitizer | left out: there is no compute-sanitizer |" in report
+
+
+def test_make_gpu_needs_no_xdist(tmp_path: Path) -> None:
+    done, calls = _make_gpu(tmp_path, fails="import xdist", sanitizer=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any("-m pytest -q -m tier3 tests/test_" in call for call in calls)
 
 
 def test_make_gpu_needs_a_gpu(tmp_path: Path) -> None:
