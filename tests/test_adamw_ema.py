@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -555,6 +556,36 @@ def test_hundreds_of_parameters_in_few_launches(backend: str, kernels: list[str]
     assert len(launched) == len(kernels)
     for name, kernel in zip(launched, kernels, strict=True):
         assert kernel in name
+
+
+def test_a_table_is_read_once_it_is_there_on_any_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are shared by optimizers, and these may run on streams of their own."""
+    tables = pytest.importorskip("jepa_fast.ops._triton_tables", reason="needs triton")
+    done: list[tuple[str, object]] = []
+    stream = SimpleNamespace(wait_event=lambda event: done.append(("waits for", event)))
+    table = SimpleNamespace(device="cuda:1", record_stream=lambda on: done.append(("read on", on)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", {"cuda:1": stream}.__getitem__)
+    assert tables.keep(tables.Placed(table, "its copy")) is table
+    assert done == [("waits for", "its copy"), ("read on", stream)]
+
+
+@pytest.mark.tier3
+def test_optimizers_on_two_streams_share_tables() -> None:
+    states = [_State(torch.float32, "cuda", torch.float32) for _ in range(3)]
+    grads = states[0].randoms(torch.float32, "cuda")
+    torch.cuda.synchronize()
+    options: dict[str, Any] = {"betas": (0.875, 0.96875), "backend": "triton"}  # of no other test
+    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(one):
+        torch.cuda._sleep(200_000_000)  # the copies of the tables stand behind it
+        states[0].step(grads, **options)
+    with torch.cuda.stream(other):
+        states[1].step(grads, **options)
+    torch.cuda.synchronize()
+    states[2].step(grads, **options)
+    for state in states[:2]:
+        _assert_close(state.written, states[2].written)
 
 
 @pytest.mark.tier3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,23 +16,37 @@ from torch import Tensor
 from jepa_fast.ops._checks import KERNEL_DTYPES
 
 
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A table on its way to the device.
+
+    Args:
+        table: [rows, columns].
+        copied: when it has arrived; None for one that lies on a CPU.
+    """
+
+    table: Tensor
+    copied: torch.cuda.Event | None = None
+
+
 def place(
     op: str, rows: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """[rows, columns] on the device.
+) -> Placed:
+    """A table for the device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which would read a copy's source at replays.
     """
     table = torch.tensor(rows, dtype=dtype, device="cpu")
     if device.type != "cuda":
-        return table.to(device)
+        return Placed(table.to(device))
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{op}: the Triton kernel needs one call with the same tensors before a CUDA graph "
             f"captures it, to place its table of addresses; or use backend='cuda'"
         )
-    return table.pin_memory().to(device, non_blocking=True)
+    there = table.pin_memory().to(device, non_blocking=True)
+    return Placed(there, torch.cuda.current_stream(device).record_event())
 
 
 @functools.lru_cache(maxsize=256)
@@ -40,13 +55,13 @@ def placed(
     rows: tuple[tuple[float, ...], ...],
     device: torch.device,
     dtype: torch.dtype = torch.int64,
-) -> Tensor:
+) -> Placed:
     """As `place`, once for the same rows."""
     return place(op, rows, device, dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def chunks(op: str, sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+def chunks(op: str, sizes: tuple[int, ...], chunk: int, device: torch.device) -> Placed:
     """[chunks, 2] int64 on the device: number of a size, and the chunk's first element."""
     cut = [(i, first) for i, size in enumerate(sizes) for first in range(0, size, chunk)]
     return place(op, cut, device)
@@ -56,13 +71,18 @@ _CAPTURED: list[Tensor] = []
 """Tables that CUDA graphs read at every replay, so that they are never freed."""
 
 
-def keep(table: Tensor) -> Tensor:
-    """The table, whose memory stays until launches that are about to be made have read it."""
-    if table.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
+def keep(placed: Placed) -> Tensor:
+    """The table, for launches that are about to be made: on any stream they find it there, and its
+    memory stays until they have read it.
+    """
+    table = placed.table
+    if placed.copied is not None:
+        if torch.cuda.is_current_stream_capturing():  # no stream is at work on what came before
             _CAPTURED.append(table)
         else:
-            table.record_stream(torch.cuda.current_stream())
+            stream = torch.cuda.current_stream(table.device)
+            stream.wait_event(placed.copied)
+            table.record_stream(stream)
     return table
 
 

@@ -346,14 +346,15 @@ def _update(
 ) -> None:
     """Launches the update of some parameters; `arguments` are all but the tables."""
     config = _configs.lookup(CONFIGS, kind.config_key, device)
-    chunks = _triton_tables.chunks(_OP, tuple(row[6] for row in rows), config["chunk"], device)
-    table = _triton_tables.placed(_OP, tuple(rows), device)
+    sizes = tuple(row[6] for row in rows)
+    chunks = _triton_tables.keep(_triton_tables.chunks(_OP, sizes, config["chunk"], device))
+    table = _triton_tables.keep(_triton_tables.placed(_OP, tuple(rows), device))
     launch(
         adamw_ema_kernel,
         (len(chunks),),
         {
-            "chunks": _triton_tables.keep(chunks),
-            "table": _triton_tables.keep(table),
+            "chunks": chunks,
+            "table": table,
             **arguments,
         },
         kind.constants(config, maximize),

@@ -174,8 +174,10 @@ def _by_kind(
 
 
 @functools.lru_cache(maxsize=64)
-def _table(rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device) -> Tensor:
-    """[chunks, 4 or 6] int64 on the device: the rows cut into chunks."""
+def _table(
+    rows: tuple[Row, ...], kind: Kind, chunk: int, device: torch.device
+) -> _triton_tables.Placed:
+    """[chunks, 4 or 6] int64 for the device: the rows cut into chunks."""
     to, by, copy = (d.itemsize if d else 0 for d in (kind.target, kind.source, kind.shadow))
     columns = 6 if kind.stochastic else 4
     cut = [
