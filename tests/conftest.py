@@ -32,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # The workers already fill the cores; threads on top of them only fight.
         torch.set_num_threads(1)
+    # Else `poisoned_memory`, which asks for determinism, has older torch refuse cuBLAS on a GPU.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
