@@ -95,7 +95,7 @@ def write_report(
         raise ValueError('rows must each have a "step", got one without')
     if alone := [probe.name for probe in probes if not probe.untrained]:
         raise ValueError(
-            "probes: expected them beside untrained encoders, as compare_with_untrained gives them, "
+            "probes: expected them beside untrained encoders, as of compare_with_untrained, "
             f"got {', '.join(alone)} alone"
         )
     jinja2 = require_for_reports()
