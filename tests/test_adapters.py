@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from jepa_fast import IJepa
 from jepa_fast.nn import per_caption
 from jepa_fast.nn.heads import AutoregressiveHead, CouplingFlowHead, MixtureHead
 from jepa_fast.nn.text_conditioner import Captions, WordConditioner
+from jepa_fast.nn.vit import VisionTransformer
 
 
 class LowRank(nn.Module):
@@ -165,3 +167,12 @@ def test_only_a_linear_layer_is_what_its_weights_say() -> None:
     message = "Coupling: hidden is read .* got Identity"
     with pytest.raises(TypeError, match=message):
         head(torch.randn(4, 6), torch.randn(4, 5))
+
+
+def test_a_teacher_without_the_adapters_of_its_network_is_refused() -> None:
+    model = IJepa(VisionTransformer(16, 4, embed_dim=32, depth=1, num_heads=2), predictor_dim=16)
+    model.encoder.blocks[0].mlp.fc1 = LowRank(model.encoder.blocks[0].mlp.fc1)
+    parameters = len(list(model.encoder.parameters()))
+    message = f"expected {parameters} parameters, .*got {parameters - 2}; change encoders"
+    with pytest.raises(ValueError, match=message):
+        model.update_target(0.9)

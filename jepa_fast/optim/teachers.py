@@ -26,11 +26,12 @@ def teacher_parameters(model: HasTeachers | nn.Module) -> list[tuple[Tensor, Ten
 
     Raises:
         TypeError: it has no teachers.
+        ValueError: a teacher has another number of parameters than the network that it follows.
     """
     return [
         pair
         for teacher, network in _unwrapped(model).teachers()
-        for pair in zip(network.parameters(), teacher.parameters(), strict=True)
+        for pair in _paired("parameters", list(network.parameters()), list(teacher.parameters()))
     ]
 
 
@@ -59,5 +60,14 @@ def _unwrapped(model: Any) -> HasTeachers:
 
 def copy_buffers(teacher: nn.Module, network: nn.Module) -> None:
     """The same for one pair."""
-    for mine, theirs in zip(teacher.buffers(), network.buffers(), strict=True):
+    for theirs, mine in _paired("buffers", list(network.buffers()), list(teacher.buffers())):
         mine.copy_(theirs)
+
+
+def _paired(what: str, theirs: list[Tensor], mine: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    if len(theirs) != len(mine):
+        raise ValueError(
+            f"teachers: expected {len(theirs)} {what}, as the network has that a teacher follows, "
+            f"got {len(mine)}; change encoders, by adapters, say, before a model is made of them"
+        )
+    return zip(theirs, mine, strict=True)
