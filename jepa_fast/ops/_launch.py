@@ -165,7 +165,8 @@ def _case(
 
     A kernel declares what is an address as `tl.int64`: those of a CPU may fit into 32 bits.
     """
-    declared, any_number = kernel.fn.__annotations__, kernel.do_not_specialize or ()
+    declared = kernel.fn.__annotations__
+    any_number = getattr(kernel, "do_not_specialize", None) or ()  # the interpreter has none
     known = {
         name: value
         for name, value in arguments.items()
