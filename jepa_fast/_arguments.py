@@ -6,7 +6,10 @@ import math
 import operator
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
@@ -25,6 +28,20 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     if least is not None and number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number
+
+
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are whole: bools are none."""
+    import torch
+
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    return is_whole and tensor.dtype != torch.bool
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a tensor of other numbers."""
+    if not holds_integers(tensor):
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}; use .long()")
 
 
 def height_and_width(name: str, value: Any, least: int) -> tuple[int, int]:

@@ -35,14 +35,6 @@ class LowRank(nn.Module):
     def bias(self) -> Tensor:
         return self.base.bias
 
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
 

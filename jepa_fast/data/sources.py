@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from jepa_fast._arguments import check_integers
 from jepa_fast.data.batch import Batch, Sample, collate
 from jepa_fast.data.skips import CorruptSample, SkipLog
 from jepa_fast.data.transforms import Transform
@@ -113,8 +114,7 @@ class MemorySource:
                     f"{name} must have one entry for each of {n} images, got {len(value)}"
                 )
         for name, numbers in (("labels", self.labels), ("ids", self.ids)):
-            if numbers.is_floating_point() or numbers.dtype == torch.bool:
-                raise TypeError(f"{name}: expected integers, got {numbers.dtype}")
+            check_integers(name, numbers)
 
     def __len__(self) -> int:
         return len(self.images)

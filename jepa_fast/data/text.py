@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_fast._arguments import captions_by_image, check_number, integer
+from jepa_fast._arguments import captions_by_image, check_number, holds_integers, integer
 from jepa_fast.data import counter
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def sample_captions(
         raise ValueError(f"ids must have one entry for each of {len(captions)} images, got {got}")
     if len(ids) == 0:  # torch takes an empty list for floats
         return []
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if not holds_integers(ids):
         raise TypeError(f"ids must be integers, got {ids.dtype}; use .long()")
     seed, step = integer("seed", seed), integer("step", step)
     longest = max((len(some) for some in captions), default=0)

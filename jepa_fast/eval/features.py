@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jepa_fast._arguments import check_integers
 from jepa_fast.data import counter
 from jepa_fast.data.batch import UNKNOWN, Batch
 
@@ -89,7 +90,7 @@ def _as_batch(given: Labelled) -> Batch:
             f"{[list(each.shape) for each in given if isinstance(each, Tensor)]}"
         )
     images, labels = given
-    _check_integers("batches: labels", labels)
+    check_integers("batches: labels", labels)
     return Batch(images, labels, torch.arange(len(labels)), [[]] * len(labels))
 
 
@@ -105,12 +106,7 @@ def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
             f"{name}: expected features [n, D] and labels [n], got {list(features.shape)} and "
             f"{list(labels.shape)}"
         )
-    _check_integers(f"{name}: labels", labels)
-
-
-def _check_integers(name: str, labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {labels.dtype}; use .long()")
+    check_integers(f"{name}: labels", labels)
 
 
 def check_finite(name: str, features: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jepa_fast._arguments import flag, height_and_width, integer, interval
+from jepa_fast._arguments import flag, height_and_width, holds_integers, integer, interval
 from jepa_fast.masks.block_masks import BlockMasks
 from jepa_fast.ops import _random, draw_block_masks
 from jepa_fast.ops.draw_block_masks.reference import most_context
@@ -225,7 +225,7 @@ def _as_ids(value: object) -> Tensor:
             raise TypeError(
                 f"sample_ids: expected an int or integers [B], got {type(value).__name__} ({error})"
             ) from None
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+    if not holds_integers(ids):
         of = "" if isinstance(value, Tensor) else f" in a {type(value).__name__}"
         raise TypeError(
             f"sample_ids: expected an int or integers [B], got {ids.dtype}{of}; use the images' "

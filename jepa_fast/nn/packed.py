@@ -7,13 +7,14 @@ import importlib.util
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jepa_fast.errors import BackendError
 from jepa_fast.nn.attention import attend
+from jepa_fast.ops._autograd import may_be_saved
 from jepa_fast.ops._checks import may_be_checked
 
 BACKENDS = ("varlen", "flash_attn", "xformers", "sdpa")
@@ -73,7 +74,7 @@ class Sequences:
         alone; those that the slack does not fill are empty.
         """
         most = max(self.longest, 1)
-        if not _serves(self._bounded):
+        if self._bounded is None or not may_be_saved(self._bounded):
             begin = self.offsets[:-1]
             piece = torch.arange(1, -(-self.tokens // most) + 1, device=begin.device)
             ends = (begin[-1] + most * piece).clamp(max=self.tokens)
@@ -88,7 +89,7 @@ class Sequences:
         it is, and give none back. So one index is the other's transpose, and neither needs sums.
         """
         # Not by functools.cached_property, whose lock is not compiled.
-        if self._found is not None and _serves(self._found[0]):
+        if self._found is not None and may_be_saved(self._found[0]):
             return self._found
         begin = self.offsets[:-2].long()
         lengths = self.offsets[1:-1].long() - begin
@@ -120,13 +121,6 @@ class Sequences:
         if not filled.shape[0]:  # nor is there a slot that slack could read
             return x.new_zeros(self.tokens, *x.shape[2:])
         return _Rearranged.apply(x.flatten(0, 1), slot, row, filled.flatten())
-
-
-def _serves(kept: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether there is such a tensor, and not one of inference mode, which autograd now refuses."""
-    if kept is None or torch.compiler.is_compiling():
-        return kept is not None
-    return torch.is_inference_mode_enabled() or not kept.is_inference()
 
 
 class _Rearranged(torch.autograd.Function):

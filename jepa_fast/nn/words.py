@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jepa_fast.ops._autograd import may_be_saved
+
 _SMALLEST_EXPONENT = -126  # of a normal float32
 
 
@@ -107,7 +109,7 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
     """Words as models read them.
 
     Args:
-        words: ``[..., Dt]`` floating; float8_e4m3fn with a scale.
+        words: ``[..., Dt]`` floating and dense; float8_e4m3fn with a scale.
         scale: ``[...]`` for float8 words, as in :func:`dequantize_words`; None for others.
         dtype: of the result; None: float32 for float8 words, that of the words for others.
 
@@ -115,8 +117,8 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
         ``[..., Dt]``, the words themselves where they have the dtype.
 
     Raises:
-        TypeError: the words are not floating, not dense, in float8 without a scale, or have a scale
-            in another dtype.
+        TypeError: the words are not floating, in float8 without a scale, or have a scale in another
+            dtype.
         ValueError: there is not one scale a word.
     """
     if not words.dtype.is_floating_point:
@@ -124,7 +126,6 @@ def word_vectors(words: Tensor, scale: Tensor | None, dtype: torch.dtype | None)
             f"words: expected floating vectors, got {words.dtype}; a text encoder makes them of "
             "token ids, see jepa_fast.interop"
         )
-    check_dense_words(words)
     if scale is not None:
         return dequantize_words(words, scale, dtype or torch.float32)
     if words.dtype.itemsize == 1:
@@ -150,9 +151,7 @@ def outside_inference(x: Tensor) -> Tensor:
     """The tensor, or a copy of it where a frozen encoder made it in inference mode: autograd keeps
     no such tensors for a backward pass.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
-        return x
-    return x.clone()
+    return x if may_be_saved(x) else x.clone()
 
 
 def check_word_mask(

@@ -145,6 +145,15 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def may_be_saved(tensor: Tensor) -> bool:
+    """Whether autograd keeps such a tensor for a backward pass: none that inference mode has made,
+    but in that mode, where nothing is kept.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return True
+    return not tensor.is_inference()
+
+
 def keep_slopes(ctx: Any, *slopes: Tensor) -> None:
     """Keeps for the backward pass those outputs that are its gradients but for a factor.
 

@@ -17,7 +17,6 @@ from jepa_fast.nn.heads.interface import (
     LatentDistribution,
     MaskedHead,
     check_positive,
-    mean_nll,
 )
 from jepa_fast.nn.heads.mixture import init_mixture_projection
 from jepa_fast.nn.linear import Linear, check_is_what_its_weights_say
@@ -132,9 +131,7 @@ class AutoregressiveHead(MaskedHead):
     def forward(
         self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
     ) -> Tensor:
-        condition, target = self.counted(condition, target, token_mask)
-        nll = -self.distribution(condition).log_prob(target)
-        return mean_nll(nll, self.target_dim, token_mask)
+        return self.loss_of_distribution(condition, target, token_mask)
 
     def distribution(self, condition: Tensor) -> AutoregressiveDistribution:
         self.check(condition)

@@ -364,6 +364,14 @@ class MaskedHead(Head):
         absent = ~token_mask[:, None]
         return condition.masked_fill(absent, 0), target.masked_fill(absent, 0)
 
+    def loss_of_distribution(
+        self, condition: Tensor, target: Tensor, token_mask: Tensor | None
+    ) -> Tensor:
+        """What `forward` gives of a head whose loss is the density that `distribution` has."""
+        condition, target = self.counted(condition, target, token_mask)
+        nll = -self.distribution(condition).log_prob(target)
+        return mean_nll(nll, self.target_dim, token_mask)
+
 
 def mean_nll(nll: Tensor, width: int, token_mask: Tensor | None) -> Tensor:
     """Nats a coordinate: the mean of nll [T] over the tokens that count, over D; 0 of none."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast.nn.heads.interface import LatentDistribution, MaskedHead, mean_nll
+from jepa_fast.nn.heads.interface import LatentDistribution, MaskedHead
 from jepa_fast.nn.linear import Linear, has_hooks, is_what_its_weights_say
 from jepa_fast.nn.precision import widened
 from jepa_fast.ops.mixture_nll import (
@@ -69,9 +69,7 @@ class MixtureHead(MaskedHead):
         self, condition: Tensor, target: Tensor, token_mask: Tensor | None = None
     ) -> Tensor:
         if has_hooks(self.projection) or not is_what_its_weights_say(self.projection):
-            condition, target = self.counted(condition, target, token_mask)
-            nll = -self.distribution(condition).log_prob(target)
-            return mean_nll(nll, self.target_dim, token_mask)
+            return self.loss_of_distribution(condition, target, token_mask)
         self.check(condition, target)
         nll = ops.linear_mixture_nll(
             condition,
