@@ -237,6 +237,8 @@ def _dry_run(config: Config) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    if not _is_first():  # it runs in one process, also where torchrun started several
+        return DONE
     _check_backend()
     seeds = options.untrained_seeds
     if seeds is None:

@@ -102,6 +102,20 @@ def test_pretrain_then_eval(recipe: str, capsys: Capture, caplog: pytest.LogCapt
     assert mine["probes"].keys() == known.keys()
 
 
+def test_eval_runs_in_the_first_of_several_processes(
+    recipe: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(tiny(Path("runs"), "train.steps=1"))
+    monkeypatch.setenv("RANK", "1")
+    assert main(["eval", "runs"]) == DONE
+    assert capsys.readouterr().out == ""
+    assert not Path("runs/eval.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main(["eval", "runs"]) == DONE
+    assert capsys.readouterr().out.startswith("knn ")
+    assert Path("runs/eval.json").exists()
+
+
 def test_eval_says_what_it_probed_and_warns_of_probes_that_say_nothing(
     recipe: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -195,3 +195,18 @@ def test_words_are_float32_on_the_cpu_whatever_the_defaults_are(dtype: torch.dty
 def test_a_batch_without_images_may_have_ids() -> None:
     assert sample_captions([], 2, ids=[]) == []
     assert HashedWords(8, 4)([], 2, ids=[], step=3).words.shape == (0, 2, 4, 8)
+
+
+def test_vectors_of_words_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [[[f"{batch} is {word}" for word in range(40)]] for batch in range(9)]
+    expected = [HashedWords(8, 3)(batch).words for batch in batches]
+    monkeypatch.setattr("jepa_fast.data.text._NUMBERS_KEPT", 8 * 64)
+    words = HashedWords(8, 3)
+    rows = []
+    for batch, want in zip(batches, expected, strict=True):
+        assert torch.equal(words(batch).words, want)
+        rows.append(len(words._table))
+    assert max(rows) <= 128
+    # No batch loses the words that it has begun with.
+    together = words([[caption for batch in batches for caption in batch[0]]])
+    assert torch.equal(together.words[0], torch.cat([want[0] for want in expected]))

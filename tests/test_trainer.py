@@ -192,7 +192,13 @@ def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     pretrain(config)
     with pytest.raises(ConfigError, match=r"holds a run already; --resume .* --overwrite"):
         pretrain(config)
+    evaluation = {tmp_path / "eval.json", tmp_path / "report.html"}
+    for path in {*evaluation, tmp_path / "notes.txt"}:
+        path.write_text("of the run before")
     pretrain(config, overwrite=True)
+    left = set(tmp_path.iterdir())
+    assert not left & evaluation
+    assert tmp_path / "notes.txt" in left
     (tmp_path / "last.pt").unlink()  # as in a copy without symbolic links
     with pytest.raises(ConfigError, match="holds a run already"):
         pretrain(config)

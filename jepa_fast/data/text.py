@@ -17,6 +17,7 @@ from jepa_fast.data import counter
 _log = logging.getLogger(__name__)
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _CAPTIONS_KEPT = 200_000
+_NUMBERS_KEPT = 2**26  # of the vectors of words: 256 MB
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,7 @@ class HashedWords:
             raise ValueError(f"context must be in [0, 1), got {context}")
         self.dim, self.max_words, self.seed = dim, max_words, seed
         self.context, self.position = context, position
-        self._rows: dict[str, int] = {}
-        # Row 0 is padding; grows by doubling. Whatever torch's default dtype and device are.
-        self._table = torch.zeros(64, dim, dtype=torch.float32, device="cpu")
-        self._captions: dict[str, np.ndarray] = {}
+        self._forget()
         self._told_cut = False
         _log.warning(
             "words get fixed hashed vectors (width %d, seed %d), not those of a pretrained text "
@@ -139,6 +137,7 @@ class HashedWords:
 
     def vector(self, word: str) -> Tensor:
         """The vector of one word, [Dt] float32."""
+        self._make_room()
         row = self._row(word)
         return self._table[row].clone()
 
@@ -163,6 +162,7 @@ class HashedWords:
         captions = captions_by_image("captions", captions)
         count = caption_slots(captions, max_captions)
         chosen = sample_captions(captions, count, seed=self.seed, step=step, ids=ids)
+        self._make_room()
         rows = np.zeros((len(chosen), count, self.max_words), dtype=np.int64)
         for i, some in enumerate(chosen):
             for j, caption in enumerate(some):
@@ -183,6 +183,17 @@ class HashedWords:
     def split(self, caption: str) -> list[str]:
         """The words of a caption in their order, at most `max_words`."""
         return _WORD.findall(caption.lower())[: self.max_words]
+
+    def _make_room(self) -> None:
+        """Between batches only, whose captions keep rows of the table."""
+        if self._table.numel() > _NUMBERS_KEPT:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._rows: dict[str, int] = {}
+        # Row 0 is padding; grows by doubling. Whatever torch's default dtype and device are.
+        self._table = torch.zeros(64, self.dim, dtype=torch.float32, device="cpu")
+        self._captions: dict[str, np.ndarray] = {}
 
     def _caption_rows(self, caption: str) -> np.ndarray:
         rows = self._captions.get(caption)

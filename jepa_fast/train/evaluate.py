@@ -34,7 +34,7 @@ from jepa_fast.train.config import Config, overridden, parse_config
 from jepa_fast.train.distributed import resolve_device
 from jepa_fast.train.errors import ConfigError
 from jepa_fast.train.logs import naming_file, read_rows
-from jepa_fast.train.run import failures, summary
+from jepa_fast.train.run import REPORT, RESULTS, failures, summary
 from jepa_fast.train.saved import refuse_foreign_code
 
 _log = logging.getLogger(__name__)
@@ -85,14 +85,14 @@ def evaluate(
         raise ConfigError(f"untrained_seeds: expected 0 or more, got {untrained_seeds}")
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
-    results_path = Path(output) if output else folder / "eval.json"
+    results_path = Path(output) if output else folder / RESULTS
     state = load_checkpoint(path, parts=WEIGHTS)
     if results_path.is_dir() or not results_path.parent.is_dir():
         raise ConfigError(f"output: expected a file in a folder that exists, got {results_path}")
     _check_writable(results_path, "name another with --output")
     if report:
         require_for_reports()
-        _check_writable(folder / "report.html", "do without --report, or copy the checkpoint")
+        _check_writable(folder / REPORT, "do without --report, or copy the checkpoint")
     config = parse_config(state["config"], overrides, source=str(checkpoint))
     refuse_foreign_code(config, overridden(dict(trusted or {}), overrides))
     device = torch.device(resolve_device(config.device))
@@ -349,7 +349,7 @@ def _report(
         hashed = "Words have fixed hashed vectors, not those of a pretrained text encoder."
         notes = [hashed, *notes]
     write_report(
-        folder / "report.html",
+        folder / REPORT,
         title=f"{folder.name}: {type(model).__name__}",
         rows=rows,
         probes=[p for p in probes if p.untrained],

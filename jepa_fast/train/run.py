@@ -31,6 +31,8 @@ from jepa_fast.train.saved import differences
 from jepa_fast.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
+RESULTS, REPORT = "eval.json", "report.html"
+"""What an evaluation leaves beside the checkpoints of a run."""
 
 
 def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = False) -> list[str]:
@@ -40,8 +42,8 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
         config: of the run.
         resume: checkpoint, or folder of a run, to continue from; "" for the output folder. Later
             checkpoints in the output folder are dropped, as the run then takes another course.
-        overwrite: replace an earlier run in the output folder, once the new one has read its first
-            batch.
+        overwrite: replace an earlier run in the output folder, and its evaluation, once the new one
+            has read its first batch.
 
     Returns:
         Why the finished run counts as failed (`failures`); empty if it does not, and on all ranks
@@ -100,6 +102,8 @@ def pretrain(config: Config, *, resume: str | None = None, overwrite: bool = Fal
             lock.take()
             if state is None:
                 trainer.checkpoints.clear()
+                for name in (RESULTS, REPORT):  # would pass for those of the run that begins
+                    (folder / name).unlink(missing_ok=True)
             else:
                 trainer.checkpoints.drop_unfinished()
                 if _is_of(folder, Path(resume or folder)):
