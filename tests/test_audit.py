@@ -221,6 +221,8 @@ SAME = [
     ("more registers, lower occupancy", {}, {"registers": 64, "occupancy": 0.5}),
     ("fewer spills", {"local_loads": 4, "stack": 8}, {"local_loads": 2, "stack": 8}),
     ("more matrix instructions", {"tensor_core": {"HMMA": 4}}, {"tensor_core": {"HMMA": 8}}),
+    ("by wgmma now", {"tensor_core": {"HMMA": 32}}, {"tensor_core": {"HGMMA": 6}}),
+    ("by tcgen05 now", {"tensor_core": {"HGMMA": 8}}, {"tensor_core": {"UTCHMMA": 2}}),
 ]
 
 
@@ -234,6 +236,11 @@ WORSE = [
     ("bytes of stack 8 -> 16", {"stack": 8}, {"stack": 16}),
     ("bytes of local memory 0 -> 4", {}, {"local": 4}),
     ("HMMA instructions 8 -> 4", {"tensor_core": {"HMMA": 8}}, {"tensor_core": {"HMMA": 4}}),
+    (
+        "HMMA instructions 8 -> 4",
+        {"tensor_core": {"HGMMA": 2, "HMMA": 8}},
+        {"tensor_core": {"HGMMA": 2, "HMMA": 4}},
+    ),
     ("HGMMA instructions 2 -> 0", {"tensor_core": {"HGMMA": 2}}, {"tensor_core": {"HMMA": 64}}),
     ("widest global stores 16 -> 8", {"stores": {16: 4}}, {"stores": {8: 8}}),
     (

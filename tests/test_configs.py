@@ -19,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     configs = tmp_path / "some_op/configs"
     configs.mkdir(parents=True)
     (configs / "default.json").write_text(
-        json.dumps({"small": {"block": 1}, "large": {"block": 2}})
+        json.dumps({"small": {"block": 1}, "large": {"block": 2}, "large-odd": {"block": 3}})
     )
     (configs / "NVIDIA_H200.json").write_text(json.dumps({"small": {"block": 8}}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -46,6 +46,18 @@ def test_the_interpreter_takes_the_default_in_silence(
 ) -> None:
     assert _configs.lookup(folder, "small", torch.device("cpu")) == {"block": 1}
     assert not caplog.records
+
+
+def test_a_variant_may_have_a_config_of_its_own(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert _configs.lookup(folder, "large", cpu, variant="odd") == {"block": 3}
+    assert _configs.lookup(folder, "large", cpu, variant="even") == {"block": 2}
+    assert _configs.lookup(folder, "small", gpu, variant="odd") == {"block": 8}
+    for variant in ("odd", "even", None):
+        _configs.lookup(folder, "large", gpu, variant=variant)
+    assert len(caplog.records) == 1  # of what is missing, not of every variant
 
 
 def test_shipped_configs_are_listed_by_gpu(folder: Path) -> None:

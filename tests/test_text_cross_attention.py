@@ -497,12 +497,17 @@ def test_as_accurate_as_eager_in_low_precision(
 
 @each_backend
 def test_scores_of_any_size(backend: str, device: str) -> None:
-    """Softmax of scores beyond what exp can take, and of scores that are all far below zero."""
+    """Softmax of scores beyond what exp can take, and of scores that are all far below zero.
+
+    They are exact in whatever order they are summed; and neither factor is so large that it
+    makes errors out of the roundings that a gradient of nearly zero has left.
+    """
     inputs = _inputs(device=device)
-    inputs["q"] = inputs["q"] * 1e3
+    inputs["q"], inputs["k"] = (inputs["q"] * 32).round(), (inputs["k"] * 32).round()
     inputs["k"][:, 0] = -inputs["k"][:, 0].abs()
-    got = _run(inputs, backend=backend)
-    exact = _run({name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
+    got = _run(inputs, scale=0.5, backend=backend)
+    double = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    exact = _run(double, scale=0.5)
     for one, right in zip(got, exact, strict=True):
         torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-4)
 

@@ -34,21 +34,26 @@ def pretend(gpu: str) -> Iterator[None]:
         _pretended = None
 
 
-def lookup(folder: Path, key: str, device: torch.device) -> Config:
+def lookup(folder: Path, key: str, device: torch.device, *, variant: str | None = None) -> Config:
     """The config for `key` on `device`, from the JSON files in `folder`.
+
+    Args:
+        variant: a file that has `key-variant` means that.
 
     Raises:
         KeyError: neither the GPU's file nor `default.json` has the key.
     """
-    return _lookup(folder, key, device) if _pretended is None else read(folder, _pretended)[key]
+    configs = _lookup(folder, key, device) if _pretended is None else read(folder, _pretended)
+    return configs.get(f"{key}-{variant}") or configs[key]
 
 
 @functools.cache
-def _lookup(folder: Path, key: str, device: torch.device) -> Config:
+def _lookup(folder: Path, key: str, device: torch.device) -> dict[str, Config]:
+    """The configs of the GPU's file where it has the key, else those of `default.json`."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
     tuned = read(folder, gpu.replace(" ", "_"))
     if key in tuned:
-        return tuned[key]
+        return tuned
     if device.type == "cuda":
         _logger.warning(
             "%s has no launch config for %s on %s: the default is used; "
@@ -57,7 +62,7 @@ def _lookup(folder: Path, key: str, device: torch.device) -> Config:
             key,
             gpu,
         )
-    return read(folder, "default")[key]
+    return read(folder, "default")
 
 
 def read(folder: Path, name: str) -> dict[str, Config]:

@@ -4,7 +4,8 @@ What fails:
 
 - `vanished`: a kernel or call of the baseline is not there any more.
 - `spill`: more loads or stores of local memory, or more bytes of stack or local memory.
-- `tensor core`: fewer matrix instructions of a kind.
+- `tensor core`: fewer matrix instructions of a kind, and not more of a later generation (mma.sync,
+  wgmma, tcgen05), which does the work of many in one.
 - `narrower access`: the widest global load (or store) moves fewer bytes than before, or a larger
   share of them, and more of them, is below 16 bytes. Shares, so that unrolling a loop, which
   multiplies all, is no finding; counts, so that unrolling less, which leaves the few scalar loads
@@ -185,10 +186,22 @@ def _compiled_worse(new: CompiledKernel, old: CompiledKernel) -> list[Finding]:
     numbers += [
         ("tensor core", f"{opcode} instructions", count, cores.get(opcode, 0))
         for opcode, count in earlier.items()
-        if cores.get(opcode, 0) < count
+        if cores.get(opcode, 0) < count and not _more_of_later(cores, earlier, opcode)
     ]
     numbers += _narrower_and_unfit(new, old)
     return _findings(new, numbers)
+
+
+def _more_of_later(cores: Mapping[str, int], earlier: Mapping[str, int], opcode: str) -> bool:
+    return any(
+        count > earlier.get(other, 0) and _generation(other) > _generation(opcode)
+        for other, count in cores.items()
+    )
+
+
+def _generation(opcode: str) -> int:
+    """0 for those of mma.sync (HMMA), 1 for wgmma's (HGMMA), 2 for tcgen05's (UTCHMMA)."""
+    return 2 if opcode.startswith("UTC") else int("GMMA" in opcode)
 
 
 def _compiled_worse_across_tritons(new: CompiledKernel, old: CompiledKernel) -> list[Finding]:

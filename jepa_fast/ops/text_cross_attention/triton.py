@@ -316,7 +316,7 @@ def text_cross_attention(
     rows, tokens, _ = q.shape
     batch, captions, words = k.shape[:3]
     q, k, v, residual = map(without_gaps, (q, k, v, residual))
-    config = config_for("forward", q, num_heads, words)
+    config = config_for("forward", q, num_heads, words, similarity)
     inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads)
     patches = rows // max(batch, 1) * tokens
     tiles = triton.cdiv(patches, config["tokens"])
@@ -398,12 +398,20 @@ def describe_words(
     return inverse, pairs
 
 
-def config_for(kernel: str, q: Tensor, num_heads: int, words: int | None = None) -> _configs.Config:
-    """The launch config of a kernel, where it takes all words of a caption at once for so many."""
-    key = f"{kernel}-{'narrow' if q.shape[2] // num_heads <= 128 else 'wide'}"
+def config_for(
+    kernel: str,
+    q: Tensor,
+    num_heads: int,
+    words: int | None = None,
+    similarity: str | None = None,
+) -> _configs.Config:
+    """The launch config of a kernel by the width of its heads, by the words of a caption where it
+    takes all of them at once and, where there is one, for the similarity."""
+    head = q.shape[2] // num_heads
+    key = f"{kernel}-{next((str(most) for most in (64, 128) if head <= most), 'wide')}"
     if words is not None:
         key += "-64" if block_of_words(words) <= 64 else "-128"
-    return _configs.lookup(CONFIGS, key, q.device)
+    return _configs.lookup(CONFIGS, key, q.device, variant=similarity)
 
 
 def launch_options(config: _configs.Config) -> dict[str, int]:
@@ -416,13 +424,23 @@ def launch_options(config: _configs.Config) -> dict[str, int]:
 
 
 def head_constants(q: Tensor, num_heads: int, config: _configs.Config) -> dict[str, int]:
-    """How heads are cut into chunks: the widest that divide a head, else padded."""
-    head = q.shape[2] // num_heads
-    chunk = config["chunk"]
-    while chunk > 32 and head % chunk:
-        chunk //= 2
-    if head % chunk:
-        chunk = max(_SHORTEST_DOT, min(config["chunk"], triton.next_power_of_2(head)))
+    """How heads are cut into chunks: the widest that divide a head, else padded.
+
+    Where not every warp has tokens of its own, chunks are wider than the tile has tokens: of a
+    product that is no wider than high, Triton gives warps rows alone, and some have others' again.
+    """
+    head, widest = q.shape[2] // num_heads, config["chunk"]
+    narrowest = _SHORTEST_DOT
+    if config["tokens"] < _SHORTEST_DOT * config["num_warps"]:
+        narrowest = 2 * config["tokens"]
+    if head <= widest:
+        chunk = max(narrowest, triton.next_power_of_2(head))
+    else:
+        chunk = widest
+        while chunk > narrowest and head % chunk:
+            chunk //= 2
+        if head % chunk:
+            chunk = widest
     return {
         "HEADS": num_heads,
         "HEAD": head,
@@ -464,6 +482,9 @@ COMPILED: tuple[tuple[str, torch.dtype, int, int, str, str, bool], ...] = (
     ("1x384-max", torch.bfloat16, 1, 64, "max", "relu", True),  # TC-JEPA's
     ("1x384-128-words-none", torch.bfloat16, 1, 128, "none", "relu", True),
     ("16x24-mean", torch.float16, 16, 64, "mean", "softplus", False),
+    ("6x64-128-words-max", torch.bfloat16, 6, 128, "max", "relu", True),
+    ("4x96-max", torch.bfloat16, 4, 64, "max", "relu", True),
+    ("3x128-softplus", torch.bfloat16, 3, 64, "max", "softplus", True),
     ("3x128-128-words-max", torch.float16, 3, 128, "max", "relu", True),
 )
 """Names of compile cases; their dtype, heads, words, pool, similarity, and whether masked: every
