@@ -177,10 +177,18 @@ def test_the_variance_leaves_out_what_has_no_weight() -> None:
     assert bool(grad.isfinite().all())
 
 
-def test_samples_of_no_weights_are_refused() -> None:
-    logits, loc = torch.tensor([[0.0, torch.nan]]), torch.zeros(1, 2, 1)
-    with pytest.raises(ValueError, match="mixture_sample: logits must not be NaN"):
-        ops.mixture_sample(logits, loc, loc)
+@pytest.mark.parametrize("wrong", [[0.0, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+def test_samples_of_no_weights_are_refused(wrong: list[float]) -> None:
+    logits, loc = torch.tensor([[0.0, 0.0], wrong]), torch.zeros(2, 2, 1)
+    for event, of_event in (("joint", logits), ("coordinate", logits[..., None])):
+        with pytest.raises(ValueError, match="mixture_sample: logits must not be NaN"):
+            ops.mixture_sample(of_event, loc, loc, event=event)
+
+
+def test_components_without_weight_are_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0]])
+    loc = torch.tensor([[[100.0], [0.0]]])
+    assert ops.mixture_sample(logits, loc, torch.zeros_like(loc), n=1000).max() < 50
 
 
 def test_one_component_has_the_quantiles_of_its_family() -> None:

@@ -367,6 +367,7 @@ def test_sampling_is_reproducible() -> None:
         ({"scale_map": "relu"}, "scale_map must be one of"),
         ({"scale_floor": 0.0}, "scale_floor must be positive"),
         ({"scale_floor": float("nan")}, "scale_floor must be positive"),
+        ({"scale_floor": 1e-50}, "scale_floor .*got 1e-50, less than float32's 1.2e-38"),
         ({"event": "coordinate"}, r"logits must be \[T, K, D\] for event='coordinate'"),
         ({"logits": torch.zeros(2, 4)}, r"logits must be .* of loc \[2, 3, 5\], got \[2, 4\]"),
         ({"loc": torch.zeros(2, 3)}, r"loc must be \[T, K, D\]"),

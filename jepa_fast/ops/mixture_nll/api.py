@@ -20,7 +20,7 @@ from jepa_fast.ops._checks import (
 )
 from jepa_fast.ops.mixture_nll import contract, reference
 
-_LARGEST = 1e38  # of a float32
+_SMALLEST, _LARGEST = 1.2e-38, 1e38  # of a float32, and not subnormal
 
 
 class _MixtureNll(OperatorFunction):
@@ -72,7 +72,7 @@ def mixture_nll(
         log_scale: [T, K, D]; `scale = scale_floor + exp(log_scale)`.
         family: `"gaussian"` or `"logistic"` components.
         event: `"joint"` or `"coordinate"`.
-        scale_floor: positive, at most 1e38; what a component's scale cannot fall to.
+        scale_floor: positive, 1.2e-38 to 1e38; what a component's scale cannot fall to.
         scale_map: `"exp"`, or `"softplus"` for `scale = scale_floor + softplus(log_scale)`.
         backend: `"auto"` or one of `jepa_fast.ops.BACKENDS`.
 
@@ -123,8 +123,8 @@ def mixture_sample(
         [n, T, D] float32 (float64 if any input is), without gradients.
 
     Raises:
-        TypeError, ValueError: as `mixture_nll`; `n` below 1; logits that are NaN, which only a CPU
-            tells (on a GPU with JEPA_FAST_DEBUG=1).
+        TypeError, ValueError: as `mixture_nll`; `n` below 1; logits that are NaN or +inf, or -inf
+            for all components, which only a CPU tells (on a GPU with JEPA_FAST_DEBUG=1).
     """
     _check_parameters(
         "mixture_sample", logits, loc, log_scale, family, event, scale_floor, scale_map
@@ -132,9 +132,11 @@ def mixture_sample(
     check_integer("mixture_sample", "n", n)
     if n < 1:
         raise ValueError(f"mixture_sample: n must be at least 1, got {n}")
-    if may_be_checked(logits) and bool(logits.isnan().any()):
+    # -inf is a weight of 0. NaN among a mixture's logits is their largest.
+    if may_be_checked(logits) and not bool(logits.amax(1).isfinite().all()):
         raise ValueError(
-            "mixture_sample: logits must not be NaN, got some that are: has training diverged?"
+            "mixture_sample: logits must not be NaN or +inf, nor all of a mixture -inf, got some "
+            "that are: has training diverged?"
         )
     dtype = reference.compute_dtype(logits, loc, log_scale)
     with torch.no_grad():
@@ -212,10 +214,12 @@ def check_mixture_options(
     check_choice(op, "event", event, reference.EVENTS)
     check_choice(op, "scale_map", scale_map, reference.SCALE_MAPS)
     check_number(op, "scale_floor", scale_floor)
-    if not 0 < scale_floor <= _LARGEST:
+    if not _SMALLEST <= scale_floor <= _LARGEST:
+        too_small = f", less than float32's {_SMALLEST:g}" if 0 < scale_floor < 1 else ""
         raise ValueError(
-            f"{op}: scale_floor must be positive and at most {_LARGEST:g}, got {scale_floor}; "
-            f"without a floor the likelihood of a component that sits on a target has no bound"
+            f"{op}: scale_floor must be positive and at most {_LARGEST:g}, got {scale_floor}"
+            f"{too_small}; without a floor the likelihood of a component that sits on a target has "
+            f"no bound"
         )
 
 
