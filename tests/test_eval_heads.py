@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from test_probijepa import OPTIONS, OwnHead, UnitNormal
@@ -67,6 +68,8 @@ def test_a_distribution_of_nothing_or_of_others_is_refused() -> None:
     normal = UnitNormal(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"population must be .* D = 2 of target, got \[4, 3\]"):
         score_distribution(normal, torch.zeros(3, 2), torch.zeros(4, 3))
+    with pytest.raises(TypeError, match="score_distribution: seed must be an integer, got None"):
+        score_distribution(normal, normal.loc, torch.zeros(4, 2), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1 token"):
         score_distribution(UnitNormal(torch.zeros(0, 2)), torch.zeros(0, 2), torch.zeros(4, 2))
 
@@ -198,6 +201,7 @@ def test_a_heads_scores_are_of_its_own_distribution() -> None:
         score_head(model, [])
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         score_head(model, batches, tokens=0)
+    assert score_head(model, batches, numpy.int64(20), numpy.int64(0)) == few
     with pytest.raises(TypeError, match="seed must be an integer, got None"):
         score_head(model, batches, seed=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be a ProbIJepa, got VisionTransformer"):

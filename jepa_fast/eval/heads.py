@@ -94,7 +94,7 @@ def score_head(
     if sum(map(len, targets)) < 2:
         raise ValueError("score_head: batches must have at least 2 target tokens")
     condition, target = torch.cat(conditions), torch.cat(targets)
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(int(seed)))
     chosen = order[:tokens].to(target.device)
     asked = _Asked(target[chosen], seed)
     for some in chosen.split(_TOGETHER):
@@ -114,8 +114,10 @@ def score_distribution(
         seed: of the samples.
 
     Raises:
+        TypeError: `seed` is no integer.
         ValueError: no target, or a population of another width.
     """
+    check_integer("score_distribution", "seed", seed)
     if not len(target):
         raise ValueError("score_distribution: target must be of at least 1 token, got none")
     if population.ndim != 2 or population.shape[1] != target.shape[-1]:
@@ -133,7 +135,7 @@ class _Asked:
 
     def __init__(self, targets: Tensor, seed: int) -> None:
         self.targets = targets
-        self.generator = torch.Generator(targets.device).manual_seed(seed)
+        self.generator = torch.Generator(targets.device).manual_seed(int(seed))
         self.nll = torch.zeros((), dtype=torch.float64, device=targets.device)
         self.ranks = torch.zeros(SAMPLES + 1, dtype=torch.int64, device=targets.device)
         self.within = torch.zeros_like(self.nll)
