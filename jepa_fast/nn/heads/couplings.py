@@ -337,7 +337,9 @@ class ThroughInverse(OperatorFunction):
         ctx.save_for_backward(kept, free, condition, *flat)
 
     @staticmethod
-    @differentiable_once("CouplingFlowHead", "set its memory_free to False")
+    @differentiable_once(
+        "CouplingFlowHead", "use the plain PyTorch of jepa_fast/ops/affine_coupling/reference.py"
+    )
     def backward(
         ctx: Any, saved: Any, grad_kept: Tensor, grad_free: Tensor, grad_logdet: Tensor
     ) -> tuple[Tensor | None, ...]:
