@@ -209,11 +209,10 @@ def test_loss_is_the_likelihood_and_has_exact_gradients() -> None:
 
 
 def test_orderings_and_seeds_may_be_numpys() -> None:
-    listed, array = (
-        make_head(ordering=[2, 0, 1, 4, 3]),
-        make_head(ordering=numpy.array([2, 0, 1, 4, 3])),
-    )
-    assert torch.equal(listed.hidden[0].in_degree, array.hidden[0].in_degree)
+    listed = make_head(ordering=[2, 0, 1, 4, 3])
+    for as_array in (numpy.array, torch.tensor):
+        array = make_head(ordering=as_array([2, 0, 1, 4, 3]))
+        assert torch.equal(listed.hidden[0].in_degree, array.hidden[0].in_degree)
     plain, numpys = (make_head(ordering="random", seed=s) for s in (1, numpy.int64(1)))
     assert torch.equal(plain.hidden[0].in_degree, numpys.hidden[0].in_degree)
     with pytest.raises(ValueError, match=r"ordering must be .* permutation of 0 \.\. 4, got array"):
@@ -238,6 +237,9 @@ def test_the_ordering_travels_in_the_state_dict() -> None:
         ({"ordering": 3}, "permutation of 0 .. 2, got 3"),
         ({"ordering": None}, "permutation of 0 .. 2, got None"),
         ({"ordering": [0, 1, 1]}, r"permutation of 0 .. 2, got \[0, 1, 1\]"),
+        ({"ordering": [0, "b", 1]}, r"permutation of 0 .. 2, got \[0, 'b', 1\]"),
+        ({"ordering": torch.eye(3)}, r"permutation of 0 .. 2, got tensor\("),
+        ({"ordering": [0.0, 1.0, 2.0]}, r"permutation of 0 .. 2, got \[0.0, 1.0, 2.0\]"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
         ({"num_components": 0}, "num_components must be at least 1"),

@@ -656,6 +656,15 @@ def test_bad_heads(head: Any, options: dict, error: type[Exception], message: st
         make_model(head, **options)
 
 
+@pytest.mark.parametrize("head", ["mixture", OwnHead, OwnHead(12, 16)])
+@pytest.mark.parametrize("options", [3, [("num_components", 3)], {1: 2}])
+def test_options_are_a_mapping_of_names(head: Any, options: Any) -> None:
+    got = {int: "int", list: "list", dict: "the key 1"}[type(options)]
+    message = f"options of head ('mixture'|OwnHead) must be a mapping of names to values, got {got}"
+    with pytest.raises(TypeError, match=message):
+        ProbIJepa(make_encoder(), head, head_options=options)
+
+
 @each_head
 def test_mismatched_widths(name: str) -> None:
     head = create_head(name, 4, 3, OPTIONS[name])

@@ -19,7 +19,7 @@ from jepa_fast.models.ijepa import (
     gather_targets,
 )
 from jepa_fast.models.output import JepaOutput
-from jepa_fast.nn.heads import LatentDistribution, create_head
+from jepa_fast.nn.heads import LatentDistribution, check_head_options, create_head
 from jepa_fast.nn.precision import widened
 from jepa_fast.ranges import phase
 
@@ -46,7 +46,8 @@ class ProbIJepa(IJepa):
         img_size, predictor_dim, predictor_depth, predictor_heads, init: as in `IJepa`.
 
     Raises:
-        TypeError: `head` is none of these, takes other arguments, or lacks a method.
+        TypeError: `head` is none of these, takes other arguments, or lacks a method; options that
+            are no mapping of names.
         ValueError: an unknown head or option, a head of other widths, options for a finished head,
             and as `IJepa`.
     """
@@ -167,6 +168,8 @@ def _make_head(
     options: Mapping[str, Any] | None,
 ) -> Any:
     made: Any
+    name = repr(head) if isinstance(head, str) else getattr(head, "__name__", type(head).__name__)
+    check_head_options(name, options)
     if isinstance(head, str):
         made = create_head(head, condition_dim, target_dim, options)
     elif isinstance(head, nn.Module):

@@ -41,17 +41,26 @@ def create_head(
     """
     if not isinstance(name, str):
         raise TypeError(f"head must be one of {tuple(HEADS)}, got {name!r}")
-    if not isinstance(options, Mapping | None):
-        raise TypeError(
-            f"options of head {name!r} must be a mapping of names to values, got "
-            f"{type(options).__name__}"
-        )
+    check_head_options(repr(name), options)
     if name not in HEADS:
         raise ValueError(f"head must be one of {tuple(HEADS)}, got {name!r}")
     known = list(inspect.signature(HEADS[name]).parameters)[2:]
     if unknown := sorted(set(options or {}) - set(known)):
         raise ValueError(f"head {name!r} has no option {', '.join(unknown)}; it has {known}")
     return HEADS[name](condition_dim, target_dim, **(options or {}))
+
+
+def check_head_options(head: str, options: object) -> None:
+    """Raises TypeError for options that are neither None nor a mapping of strings to values."""
+    if options is None:
+        return
+    if not isinstance(options, Mapping):
+        got = type(options).__name__
+    elif others := [key for key in options if not isinstance(key, str)]:
+        got = f"the key {others[0]!r}"
+    else:
+        return
+    raise TypeError(f"options of head {head} must be a mapping of names to values, got {got}")
 
 
 __all__ = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import ops
-from jepa_fast._arguments import integer
+from jepa_fast._arguments import holds_integers, integer
 from jepa_fast.nn.heads.interface import (
     LatentDistribution,
     MaskedHead,
@@ -314,9 +316,17 @@ def _order(ordering: str | Sequence[int], width: int, seed: int) -> list[int]:
             return random.Random(seed).sample(natural, width)
     elif isinstance(ordering, Iterable):
         listed = list(ordering)
-        if sorted(listed) == natural:
-            return listed
+        # What has no index, such as a row of a matrix, could not be sorted either.
+        if all(map(_is_integer, listed)) and sorted(map(operator.index, listed)) == natural:
+            return list(map(operator.index, listed))
     raise ValueError(
         f"AutoregressiveHead: ordering must be 'natural', 'reversed', 'random' or a "
         f"permutation of 0 .. {width - 1}, got {ordering!r}"
     )
+
+
+def _is_integer(value: object) -> bool:
+    """Whether it is one, also NumPy's or a tensor's."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and holds_integers(value)
+    return isinstance(value, Integral)
