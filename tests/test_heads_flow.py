@@ -239,6 +239,21 @@ def test_memory_free_leaves_out_gradients_that_nobody_needs() -> None:
     assert all(p.grad is not None for p in head.parameters() if p is not frozen)
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_without_variance_leaves_the_norms_to_the_next(rows: int, compiled: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    head = CouplingFlowHead(4, 5, num_couplings=2, hidden_dim=8)
+    step = torch.compile(head, fullgraph=True, backend="aot_eager") if compiled else head
+    step(torch.randn(rows, 4), torch.randn(rows, 5))
+    assert not any(bool(norm.initialised) or norm.is_set for norm in head.norms)
+    target = 50 + 3 * torch.randn(20, 5)
+    step(torch.randn(20, 4), target)
+    assert all(bool(norm.initialised) and norm.is_set for norm in head.norms)
+    torch.testing.assert_close(head.norms[0].loc.detach(), target.mean(0))
+
+
 def test_memory_free_compiles_without_a_break_as_plain_autograd() -> None:
     torch._dynamo.reset()
     head = make_head(5, num_couplings=2, memory_free=True)

@@ -29,7 +29,9 @@ class ActNorm(nn.Module):
     The first forward pass in training mode sets them from its data (over all processes where
     `torch.distributed` is initialised); from then on they are parameters like any other. The flag
     `initialised` is in the state dict, so a resumed run does not set them again. Of fewer than 2
-    rows in all there is no variance: the next batch sets them.
+    rows in all there is no variance: the next batch sets them. (Compiled code cannot count rows
+    that a mask leaves, nor those of other processes: there such a batch sets them, to a scale of 1
+    and the mean of what rows there are.)
 
     FSDP's parameters in a forward pass are copies, and what would be written there is lost: they
     are set by a first batch before the model is sharded.
@@ -73,13 +75,16 @@ class ActNorm(nn.Module):
                 "FSDP shards them, got sharded ones; run the model on a batch in training mode, or "
                 "load a state dict of a trained one, and call fully_shard then"
             )
+        together = dist.is_available() and dist.is_initialized()
+        if not together and len(x) < 2:  # known without a look at values, so compiled, too
+            return
         wide = x.double()
         count = wide.new_full(wide.shape[1:], len(x))
         if row_mask is not None:
             wide = wide.where(row_mask[:, None], 0)
             count = row_mask.sum().to(wide.dtype).expand(wide.shape[1:])
         sums = torch.stack([count, wide.sum(0), wide.square().sum(0)])
-        if dist.is_available() and dist.is_initialized():
+        if together:
             dist.all_reduce(sums)
         # Once a run, a GPU may be waited for.
         if may_be_read(sums):
