@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
@@ -338,6 +339,26 @@ def test_copies_and_pickles_keep_their_teacher() -> None:
     optimizer.step()
     assert not all(map(torch.equal, teacher, model.teacher.parameters()))
     assert pickle.loads(pickle.dumps(optimizer)).momentum == 0.5
+
+
+def test_a_compiled_step_is_compiled_for_good() -> None:
+    """Once to make the state and once with it, though gradients are others at every step."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    one, other = _Student(), _Student()
+    # A rate that changes is a tensor, as with all of PyTorch's optimizers that are compiled.
+    ours = [_ours(model, lr=torch.tensor(1e-2), shadows=model.shadows()) for model in (one, other)]
+    steps = [torch.compile(ours[0].step, backend=graphs), ours[1].step]
+    for i in range(5):
+        for model, optimizer, step in zip((one, other), ours, steps, strict=True):
+            optimizer.zero_grad()
+            model.loss(i).backward()
+            for group in optimizer.param_groups:
+                group["lr"].fill_(1e-2 / (i + 1))
+            step(momentum=0.9 + 0.01 * i)
+    for got, want in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(got, want)
+    assert graphs.frame_count <= 2
 
 
 def test_schedulers_work() -> None:

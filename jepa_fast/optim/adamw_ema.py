@@ -102,11 +102,14 @@ class AdamWEma(torch.optim.Optimizer):
         self.momentum = momentum
         self.rounding_seed = None if rounding_seed is None else int(rounding_seed)
         self.backend = backend
-        self._targets = _pairs("targets", targets)
+        following = _pairs("targets", targets)
+        # A list: torch.compile guards a dict's keys with the very tensors of their gradients, which
+        # are others at every step.
+        self._targets = list(following.items())
         self._shadows = _pairs("shadows", shadows or ())
-        _check_targets(self._targets, self._shadows)
+        _check_targets(following, self._shadows)
         super().__init__(params, defaults)
-        _check_order(self._targets, self.param_groups)
+        _check_order(following, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`. Raises as the class."""
