@@ -27,11 +27,11 @@ from jepa_fast.ops import _build
 from jepa_fast.perf import Case, Cost, Race, ceilings, files, machine, memory, suite
 from jepa_fast.perf.ceilings import Ceilings
 from jepa_fast.perf.commands import bench
-from jepa_fast.perf.errors import BaselineMissing, BaselineOfAnother, PerfError
+from jepa_fast.perf.errors import BaselineMissing, BaselineOfAnother, NotHere, PerfError
 from jepa_fast.perf.floors import check_floors, read_floors
 from jepa_fast.perf.picture import draw
 from jepa_fast.perf.protocol import Contest, OverBudget, Settings, WallClock
-from jepa_fast.perf.race import load_suite
+from jepa_fast.perf.race import benchmark, load_suite
 from jepa_fast.perf.results import add_run, gaps, numbers, read_results, table, write_results
 
 pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: "jepa-fast[bench]"')
@@ -1573,6 +1573,72 @@ def test_a_file_that_skips_itself_is_left_out_of_a_suite(tmp_path: Path) -> None
     failed: dict[str, Exception] = {}
     assert load_suite(tmp_path, failed) == []
     assert list(failed) == ["bench_b.py"]
+
+
+MARKED = """
+import pytest
+from jepa_fast.perf import Case, benchmark
+
+def set_up(case, device):
+    return "a race"
+
+class TestGroup:
+    @staticmethod
+    @benchmark([Case("inside", "below")])
+    def bench_below(case, device):
+        return "a race"
+
+    @benchmark([Case("inside", "above")])
+    @staticmethod
+    def bench_above(case, device):
+        return "a race"
+
+    bench_skipped = staticmethod(
+        pytest.mark.skip(reason="for now")(benchmark([Case("inside", "marked")])(set_up))
+    )
+
+class Other:
+    bench = staticmethod(benchmark([Case("not", "collected")])(set_up))
+
+@benchmark([Case("marked", "below")])
+@pytest.mark.skipif(True, reason="not on Mondays")
+def bench_marked(case, device):
+    return "a race"
+
+bench_unmet = pytest.mark.skipif(False, reason="never")(
+    benchmark([Case("marked", "unmet")])(set_up)
+)
+"""
+
+
+def test_a_suite_has_the_benchmarks_of_classes_and_minds_the_marks_that_skip(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "bench_marked.py").write_text(MARKED)
+    found = {}
+    for entry in load_suite(tmp_path):
+        (case,) = entry.cases
+        try:
+            found[str(case)] = str(entry.set_up(case, "cpu"))
+        except NotHere as error:
+            found[str(case)] = str(error)
+    assert found == {
+        "inside/below": "a race",
+        "inside/above": "a race",
+        "inside/marked": "it is marked skip: for now",
+        "marked/below": "it is marked skipif: not on Mondays",
+        "marked/unmet": "a race",
+    }
+
+
+def test_a_benchmark_that_wants_a_self_is_refused() -> None:
+    message = "Group.bench_it: expected a function of case and device, got a method; .*staticmethod"
+    with pytest.raises(TypeError, match=message):
+
+        class Group:
+            @benchmark([Case("op", "case")])  # type: ignore[arg-type]
+            def bench_it(self, case: Case, device: str) -> Race:
+                raise NotImplementedError
 
 
 OWN = """

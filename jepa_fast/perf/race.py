@@ -20,18 +20,19 @@ the standard library alone.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jepa_fast.perf.errors import PerfError
+from jepa_fast.perf.errors import NotHere, PerfError
 
 Provider = Callable[[], object]
 
@@ -128,19 +129,33 @@ class Entry:
 def benchmark(cases: Iterable[Case]) -> Callable[[SetUp], Callable[..., None]]:
     """Makes a function that sets a race up into a benchmark of all `cases`.
 
+    In a class it is a static method, as pytest would hand another its `self`. Marks of pytest's
+    count below the decorator as above it.
+
     Args:
         cases: what `set_up(case, device)` is called with, one after the other.
+
+    Raises:
+        TypeError: it is a method with a `self`.
     """
 
     def decorate(set_up: SetUp) -> Callable[..., None]:
+        if next(iter(inspect.signature(set_up).parameters), None) == "self":
+            raise TypeError(
+                f"{set_up.__qualname__}: expected a function of case and device, got a method; "
+                "in a class put @staticmethod above @benchmark and leave self out"
+            )
+
         def bench(case: Case, device: str, race: Callable[..., None]) -> None:
             race(case, device, set_up)
 
         bench.__name__ = bench.__qualname__ = set_up.__name__
         bench.__doc__ = set_up.__doc__
         bench.__module__ = set_up.__module__
+        if marks := _marks(set_up):
+            bench.pytestmark = marks  # type: ignore[attr-defined]
         bench.entry = Entry(tuple(cases), set_up)  # type: ignore[attr-defined]
-        return bench
+        return staticmethod(bench) if isinstance(set_up, staticmethod) else bench
 
     return decorate
 
@@ -205,17 +220,62 @@ def load_suite(folder: Path, failed: dict[str, Exception] | None = None) -> list
                     raise
                 failed[str(path.relative_to(folder))] = error
             except BaseException as error:
-                if type(error).__name__ != "Skipped":  # by pytest.importorskip, say
+                if not is_skip(error):
                     raise
-    entries = {
-        id(value.entry): value.entry  # once, where a file imports another's
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(getattr(value, "entry", None), Entry)
-    }
+    entries: dict[int, Entry] = {}
+    for module in modules:
+        for own, entry in _entries(module):
+            entries.setdefault(id(own), entry)  # once, where a file imports another's
     found = list(entries.values())
     check_unique((case, each) for entry in found for case in entry.cases for each in case.devices)
     return found
+
+
+def _entries(module: ModuleType) -> Iterator[tuple[Entry, Entry]]:
+    """The benchmarks of a file and of classes that pytest collects there.
+
+    Each as it was made, and as its marks leave it: one that they skip has a set-up that says so.
+    """
+    classes = [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and name.startswith("Test")
+    ]
+    for holder in (module, *classes):
+        for name in vars(holder):
+            value = getattr(holder, name)
+            if isinstance(entry := getattr(value, "entry", None), Entry):
+                marks = [*_marks(value), *_marks(holder), *_marks(module)]
+                why = next(filter(None, map(_why_skipped, marks)), "")
+                yield entry, replace(entry, set_up=_skipped(why)) if why else entry
+
+
+def _marks(value: object) -> list[Any]:
+    """What pytest.mark left there."""
+    marks = getattr(value, "pytestmark", [])
+    return list(marks) if isinstance(marks, list | tuple) else [marks]
+
+
+def _why_skipped(mark: Any) -> str:
+    """What a mark of pytest's says, if it skips; conditions in words are for pytest alone."""
+    mark = getattr(mark, "mark", mark)
+    met = mark.name == "skipif" and any(each is True for each in mark.args)
+    if not met and mark.name != "skip":
+        return ""
+    positional = "".join(map(str, mark.args)) if mark.name == "skip" else ""
+    return f"it is marked {mark.name}: {mark.kwargs.get('reason') or positional}".removesuffix(": ")
+
+
+def _skipped(why: str) -> SetUp:
+    def set_up(case: Case, device: str) -> Race:
+        raise NotHere(why)
+
+    return set_up
+
+
+def is_skip(error: BaseException) -> bool:
+    """Whether it is what pytest.skip and pytest.importorskip raise; pytest need not be here."""
+    return type(error).__name__ == "Skipped"
 
 
 @contextmanager
