@@ -668,6 +668,49 @@ def test_a_base_that_fails_is_not_the_working_tree_s_fault(
     assert output.splitlines()[-1] == "nothing got worse, 1 could not be told"
 
 
+DRAWN = """
+import random, subprocess
+import numpy, pytest, torch
+from jepa_fast.perf import Case, Cost, Race, benchmark
+
+SHARE = random.random()
+
+@benchmark([Case("drawn", "small", quick=True)])
+def bench_drawn(case, device):
+    subprocess.run(["cat"], check=True)  # reads all that there is to read
+    kept = torch.from_numpy(numpy.random.rand(4096) < SHARE * random.random())
+    x = torch.zeros(4096)
+    return Race(lambda: x[kept], {}, lambda: None, Cost())
+
+@benchmark([Case("skipped", "small", quick=True)])
+def bench_skipped(case, device):
+    pytest.skip("no such thing here")
+
+@benchmark([Case("unchecked", "small", quick=True)])
+def bench_unchecked(case, device):
+    return Race(lambda: None, {}, lambda: pytest.importorskip("no_such_module"), Cost())
+"""
+
+
+def test_versions_draw_the_same_inputs_and_what_skips_itself_is_not_compared(
+    project: Repository, tmp_path: Path
+) -> None:
+    project.write({"drawing/bench_drawn.py": DRAWN})
+    out = tmp_path / "found.json"
+    # Whatever the times are, they do not count.
+    limits = ["--tolerance", "1", "--seconds", "0.01"]
+    main(["compare", "main", "--suite", "drawing", "--json", str(out), *limits])
+    cases = {case["operator"]: case for case in json.loads(out.read_text())["cases"]}
+    assert cases["drawn"]["runs"]
+    assert cases["drawn"]["base_bytes"] == cases["drawn"]["head_bytes"] > 0
+    why = cases["skipped"]["not_compared"]
+    assert why.endswith("NotHere: it skips itself: no such thing here")
+    why = cases["unchecked"]["not_compared"]
+    assert why.startswith("its check skips itself: could not import 'no_such_module'")
+    assert cases["unchecked"]["ok"]
+    assert not cases["unchecked"]["runs"]
+
+
 def test_where_nothing_can_be_written_nothing_is_measured(
     project: Repository, capsys: pytest.CaptureFixture[str]
 ) -> None:

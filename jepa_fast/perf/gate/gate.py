@@ -211,12 +211,15 @@ def _first(pair: Pair, case: CaseName, limits: Limits) -> Finding:
             finding.not_compared = f"neither version can run it: {in_head}"
     elif in_head:
         finding.broken = in_head
+    skipped = ["", ""]
     try:
         if not in_head:
-            finding.wrong = pair.head.ask("check")
+            finding.wrong, skipped[1] = pair.head.ask("check")
         if not in_base:
-            finding.base_wrong = pair.base.ask("check")
-        if not (in_base or in_head or finding.wrong or finding.base_wrong):
+            finding.base_wrong, skipped[0] = pair.base.ask("check")
+        if any(skipped) and not finding.not_compared:
+            finding.not_compared = f"its check skips itself: {skipped[1] or skipped[0]}"
+        if not (in_head or finding.not_compared or finding.wrong or finding.base_wrong):
             _measure(pair, finding, limits)
     except SideFailed as error:
         _blame(pair, finding, error)

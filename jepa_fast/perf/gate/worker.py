@@ -9,8 +9,8 @@ command on stdin, until that closes:
 
     {"do": "list"}                              cases that can be compared, files that fail
     {"do": "open", "case": i}                   sets the case up, anew if it is set up already
-    {"do": "check"}                             what the open case's check raised, or "";
-                                                lets go of the case
+    {"do": "check"}                             what the open case's check raised, or "", and why
+                                                it skipped itself, or ""; lets go of the case
     {"do": "pin", "core": i}                    stays on that core
     {"do": "turn", "calls": n}                  seconds of each of n calls, after one that is not
     {"do": "memory"}                            peak allocation of a call, in bytes
@@ -27,6 +27,7 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -42,10 +43,10 @@ _PERF = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Answers until stdin closes."""
     version = json.loads(sys.argv[1])
-    answers = _own_stdout()
+    questions, answers = _own_stdin(), _own_stdout()
     _import_from(Path(version["root"]), version["paths"], Path(version["repository"]))
     worker = None
-    for line in sys.stdin:
+    for line in questions:
         command = json.loads(line)
         try:
             worker = worker or Worker(version)
@@ -57,6 +58,15 @@ def main() -> None:
             answer = {"error": _told(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _own_stdin() -> TextIO:
+    """The stream of commands; a process that a benchmark starts would read them, and reads none."""
+    questions = os.fdopen(os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return questions
 
 
 def _own_stdout() -> TextIO:
@@ -116,6 +126,7 @@ class Worker:
             Path(version[name]) for name in ("root", "suite", "repository", "other")
         )
         device = version["device"]
+        _seed()  # a file may draw as it is imported
         self._failed: dict[str, Exception] = {}
         self._cases = quick_entries(load_suite(suite, self._failed))
         self._imports = Imports(root, suite, version["paths"], repository, other)
@@ -157,25 +168,37 @@ class Worker:
         return {}
 
     def _open(self, case: int) -> dict[str, Any]:
-        import torch
+        from jepa_fast.perf.errors import NotHere
+        from jepa_fast.perf.race import is_skip
 
         self._race = None
-        torch.manual_seed(0)
+        _seed()
         known, set_up = self._cases[case]
-        self._race = set_up(known, self._device)
-        self._race.ours()
+        try:
+            self._race = set_up(known, self._device)
+            self._race.ours()
+        except BaseException as error:
+            if not is_skip(error):
+                raise
+            raise NotHere(f"it skips itself: {error}") from error
         return {}
 
-    def _check(self) -> str:
+    def _check(self) -> tuple[str, str]:
+        from jepa_fast.perf.race import is_skip
+
         # A check may leave behind what it likes: what is measured is set up anew.
         race, self._race = self._opened(), None
-        wrong = ""
+        wrong = skipped = ""
         try:
             race.check()
         except Exception as error:
             wrong = _told_in_full(error)
+        except BaseException as error:
+            if not is_skip(error):
+                raise
+            skipped = str(error) or "it does not say why"
         self._check_imports()  # once more: some is imported only where it is needed
-        return wrong
+        return wrong, skipped
 
     def _turn(self, calls: int) -> list[float]:
         call = self._opened().ours
@@ -203,6 +226,19 @@ class Worker:
         if self._race is None:
             raise RuntimeError("no case is open")
         return self._race
+
+
+def _seed() -> None:
+    """The same inputs for both versions, whoever draws them.
+
+    Other inputs are other work: of a mask that is drawn, say, time and memory go by what it keeps.
+    """
+    import torch
+
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 def _told(error: Exception) -> str:
