@@ -886,6 +886,18 @@ def test_summaries() -> None:
     assert (failure.get("message"), failure.text) == ("worse", "1 -> 2")
 
 
+def test_summaries_hold_whatever_an_error_says() -> None:
+    said = "\x1b[31mE  assert\x1b[0m \x00 \udce4 \uffff é"
+    checks = [Check("c", False, said, (said,)), Check(said, True, said, told=False)]
+    suite = ElementTree.fromstring(junit("suite", checks).encode())[0]
+    plain = r"E  assert \x00 \udce4 \uffff é"
+    (failure,), (skipped,) = suite
+    assert (failure.get("message"), failure.text) == (plain, plain)
+    assert (suite[1].get("name"), skipped.get("message")) == (plain, plain)
+    assert f"| **worse** | c | {plain}<br>{plain} |" in markdown(said, checks, said)
+    assert markdown(said, checks, said).encode()
+
+
 def test_what_only_one_of_two_reports_holds_is_said() -> None:
     compiled, counted = Report({}, [], None), Report({}, None, [])
     assert compiled.compare(counted) == []

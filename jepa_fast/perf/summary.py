@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_NOT_OF_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that no XML may hold, not even escaped, and halves of some, which no UTF-8 may."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,12 @@ def markdown(
     """
     failed = [check for check in checks if not check.ok]
     passed = [check for check in checks if check.ok]
-    text = [f"## {title}", "", f"**{verdict(checks) if headline is None else headline}**", ""]
+    text = [
+        f"## {_plain(title)}",
+        "",
+        f"**{verdict(checks) if headline is None else headline}**",
+        "",
+    ]
     if checks:
         text += ["| | what | |", "|---|---|---|"]
         text += [
@@ -58,7 +68,14 @@ def markdown(
         ]
         text.append("")
     if details:
-        text += ["<details><summary>all numbers</summary>", "", "```text", details, "```", ""]
+        text += [
+            "<details><summary>all numbers</summary>",
+            "",
+            "```text",
+            _plain(details),
+            "```",
+            "",
+        ]
         text += ["</details>", ""]
     return "\n".join(text)
 
@@ -74,7 +91,12 @@ def _told(check: Check) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _plain(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(text: str) -> str:
+    """Without colours of a terminal; what else a file could not hold is named by its number."""
+    return _NOT_OF_XML.sub(lambda found: ascii(found[0])[1:-1], _COLOR.sub("", text))
 
 
 def junit(suite: str, checks: Sequence[Check]) -> str:
@@ -85,12 +107,13 @@ def junit(suite: str, checks: Sequence[Check]) -> str:
     counts["skipped"] = str(sum(check.ok and not check.told for check in checks))
     parent = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts})
     for check in checks:
-        case = ElementTree.SubElement(parent, "testcase", classname=suite, name=check.name)
-        text = "\n".join(check.lines)
+        case = ElementTree.SubElement(parent, "testcase", classname=suite, name=_plain(check.name))
+        text = _plain("\n".join(check.lines))
+        message = _plain(check.message)
         if not check.ok:
-            ElementTree.SubElement(case, "failure", message=check.message).text = text
+            ElementTree.SubElement(case, "failure", message=message).text = text
         elif not check.told:
-            ElementTree.SubElement(case, "skipped", message=check.message)
+            ElementTree.SubElement(case, "skipped", message=message)
         elif text:
             ElementTree.SubElement(case, "system-out").text = text
     ElementTree.indent(root)
