@@ -898,6 +898,29 @@ def test_summaries_hold_whatever_an_error_says() -> None:
     assert markdown(said, checks, said).encode()
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("kernels", "registers", "many"),
+        ("kernels", "occupancy", [1]),
+        ("kernels", "config", 7),
+        ("kernels", "chip", None),
+        ("traffic", "minimum_read", "7"),
+        ("traffic", "torch_operations", {"aten::add": "x"}),
+    ],
+)
+def test_a_baseline_of_numbers_that_are_none_is_refused(part: str, name: str, value: Any) -> None:
+    file = sorted((ROOT / "benchmarks/results/audit").glob("*.json"))[-1]
+    report = json.loads(file.read_text())
+    report[part][0][name] = value
+    with pytest.raises(PerfError, match=f"baseline is damaged: TypeError: {name} cannot be"):
+        Report.from_json(report, "baseline")
+    report = json.loads(file.read_text())
+    report["kernels"][0]["instructions"]["loads"] = {"16": "x"}
+    with pytest.raises(PerfError, match="baseline is damaged: TypeError: loads cannot be"):
+        Report.from_json(report, "baseline")
+
+
 def test_what_only_one_of_two_reports_holds_is_said() -> None:
     compiled, counted = Report({}, [], None), Report({}, None, [])
     assert compiled.compare(counted) == []

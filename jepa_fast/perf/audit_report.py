@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jepa_fast.perf.errors import BaselineMissing, BaselineOfAnother, PerfError
 from jepa_fast.perf.machine_code import Instructions
 
 if TYPE_CHECKING:
     from jepa_fast.perf.audit_rules import Finding
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Of the JSON. Other numbers are refused."""
@@ -144,11 +147,14 @@ class Report:
             )
         try:
             kernels, traffic = value["kernels"], value["traffic"]
-            return cls(
-                value["versions"],
-                None if kernels is None else [_kernel(each) for each in kernels],
-                None if traffic is None else [_traffic(each) for each in traffic],
-                value["not_audited"],
+            return _made(
+                cls,
+                {
+                    "versions": value["versions"],
+                    "kernels": None if kernels is None else [_kernel(each) for each in kernels],
+                    "traffic": None if traffic is None else [_traffic(each) for each in traffic],
+                    "not_audited": value["not_audited"],
+                },
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PerfError(
@@ -206,12 +212,41 @@ def _kernel(value: dict[str, Any]) -> CompiledKernel:
         name: {int(width): count for width, count in mix[name].items()}
         for name in ("loads", "stores")
     }
-    return CompiledKernel(**{**value, "instructions": Instructions(**{**mix, **widths})})
+    return _made(CompiledKernel, {**value, "instructions": _made(Instructions, {**mix, **widths})})
 
 
 def _traffic(value: dict[str, Any]) -> CallTraffic:
-    kernels = {name: Moved(**moved) for name, moved in value["kernels"].items()}
-    return CallTraffic(**{**value, "kernels": kernels})
+    kernels = {name: _made(Moved, moved) for name, moved in value["kernels"].items()}
+    return _made(CallTraffic, {**value, "kernels": kernels})
+
+
+def _made(kind: type[T], fields: dict[str, Any]) -> T:
+    """A dataclass of fields that were read. Raises TypeError for one of another type."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        if name in hints and not _is(value, hints[name]):
+            raise TypeError(f"{name} cannot be {value!r:.60}")
+    return kind(**fields)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value that came from JSON is of a field's type."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is UnionType:
+        return any(_is(value, each) for each in inside)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(
+            _is(each, kind)
+            for item in value.items()
+            for each, kind in zip(item, inside, strict=True)
+        )
+    if origin is Sequence:
+        return isinstance(value, list) and all(_is(each, inside[0]) for each in value)
+    if hint in (int, float):  # True is none
+        return type(value) in (int, hint)
+    return isinstance(value, hint)
 
 
 _KERNEL_COLUMNS = (
