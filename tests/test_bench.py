@@ -823,6 +823,19 @@ def _kinds(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 @pytest.mark.usefixtures("fast")
+def test_a_log_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: Capture) -> None:
+    folder = _suite(tmp_path / "s", one=(CASES, 2))
+    code, _ = _pytest(folder, f"--race-log={folder}/pytest.ini/log")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    captured = capsys.readouterr()
+    assert "--race-log: " in captured.err
+    assert "pytest.ini/log cannot be written: " in captured.err
+    assert "INTERNALERROR" not in captured.out + captured.err
+    code, _ = _pytest(folder, f"--race-log={tmp_path}/new/folder/log", "--collect-only")
+    assert (code, (tmp_path / "new/folder/log").exists()) == (0, True)
+
+
+@pytest.mark.usefixtures("fast")
 def test_the_plugin_races_every_case_of_the_device(tmp_path: Path) -> None:
     stored = tmp_path / "stored.json"
     folder = _suite(tmp_path / "s", one=(CASES, 2))

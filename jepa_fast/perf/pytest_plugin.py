@@ -66,7 +66,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
+    _check_log(config.getoption("race_log", default=None))
     config.pluginmanager.register(Races(config), "jepa_fast races")
+
+
+def _check_log(log: Path | None) -> None:
+    """Raises UsageError if the log cannot be written, before anything is measured."""
+    if log is None:
+        return
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("a").close()
+    except OSError as error:
+        raise pytest.UsageError(f"--race-log: {log} cannot be written: {error}") from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
