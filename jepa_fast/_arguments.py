@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def switched_on(name: str) -> bool:
+    """Whether the environment switches something on.
+
+    Raises:
+        ValueError: the variable ``name`` says neither yes nor no.
+    """
+    value = os.environ.get(name, "")
+    if value == "1" or value.lower() in ("true", "yes", "on"):
+        return True
+    if value == "" or value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}: expected 1 or 0 (or true, yes, on; false, no, off), got {value!r}")
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:

@@ -21,12 +21,13 @@ Needs torch alone until ranges are switched on, and knows no operator and no mod
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from jepa_fast._arguments import switched_on
 
 __all__ = ["disable_ranges", "enable_ranges", "phase", "use_ranges"]
 
@@ -147,5 +148,5 @@ class _Range:
         self.domain.pop_range()
 
 
-if os.environ.get("JEPA_FAST_NVTX") == "1":
+if switched_on("JEPA_FAST_NVTX"):
     enable_ranges()

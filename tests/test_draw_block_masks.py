@@ -277,8 +277,15 @@ def test_large_grids_go_to_the_reference(
     assert backends_run == [("draw_block_masks", "reference")]
     with pytest.raises(BackendError, match="up to 128 patches a side, got 129x14"):
         draw_block_masks(torch.arange(2), **call, backend="cpu")
-    monkeypatch.setenv("JEPA_FAST_STRICT", "1")
-    with pytest.raises(BackendError, match="JEPA_FAST_STRICT=1"):
+    for on in ("1", "true", "ON"):
+        monkeypatch.setenv("JEPA_FAST_STRICT", on)
+        with pytest.raises(BackendError, match="JEPA_FAST_STRICT=1"):
+            draw_block_masks(torch.arange(2), **call)
+    for off in ("", "0", "no"):
+        monkeypatch.setenv("JEPA_FAST_STRICT", off)
+        draw_block_masks(torch.arange(2), **call)
+    monkeypatch.setenv("JEPA_FAST_STRICT", "2")
+    with pytest.raises(ValueError, match=r"JEPA_FAST_STRICT: expected 1 or 0 .*, got '2'"):
         draw_block_masks(torch.arange(2), **call)
 
 

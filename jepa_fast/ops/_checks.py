@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from jepa_fast._arguments import switched_on
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 _DTYPE = operator.attrgetter("dtype")
@@ -255,5 +256,5 @@ def reads_values(tensor: Tensor) -> bool:
     On a GPU that would wait for the device, so there they do with `JEPA_FAST_DEBUG=1` only.
     """
     if tensor.is_cuda:
-        return os.environ.get("JEPA_FAST_DEBUG") == "1"
+        return switched_on("JEPA_FAST_DEBUG")
     return tensor.device.type != "meta"

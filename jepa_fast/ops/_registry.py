@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa_fast._arguments import switched_on
 from jepa_fast.errors import BackendError
 from jepa_fast.ops import _machine
 from jepa_fast.ranges import around_operator, when_switched
@@ -111,7 +112,8 @@ class Operator:
         """The backend that serves a call.
 
         Raises:
-            ValueError: `requested` is not a backend's name.
+            ValueError: `requested` is not a backend's name, or `JEPA_FAST_STRICT` says neither yes
+                nor no.
             BackendError: `requested` (or `JEPA_FAST_BACKEND`) cannot serve the call, or the call
                 would fall back to the reference under `JEPA_FAST_STRICT=1`.
         """
@@ -137,7 +139,7 @@ class Operator:
 
     def _note_fallback(self, args: tuple[Any, ...], types: set[str]) -> None:
         """The reference serves everything, so landing there by accident must not go unseen."""
-        if len(self.backends) > 1 and os.environ.get("JEPA_FAST_STRICT") == "1":
+        if len(self.backends) > 1 and switched_on("JEPA_FAST_STRICT"):
             raise BackendError(
                 self._explain("JEPA_FAST_STRICT=1 forbids the fall-back to the reference of", args)
             )

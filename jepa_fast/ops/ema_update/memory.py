@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 
 from torch import Tensor
 
+from jepa_fast._arguments import switched_on
 from jepa_fast.ops import _memory
 from jepa_fast.perf.race import Cost
 
@@ -41,7 +41,7 @@ def check_number(op: str, name: str, number: Tensor, most: float) -> None:
 
     One on a GPU is read with `JEPA_FAST_DEBUG=1` only; otherwise the host would wait for it.
     """
-    if number.device.type == "cpu" or os.environ.get("JEPA_FAST_DEBUG") == "1":
+    if number.device.type == "cpu" or switched_on("JEPA_FAST_DEBUG"):
         value = float(number)
         if not 0.0 <= value <= most:
             interval = "0 or more" if most == math.inf else f"in [0, {most:g}]"
