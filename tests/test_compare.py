@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -251,6 +252,13 @@ def test_a_cache_that_was_deleted_is_made_anew(plain: Repository) -> None:
     base = _snapshots(plain).base("HEAD")
     subprocess.run(["rm", "-r", str(base.root)], check=True)
     assert (_snapshots(plain).base("HEAD").root / "a.txt").read_text() == "1"
+
+
+def test_a_version_that_git_was_killed_over_is_made_anew(plain: Repository) -> None:
+    base = _snapshots(plain).base("main")
+    git(plain.root, "worktree", "lock", str(base.root))  # as git does until all is there
+    shutil.rmtree(base.root)
+    assert (_snapshots(plain).base("main").root / "a.txt").is_file()
 
 
 def test_a_commit_s_hook_leaves_the_commit_as_it_is(

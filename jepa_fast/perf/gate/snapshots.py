@@ -95,7 +95,9 @@ class Snapshots:
         with self._only_one(target):
             if not (target / _DONE).exists():
                 self._remove(target)
-                git(self.root, "worktree", "add", "--detach", "--force", str(target), commit)
+                # Forced twice: git, killed while it adds one, leaves it locked.
+                force = ("--force", "--force")
+                git(self.root, "worktree", "add", "--detach", *force, str(target), commit)
                 self._make(target, label)
         return Snapshot(target, label, commit)
 
