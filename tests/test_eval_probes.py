@@ -220,8 +220,13 @@ def test_errors_name_the_argument() -> None:
         knn_accuracy(x, y, x[:, :3], y)
     with pytest.raises(TypeError, match="k: expected an int, got float"):
         knn_accuracy(x, y, x, y, k=2.5)
-    with pytest.raises(ValueError, match="k and temperature must be positive"):
+    with pytest.raises(ValueError, match="k must be positive"):
         knn_accuracy(x, y, x, y, k=0)
+    for bad_number, error in ((float("nan"), ValueError), (0.0, ValueError), ("a", TypeError)):
+        with pytest.raises(error, match=r"^temperature: expected a positive number"):
+            knn_accuracy(x, y, x, y, temperature=bad_number)
+        with pytest.raises(error, match=r"^penalties\[1\]: expected a positive number"):
+            fit_linear_probe(x, y, penalties=[0.1, bad_number])
     with pytest.raises(ValueError, match="train and val must hold labelled features"):
         knn_accuracy(x[:0], y[:0], x, y)
     with pytest.raises(ValueError, match="features must be at least 2"):

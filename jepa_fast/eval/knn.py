@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jepa_fast._arguments import integer
+from jepa_fast._arguments import check_number, integer
 from jepa_fast.eval.features import check_finite, check_labelled
 
 _ROWS = 1024  # validation images compared with all training images at a time
@@ -29,12 +29,14 @@ def knn_accuracy(
     temperature: a vote weighs exp(similarity / temperature) (Wu et al., arXiv 1805.01978); None
         gives every vote the same weight. Of equal sums the smallest label wins.
 
-    Raises TypeError or ValueError naming the argument if k or temperature is not positive, or if a
-    set is of other types or shapes, empty or not finite.
+    Raises TypeError or ValueError naming the argument if k is no integer from 1, temperature no
+    positive and finite number, or if a set is of other types or shapes, empty or not finite.
     """
     k = integer("k", k)
-    if k < 1 or (temperature is not None and temperature <= 0):
-        raise ValueError(f"k and temperature must be positive, got {k} and {temperature}")
+    if k < 1:
+        raise ValueError(f"k must be positive, got {k}")
+    if temperature is not None:
+        check_number("temperature", temperature)
     if len(train) == 0 or len(val) == 0:
         raise ValueError(f"train and val must hold labelled features, got {len(train)}, {len(val)}")
     check_labelled("train", train, train_labels)

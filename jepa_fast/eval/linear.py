@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jepa_fast._arguments import check_number
 from jepa_fast.data import counter
 from jepa_fast.eval.features import check_finite, check_labelled
 
@@ -60,8 +61,10 @@ def fit_linear_probe(
     check_labelled("features", features, labels)
     if len(features) < 2:
         raise ValueError(f"features must be at least 2 labelled ones, got {len(features)}")
-    if not penalties or min(penalties) <= 0:
+    if not penalties:
         raise ValueError(f"penalties must be positive, at least one, got {penalties}")
+    for i, penalty in enumerate(penalties):
+        check_number(f"penalties[{i}]", penalty)
     check_finite("features", features)
     features = features.float()
     std, mean = torch.std_mean(features, dim=0, correction=0)
