@@ -13,7 +13,7 @@ class JepaOutput:
     """Result of one forward pass of a model.
 
     Attributes:
-        loss: scalar float32, to call ``backward`` on.
+        loss: scalar float32 (float64 of a float64 model), to call ``backward`` on.
         metrics: 0-dim tensors by name, detached, on the model's device; making them waits for
             nothing, so read them (``.item()``) only when they are wanted. They are of the tokens
             that count, like the loss.

@@ -51,9 +51,11 @@ class AdamWEma(torch.optim.Optimizer):
         backend: of `ops.adamw_ema_`.
 
     Raises:
-        TypeError: a complex parameter.
-        ValueError: options out of range, a target of another shape than its parameter or listed
-            twice, pairs the wrong way round, shadows that are not of all targets, or `amsgrad`.
+        TypeError: a complex parameter; targets or shadows that are no pairs of floating tensors; an
+            option of the wrong type.
+        ValueError: an unknown backend, options out of range, a target of another shape than its
+            parameter or listed twice, pairs the wrong way round, shadows that are not of all
+            targets, or `amsgrad`.
     """
 
     # A GradScaler leaves division and skipping to the step, which so need not wait for the device.
@@ -140,7 +142,7 @@ class AdamWEma(torch.optim.Optimizer):
 
         Raises:
             TypeError: `closure` is no function, as a momentum that is not named.
-            ValueError: a momentum outside [0, 1].
+            ValueError: a momentum outside [0, 1], where there are targets.
         """
         loss = None
         if closure is not None:

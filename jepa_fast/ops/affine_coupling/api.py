@@ -84,8 +84,8 @@ def affine_coupling(
         y [T, D] in the dtype of `x`, and logdet [T] in float32 (float64 if `x` is).
 
     Raises:
-        TypeError: `x`, `raw_scale` or `shift` is not a dense floating tensor, `mask` is not
-            bool, or `scale_bound` is not a number.
+        TypeError: `x`, `raw_scale` or `shift` is not a dense floating tensor, `mask` or
+            `inverse` is not bool, or `scale_bound` is not a number.
         ValueError: a shape does not fit, or `scale_bound` is not positive.
         BackendError: the requested backend cannot serve the call.
 

@@ -47,11 +47,13 @@ def ema_update_(
     `rounding_seed`; a seed that adds the rank has them differ.
 
     Raises:
-        TypeError: an argument is not a tensor, or not of a floating dtype.
+        TypeError: a list holds what is not a tensor, or not of a floating dtype; `momentum` is
+            neither a real number nor a tensor, `rounding_seed` neither None, an int nor a tensor.
         ValueError: lists of different lengths, a shape that differs, a momentum outside [0, 1] (on
-            a GPU checked with `JEPA_FAST_DEBUG=1` only), a target or shadow that shares memory
-            with any other tensor here, DTensors that are placed otherwise than their targets, or a
-            `rounding_seed` with targets or shadows of less than 16 bits.
+            a GPU checked with `JEPA_FAST_DEBUG=1` only), a tensor of it that is not floating and
+            0-dim, a target or shadow that shares memory with any other tensor here, DTensors that
+            are placed otherwise than their targets, a `rounding_seed` of more than 64 bits, or one
+            with targets or shadows of less than 16 bits.
         BackendError: the requested backend cannot serve the call.
 
     Source: the teacher update of I-JEPA, arXiv 2301.08243, section 3.

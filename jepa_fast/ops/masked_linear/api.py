@@ -67,8 +67,8 @@ def masked_linear(
         [..., O] in the dtype of `x`; under autocast in autocast's, as `F.linear`.
 
     Raises:
-        TypeError: `x` or `weight` is not a dense floating tensor, degrees are not integers, or
-            dtypes differ outside autocast.
+        TypeError: `x` or `weight` is not a dense floating tensor, degrees are not int32 or
+            int64, `strict` is not bool, or dtypes differ outside autocast.
         ValueError: a shape does not fit.
         BackendError: the requested backend cannot serve the call.
 

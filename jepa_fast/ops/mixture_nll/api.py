@@ -123,8 +123,9 @@ def mixture_sample(
         [n, T, D] float32 (float64 if any input is), without gradients.
 
     Raises:
-        TypeError, ValueError: as `mixture_nll`; `n` below 1; logits that are NaN or +inf, or -inf
-            for all components, which only a CPU tells (on a GPU with JEPA_FAST_DEBUG=1).
+        TypeError: as `mixture_nll`; `n` is no integer.
+        ValueError: as `mixture_nll`; `n` below 1; logits that are NaN or +inf, or -inf for all
+            components, which only a CPU tells (on a GPU with JEPA_FAST_DEBUG=1).
     """
     _check_parameters(
         "mixture_sample", logits, loc, log_scale, family, event, scale_floor, scale_map

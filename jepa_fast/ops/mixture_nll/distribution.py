@@ -95,7 +95,7 @@ def mixture_cdf(
         precision of the dtype, down to its smallest normal number.
 
     Raises:
-        TypeError: an argument is not a dense floating tensor.
+        TypeError: an argument is not a dense floating tensor, or `complement` is not bool.
         ValueError: as `mixture_responsibilities`.
     """
     op = "mixture_cdf"
