@@ -52,11 +52,12 @@ def test_a_variant_may_have_a_config_of_its_own(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert _configs.lookup(folder, "large", cpu, variant="odd") == {"block": 3}
-    assert _configs.lookup(folder, "large", cpu, variant="even") == {"block": 2}
-    assert _configs.lookup(folder, "small", gpu, variant="odd") == {"block": 8}
-    for variant in ("odd", "even", None):
-        _configs.lookup(folder, "large", gpu, variant=variant)
+    assert _configs.lookup(folder, "large", cpu, ["odd"]) == {"block": 3}
+    assert _configs.lookup(folder, "large", cpu, ["prime", "odd"]) == {"block": 3}
+    assert _configs.lookup(folder, "large", cpu, ["even"]) == {"block": 2}
+    assert _configs.lookup(folder, "small", gpu, ["odd"]) == {"block": 8}
+    for variants in (["odd"], ["even"], []):
+        _configs.lookup(folder, "large", gpu, variants)
     assert len(caplog.records) == 1  # of what is missing, not of every variant
 
 

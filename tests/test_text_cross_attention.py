@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from jepa_fast import ops
 from jepa_fast.errors import BackendError
 from jepa_fast.ops._registry import OPERATORS as REGISTERED
 from jepa_fast.ops.text_cross_attention import contract, reference
+from jepa_fast.perf.audit_report import Report
 from jepa_fast.perf.memory import peak_allocation
 
 OPERATORS = ("text_cross_attention", "text_cross_attention_backward")
@@ -26,6 +28,7 @@ each_backend = backends(REGISTERED["text_cross_attention"].backends, on_gpu=Fals
 # What computes in float32 whatever the inputs; Triton's products are the tensor cores'.
 each_in_float32 = backends(["reference", "cpu"])
 in_triton = backends(["triton"])
+AUDITS = Path(__file__).parents[1] / "benchmarks/results/audit"
 
 
 def _masks(batch: int, captions: int, words: int, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -996,19 +999,37 @@ def test_wide_heads_need_a_gpu_with_enough_shared_memory(monkeypatch: pytest.Mon
         def __init__(self, *shape: int) -> None:
             self.shape = shape
 
-    def why_not(width: int) -> list[str]:
+    def why_not(width: int, words: int = 4) -> list[str]:
         q: Any = OnGpu(1, 1, width)
-        k: Any = OnGpu(1, 1, 4, width)
+        k: Any = OnGpu(1, 1, words, width)
         unsupported = contract.FORWARD.backends["triton"].unsupported
         return unsupported(q, k, k, q, None, None, None, 1, None, "max", "relu", 0.1)
 
-    monkeypatch.setattr(contract, "_shared_memory", lambda device: 101_376)  # sm_86, sm_89
+    monkeypatch.setattr(contract, "_shared_memory_of", lambda device: 101_376)  # sm_86, sm_89
     assert why_not(256) == []
     (reason,) = why_not(384)
     assert reason.startswith("takes 127488 bytes of shared memory for heads of width 384, the GPU")
-    monkeypatch.setattr(contract, "_shared_memory", lambda device: 166_912)  # sm_80
+    monkeypatch.setattr(contract, "_shared_memory_of", lambda device: 166_912)  # sm_80
     assert why_not(384) == []
     assert why_not(512) != []
+    monkeypatch.setattr(contract, "_shared_memory_of", lambda device: 65_536)  # sm_75
+    assert [why_not(width) for width in (24, 64, 128)] == [[], [], []]
+    assert why_not(64, words=128) == []
+    assert why_not(65, words=128) != []
+
+
+@pytest.mark.parametrize("audit", sorted(AUDITS.glob("triton-*.json")), ids=lambda path: path.stem)
+def test_no_kernel_takes_more_shared_memory_than_is_said(audit: Path) -> None:
+    """On chips with wgmma some do, and there is room for it."""
+    kernels = [
+        kernel for kernel in Report.read(audit).kernels or () if "text_cross" in kernel.kernel
+    ]
+    assert {kernel.chip for kernel in kernels} == {"sm_80", "sm_90", "sm_100"}
+    for kernel in kernels:
+        words = 128 if "128-words" in kernel.name else 64
+        said = contract.shared_memory(kernel.config["HEAD"], words)
+        most = said if kernel.chip == "sm_80" else 232_448
+        assert kernel.shared <= most, (kernel.name, kernel.chip)
 
 
 @pytest.mark.tier1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,17 +34,18 @@ def pretend(gpu: str) -> Iterator[None]:
         _pretended = None
 
 
-def lookup(folder: Path, key: str, device: torch.device, *, variant: str | None = None) -> Config:
+def lookup(folder: Path, key: str, device: torch.device, variants: Sequence[str] = ()) -> Config:
     """The config for `key` on `device`, from the JSON files in `folder`.
 
     Args:
-        variant: a file that has `key-variant` means that.
+        variants: of the first that the file has as `key-variant`, that is the config.
 
     Raises:
         KeyError: neither the GPU's file nor `default.json` has the key.
     """
     configs = _lookup(folder, key, device) if _pretended is None else read(folder, _pretended)
-    return configs.get(f"{key}-{variant}") or configs[key]
+    own = (f"{key}-{variant}" for variant in variants)
+    return configs[next((name for name in own if name in configs), key)]
 
 
 @functools.cache

@@ -46,7 +46,10 @@ def _fake_backward(
 
 _MOST_WORDS = 128  # of a caption, whose words the Triton kernels take at once
 _WIDEST_HEAD = 512
-_CHUNK, _SHARED_MEMORY = 128, 42_496  # bytes a block for so much of a wide head; see the audit
+# The most bytes of shared memory that a block takes on chips without wgmma, those with it having
+# room for all, by the most numbers of a head and words of a caption; see the audit.
+_SHARED_MEMORY = {(64, 64): 39_424, (64, 128): 59_392, (128, 64): 64_000, (128, 128): 78_848}
+_CHUNK, _OF_A_CHUNK = 128, 42_496  # for so much of a wider head
 
 
 def _cpu_unsupported(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any) -> list[str]:
@@ -87,7 +90,7 @@ def _triton_unsupported(
     if width > _WIDEST_HEAD:
         reasons.append(f"takes heads of width {_WIDEST_HEAD} or less, got {width}")
     elif on_gpu:
-        takes, there = -(-width // _CHUNK) * _SHARED_MEMORY, _shared_memory(q.device)
+        takes, there = shared_memory(width, k.shape[2]), _shared_memory_of(q.device)
         if takes > there:
             reasons.append(
                 f"takes {takes} bytes of shared memory for heads of width {width}, the GPU has "
@@ -96,8 +99,16 @@ def _triton_unsupported(
     return reasons
 
 
+def shared_memory(width: int, words: int) -> int:
+    """The most bytes that a block of any of the Triton kernels takes on chips without wgmma."""
+    for (widest, most), takes in _SHARED_MEMORY.items():
+        if width <= widest and words <= most:
+            return takes
+    return -(-width // _CHUNK) * _OF_A_CHUNK
+
+
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
+def _shared_memory_of(device: torch.device) -> int:
     """The most that a block can have, in bytes."""
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
     return int(properties.shared_memory_per_block_optin)

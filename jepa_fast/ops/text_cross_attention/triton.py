@@ -11,7 +11,7 @@ image b is token p % T of row p // T * B + b. C captions of S words, h heads of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -316,7 +316,7 @@ def text_cross_attention(
     rows, tokens, _ = q.shape
     batch, captions, words = k.shape[:3]
     q, k, v, residual = map(without_gaps, (q, k, v, residual))
-    config = config_for("forward", q, num_heads, words, similarity)
+    config = config_for("forward", q, num_heads, words, (similarity, pool))
     inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads)
     patches = rows // max(batch, 1) * tokens
     tiles = triton.cdiv(patches, config["tokens"])
@@ -403,15 +403,15 @@ def config_for(
     q: Tensor,
     num_heads: int,
     words: int | None = None,
-    similarity: str | None = None,
+    variants: Sequence[str] = (),
 ) -> _configs.Config:
-    """The launch config of a kernel by the width of its heads, by the words of a caption where it
-    takes all of them at once and, where there is one, for the similarity."""
+    """The launch config of a kernel by the width of its heads and, where it takes all words of a
+    caption at once, by their number; a variant's own, where there is one."""
     head = q.shape[2] // num_heads
     key = f"{kernel}-{next((str(most) for most in (64, 128) if head <= most), 'wide')}"
     if words is not None:
         key += "-64" if block_of_words(words) <= 64 else "-128"
-    return _configs.lookup(CONFIGS, key, q.device, variant=similarity)
+    return _configs.lookup(CONFIGS, key, q.device, variants)
 
 
 def launch_options(config: _configs.Config) -> dict[str, int]:
@@ -482,6 +482,7 @@ COMPILED: tuple[tuple[str, torch.dtype, int, int, str, str, bool], ...] = (
     ("1x384-max", torch.bfloat16, 1, 64, "max", "relu", True),  # TC-JEPA's
     ("1x384-128-words-none", torch.bfloat16, 1, 128, "none", "relu", True),
     ("16x24-mean", torch.float16, 16, 64, "mean", "softplus", False),
+    ("6x64-max", torch.bfloat16, 6, 64, "max", "relu", True),
     ("6x64-128-words-max", torch.bfloat16, 6, 128, "max", "relu", True),
     ("4x96-max", torch.bfloat16, 4, 64, "max", "relu", True),
     ("3x128-softplus", torch.bfloat16, 3, 64, "max", "softplus", True),
