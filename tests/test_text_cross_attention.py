@@ -1005,17 +1005,28 @@ def test_wide_heads_need_a_gpu_with_enough_shared_memory(monkeypatch: pytest.Mon
         unsupported = contract.FORWARD.backends["triton"].unsupported
         return unsupported(q, k, k, q, None, None, None, 1, None, "max", "relu", 0.1)
 
-    monkeypatch.setattr(contract, "_shared_memory_of", lambda device: 101_376)  # sm_86, sm_89
-    assert why_not(256) == []
-    (reason,) = why_not(384)
-    assert reason.startswith("takes 127488 bytes of shared memory for heads of width 384, the GPU")
-    monkeypatch.setattr(contract, "_shared_memory_of", lambda device: 166_912)  # sm_80
-    assert why_not(384) == []
-    assert why_not(512) != []
-    monkeypatch.setattr(contract, "_shared_memory_of", lambda device: 65_536)  # sm_75
-    assert [why_not(width) for width in (24, 64, 128)] == [[], [], []]
+    monkeypatch.setattr(contract, "generation", lambda device: 8)
+    monkeypatch.setattr(contract, "room", lambda device: 101_376)  # sm_86, sm_89
+    assert [why_not(width) for width in (24, 128, 256, 384, 512)] == [[]] * 5
+    assert why_not(512, words=128) == []
+    monkeypatch.setattr(contract, "room", lambda device: 65_535)
+    assert [why_not(width) for width in (24, 64, 128, 384)] == [[]] * 4
     assert why_not(64, words=128) == []
     assert why_not(65, words=128) != []
+    (reason,) = why_not(512)
+    assert reason.startswith("takes 65536 bytes of shared memory for heads of width 512, the GPU")
+    monkeypatch.setattr(contract, "generation", lambda device: 7)
+    (reason,) = why_not(64)
+    assert reason.startswith("takes GPUs of compute capability 8.0 and more, got 7.x")
+
+
+def test_wide_heads_load_ahead_where_there_is_room() -> None:
+    triton = pytest.importorskip(
+        "jepa_fast.ops.text_cross_attention.triton", reason="needs triton to have launches of it"
+    )
+    stages = {case.name: case.num_stages for case in triton.compile_cases() if "1x384" in case.name}
+    assert stages["text_cross_attention-default-1x384-max-text_cross_attention_kernel"] == 2
+    assert stages["text_cross_attention-default-1x384-tight-text_cross_attention_kernel"] == 1
 
 
 @pytest.mark.parametrize("audit", sorted(AUDITS.glob("triton-*.json")), ids=lambda path: path.stem)
@@ -1027,7 +1038,8 @@ def test_no_kernel_takes_more_shared_memory_than_is_said(audit: Path) -> None:
     assert {kernel.chip for kernel in kernels} == {"sm_80", "sm_90", "sm_100"}
     for kernel in kernels:
         words = 128 if "128-words" in kernel.name else 64
-        said = contract.shared_memory(kernel.config["HEAD"], words)
+        ahead = "tight" not in kernel.name
+        said = contract.shared_memory(kernel.config["HEAD"], words, loading_ahead=ahead)
         most = said if kernel.chip == "sm_80" else 232_448
         assert kernel.shared <= most, (kernel.name, kernel.chip)
 

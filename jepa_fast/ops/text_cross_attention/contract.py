@@ -49,7 +49,9 @@ _WIDEST_HEAD = 512
 # The most bytes of shared memory that a block takes on chips without wgmma, those with it having
 # room for all, by the most numbers of a head and words of a caption; see the audit.
 _SHARED_MEMORY = {(64, 64): 39_424, (64, 128): 59_392, (128, 64): 64_000, (128, 128): 78_848}
-_CHUNK, _OF_A_CHUNK = 128, 42_496  # for so much of a wider head
+# For so much of a wider head; where the forward pass loads ahead, and where it does not. For three
+# of these, and fewer, that is as much.
+_CHUNK, _LOADING_AHEAD, _WAITING = 128, 43_264, 16_384
 
 
 def _cpu_unsupported(q: Tensor, k: Tensor, v: Tensor, residual: Tensor, *options: Any) -> list[str]:
@@ -89,8 +91,13 @@ def _triton_unsupported(
     width = q.shape[2] // num_heads
     if width > _WIDEST_HEAD:
         reasons.append(f"takes heads of width {_WIDEST_HEAD} or less, got {width}")
+    elif on_gpu and generation(q.device) < 8:
+        reasons.append(
+            f"takes GPUs of compute capability 8.0 and more, got {generation(q.device)}.x: what "
+            f"shared memory its kernels need there is not known"
+        )
     elif on_gpu:
-        takes, there = shared_memory(width, k.shape[2]), _shared_memory_of(q.device)
+        takes, there = shared_memory(width, k.shape[2]), room(q.device)
         if takes > there:
             reasons.append(
                 f"takes {takes} bytes of shared memory for heads of width {width}, the GPU has "
@@ -99,17 +106,28 @@ def _triton_unsupported(
     return reasons
 
 
-def shared_memory(width: int, words: int) -> int:
-    """The most bytes that a block of any of the Triton kernels takes on chips without wgmma."""
+def shared_memory(width: int, words: int, *, loading_ahead: bool = False) -> int:
+    """The most bytes that a block of any of the Triton kernels takes on chips without wgmma.
+
+    `loading_ahead`: where the forward pass of heads wider than 128 loads words before it needs
+    them, as it does where there is room.
+    """
     for (widest, most), takes in _SHARED_MEMORY.items():
         if width <= widest and words <= most:
             return takes
-    return -(-width // _CHUNK) * _OF_A_CHUNK
+    chunks = -(-width // _CHUNK)
+    return chunks * _LOADING_AHEAD if loading_ahead else max(3, chunks) * _WAITING
 
 
 @functools.cache
-def _shared_memory_of(device: torch.device) -> int:
-    """The most that a block can have, in bytes."""
+def generation(device: torch.device) -> int:
+    """The first number of a GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@functools.cache
+def room(device: torch.device) -> int:
+    """The most shared memory that a block can have on a GPU, in bytes."""
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
     return int(properties.shared_memory_per_block_optin)
 

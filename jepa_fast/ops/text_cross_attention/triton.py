@@ -25,6 +25,7 @@ from jepa_fast.ops._compile import CompileCase
 from jepa_fast.ops._launch import distinct, launch, loop_bound, most_registers, recorded_cases
 from jepa_fast.ops._rows import without_gaps
 from jepa_fast.ops._traffic import TrafficCase
+from jepa_fast.ops.text_cross_attention import contract
 from jepa_fast.ops.text_cross_attention.reference import empty_outputs, score_scale
 from jepa_fast.perf.race import Cost
 
@@ -32,6 +33,7 @@ CONFIGS = Path(__file__).parent / "configs"
 EPSILON: tl.constexpr = tl.constexpr(1e-8)  # vectors shorter than this count as this long
 _TINY: tl.constexpr = tl.constexpr(1e-38)
 _SHORTEST_DOT = 16  # tensor cores take no fewer words
+_TIGHT = 101_376  # shared memory of sm_86, sm_89 and sm_120
 
 
 @triton.jit
@@ -312,11 +314,36 @@ def text_cross_attention(
     tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.text_cross_attention`."""
+    room = contract.room(q.device) if q.is_cuda else None
+    return _text_cross_attention(
+        q, k, v, residual, word_mask, caption_mask, token_mask,
+        num_heads, scale, pool, similarity, tau, room,
+    )  # fmt: skip
+
+
+def _text_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor,
+    word_mask: Tensor | None,
+    caption_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_heads: int,
+    scale: float | None,
+    pool: str,
+    similarity: str,
+    tau: float,
+    room: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With so many bytes of shared memory a block, or as many as it takes."""
     features, sparsity, winner = empty_outputs(q, k, residual, pool)
     rows, tokens, _ = q.shape
     batch, captions, words = k.shape[:3]
     q, k, v, residual = map(without_gaps, (q, k, v, residual))
-    config = config_for("forward", q, num_heads, words, (similarity, pool))
+    ahead = contract.shared_memory(q.shape[2] // num_heads, words, loading_ahead=True)
+    tight = ("tight",) if room is not None and room < ahead else ()
+    config = config_for("forward", q, num_heads, words, (*tight, similarity, pool))
     inverse, pairs = describe_words(q, k, word_mask, caption_mask, token_mask, num_heads)
     patches = rows // max(batch, 1) * tokens
     tiles = triton.cdiv(patches, config["tokens"])
@@ -507,17 +534,25 @@ def compile_cases() -> list[CompileCase]:
     """Those of `COMPILED`."""
 
     def call(
-        dtype: torch.dtype, heads: int, words: int, pool: str, similarity: str, masked: bool
+        dtype: torch.dtype,
+        heads: int,
+        words: int,
+        pool: str,
+        similarity: str,
+        masked: bool,
+        room: int | None = None,
     ) -> object:
         q, k, masks = compiled_inputs(dtype, words, masked)
         residual = torch.empty(q.shape)
-        return text_cross_attention(
-            q, k, k, residual, *masks, heads, None, pool, similarity, tau=0.1
+        return _text_cross_attention(
+            q, k, k, residual, *masks, heads, None, pool, similarity, 0.1, room
         )
 
     calls: dict[str, Callable[[], object]] = {
         f"text_cross_attention-{case[0]}": partial(call, *case[1:]) for case in COMPILED
     }
+    tight = partial(call, torch.bfloat16, 1, 64, "max", "relu", True, room=_TIGHT)
+    calls["text_cross_attention-1x384-tight"] = tight
     # What belongs to single words and tokens takes narrow accesses beside those of rows.
     return distinct(recorded_cases(CONFIGS, calls, narrow=frozenset(calls)))
 
