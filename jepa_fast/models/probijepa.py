@@ -168,8 +168,8 @@ def _make_head(
     options: Mapping[str, Any] | None,
 ) -> Any:
     made: Any
-    name = repr(head) if isinstance(head, str) else getattr(head, "__name__", type(head).__name__)
-    check_head_options(name, options)
+    if not isinstance(head, str):  # of a name, `create_head` looks at them
+        check_head_options(getattr(head, "__name__", type(head).__name__), options)
     if isinstance(head, str):
         made = create_head(head, condition_dim, target_dim, options)
     elif isinstance(head, nn.Module):

@@ -312,31 +312,12 @@ def text_cross_attention(
     pool: str,
     similarity: str,
     tau: float,
+    room: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.text_cross_attention`."""
-    room = contract.room(q.device) if q.is_cuda else None
-    return _text_cross_attention(
-        q, k, v, residual, word_mask, caption_mask, token_mask,
-        num_heads, scale, pool, similarity, tau, room,
-    )  # fmt: skip
-
-
-def _text_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    residual: Tensor,
-    word_mask: Tensor | None,
-    caption_mask: Tensor | None,
-    token_mask: Tensor | None,
-    num_heads: int,
-    scale: float | None,
-    pool: str,
-    similarity: str,
-    tau: float,
-    room: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With so many bytes of shared memory a block, or as many as it takes."""
+    """As `reference.text_cross_attention`; `room` is the shared memory of a block in bytes, that of
+    the GPU if None."""
+    if room is None and q.is_cuda:
+        room = contract.room(q.device)
     features, sparsity, winner = empty_outputs(q, k, residual, pool)
     rows, tokens, _ = q.shape
     batch, captions, words = k.shape[:3]
@@ -544,7 +525,7 @@ def compile_cases() -> list[CompileCase]:
     ) -> object:
         q, k, masks = compiled_inputs(dtype, words, masked)
         residual = torch.empty(q.shape)
-        return _text_cross_attention(
+        return text_cross_attention(
             q, k, k, residual, *masks, heads, None, pool, similarity, 0.1, room
         )
 
